@@ -1,0 +1,615 @@
+# Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
+"""InternImage: Exploring Large-Scale Vision Foundation Models with Deformable Convolutions (CVPR 2023).
+
+Paper: https://arxiv.org/abs/2211.05778. Official code and weights: https://github.com/OpenGVLab/InternImage, MIT.
+This is an implementation of its own with the same arithmetic; `checkpoint.py` translates the official names.
+
+Feature maps are (batch, channels, height, width) between modules and (batch, height, width, channels) within a stage.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+
+import torch
+from torch import nn
+
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPoolingAndNoAttention,
+    ImageClassifierOutputWithNoAttention,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .checkpoint import OfficialNames
+from .configuration_internimage import InternImageConfig
+from .dcnv3 import dcnv3_softmax
+
+
+register_checkpoint_conversion_mapping(InternImageConfig.model_type, [OfficialNames()], overwrite=True)
+
+
+class InternImageDropPath(nn.Module):
+    """Stochastic depth: drops a branch for whole samples and rescales the others (https://arxiv.org/abs/1603.09382)."""
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return hidden_states
+        keep_prob = 1.0 - self.drop_prob
+        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
+        return hidden_states * hidden_states.new_empty(shape).bernoulli_(keep_prob).div_(keep_prob)
+
+    def extra_repr(self) -> str:
+        return f"p={self.drop_prob}"
+
+
+class InternImageLayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of a (batch, channels, height, width) map."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = super().forward(hidden_states.permute(0, 2, 3, 1))
+        # The result is dense in channels-last order already; said aloud, it lets inductor fuse this chain for
+        # symbolic heights and widths.
+        return hidden_states.contiguous().permute(0, 3, 1, 2)
+
+
+class InternImageTokenBatchNorm(nn.BatchNorm1d):
+    """BatchNorm over the last dimension of (..., channels)."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.flatten(0, -2)).view_as(hidden_states)
+
+
+def _norm2d(config: InternImageConfig, channels: int) -> nn.Module:
+    if config.norm_layer == "BN":
+        return nn.BatchNorm2d(channels, eps=config.batch_norm_eps)
+    return InternImageLayerNorm2d(channels, eps=config.layer_norm_eps)
+
+
+def _token_norm(config: InternImageConfig, channels: int) -> nn.Module:
+    if config.norm_layer == "BN":
+        return InternImageTokenBatchNorm(channels, eps=config.batch_norm_eps)
+    return nn.LayerNorm(channels, eps=config.layer_norm_eps)
+
+
+def _linear(in_features: int, out_features: int, initialization: str) -> nn.Linear:
+    """A plain `nn.Linear` that tells `_init_weights` how to fill it: "zeros" or "xavier"."""
+    linear = nn.Linear(in_features, out_features)
+    linear.initialization = initialization
+    return linear
+
+
+class InternImageStem(nn.Module):
+    """Two 3x3 convolutions of stride 2, each with a norm: (N, 3, H, W) -> (N, C1, H/4, W/4)."""
+
+    def __init__(self, config: InternImageConfig):
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.conv1 = nn.Conv2d(config.num_channels, config.channels // 2, kernel_size=3, stride=2, padding=1)
+        self.norm1 = _norm2d(config, config.channels // 2)
+        self.activation = ACT2FN[config.hidden_act]
+        self.conv2 = nn.Conv2d(config.channels // 2, config.channels, kernel_size=3, stride=2, padding=1)
+        self.norm2 = _norm2d(config, config.channels)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"`pixel_values` must have the shape (batch, channels, height, width), got {tuple(pixel_values.shape)}"
+            )
+        if pixel_values.shape[1] != self.num_channels:
+            raise ValueError(
+                f"`pixel_values` must have {self.num_channels} channels (`config.num_channels`), "
+                f"got {pixel_values.shape[1]} in the shape {tuple(pixel_values.shape)}"
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"`pixel_values` must have a floating-point dtype, got {pixel_values.dtype}; "
+                "the image processor rescales and normalises images"
+            )
+        hidden_states = self.conv1(pixel_values.to(self.conv1.weight.dtype))  # (N, C1/2, H/2, W/2)
+        hidden_states = self.activation(self.norm1(hidden_states))
+        hidden_states = self.norm2(self.conv2(hidden_states))  # (N, C1, H/4, W/4)
+        return self.dropout(hidden_states)
+
+
+class InternImageDownsample(nn.Module):
+    """A 3x3 convolution of stride 2 and a norm between two stages: (N, C, H, W) -> (N, 2C, H/2, W/2)."""
+
+    def __init__(self, config: InternImageConfig, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 2 * channels, kernel_size=3, stride=2, padding=1, bias=False)
+        self.norm = _norm2d(config, 2 * channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(hidden_states))
+
+
+@use_kernel_forward_from_hub("DCNv3")
+class InternImageDeformableSampling(nn.Module):
+    """The DCNv3 operator with the softmax of the modulation mask (section 3.1, equation 2), without parameters.
+
+    A layer of its own so that `from_pretrained(..., use_kernels=True)` can put a kernel in its place.
+    """
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        offset: torch.Tensor,
+        mask: torch.Tensor,
+        groups: int,
+        offset_scale: float = 1.0,
+        remove_center: bool = False,
+    ) -> torch.Tensor:
+        return dcnv3_softmax(
+            input, offset, mask, groups=groups, offset_scale=offset_scale, remove_center=remove_center
+        )
+
+
+class InternImageDCNv3(nn.Module):
+    """Deformable convolution v3: offsets and modulation from a depth-wise convolution, then sampling in groups.
+
+    Input and output are (batch, height, width, channels).
+    """
+
+    def __init__(self, config: InternImageConfig, channels: int, groups: int):
+        super().__init__()
+        self.groups = groups
+        self.offset_scale = config.offset_scale
+        self.remove_center = config.remove_center
+        points = 9 - config.remove_center
+        dw_kernel_size = config.dw_kernel_size or 3
+
+        self.dw_conv = nn.Conv2d(channels, channels, dw_kernel_size, padding=dw_kernel_size // 2, groups=channels)
+        self.dw_norm = _norm2d(config, channels)
+        self.activation = ACT2FN[config.hidden_act]
+        self.offset = _linear(channels, groups * points * 2, "zeros")
+        self.mask = _linear(channels, groups * points, "zeros")
+        self.input_proj = _linear(channels, channels, "xavier")
+        self.output_proj = _linear(channels, channels, "xavier")
+        self.center_feature_scale_proj = _linear(channels, groups, "zeros") if config.center_feature_scale else None
+        self.sampling = InternImageDeformableSampling()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        value = self.input_proj(hidden_states)
+
+        query = self.dw_norm(self.dw_conv(hidden_states.permute(0, 3, 1, 2)))
+        query = self.activation(query.permute(0, 2, 3, 1))  # (N, H, W, C)
+
+        sampled = self.sampling(
+            value,
+            self.offset(query),
+            self.mask(query),
+            groups=self.groups,
+            offset_scale=self.offset_scale,
+            remove_center=self.remove_center,
+        )
+        if self.center_feature_scale_proj is not None:
+            gate = self.center_feature_scale_proj(query).sigmoid().unsqueeze(-1)  # (N, H, W, G, 1)
+            sampled, value = (tensor.unflatten(-1, (self.groups, -1)) for tensor in (sampled, value))
+            sampled = (sampled * (1 - gate) + value * gate).flatten(-2)
+        return self.output_proj(sampled)
+
+
+class InternImageMLP(nn.Module):
+    """Feed-forward network over the last dimension."""
+
+    def __init__(self, config: InternImageConfig, channels: int):
+        super().__init__()
+        hidden_channels = int(channels * config.mlp_ratio)
+        self.fc1 = nn.Linear(channels, hidden_channels)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(hidden_channels, channels)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.dropout(self.activation(self.fc1(hidden_states)))
+        return self.dropout(self.fc2(hidden_states))
+
+
+class InternImageLayer(GradientCheckpointingLayer):
+    """DCNv3 and a feed-forward network, each with norm, layer scale and drop path as the configuration says.
+
+    Input and output are (batch, height, width, channels).
+    """
+
+    def __init__(self, config: InternImageConfig, channels: int, groups: int, drop_path: float):
+        super().__init__()
+        self.layer_scale_init_value = config.layer_scale_init_value
+        self.post_norm = config.post_norm
+        has_layer_scale = config.layer_scale_init_value is not None
+
+        self.norm1 = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        self.dcn = InternImageDCNv3(config, channels, groups)
+        self.norm2 = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        self.mlp = InternImageMLP(config, channels)
+        self.drop_path = InternImageDropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.layer_scale1 = nn.Parameter(torch.empty(channels)) if has_layer_scale else None
+        self.layer_scale2 = nn.Parameter(torch.empty(channels)) if has_layer_scale else None
+        # The official code consults `res_post_norm` last: after `post_norm`, and only without layer scale.
+        if config.res_post_norm and not config.post_norm and not has_layer_scale:
+            self.res_post_norm1 = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+            self.res_post_norm2 = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        else:
+            self.res_post_norm1 = self.res_post_norm2 = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states + self._branch(
+            hidden_states, self.dcn, self.norm1, self.res_post_norm1, self.layer_scale1
+        )
+        return hidden_states + self._branch(
+            hidden_states, self.mlp, self.norm2, self.res_post_norm2, self.layer_scale2
+        )
+
+    def _branch(
+        self,
+        hidden_states: torch.Tensor,
+        block: nn.Module,
+        norm: nn.Module,
+        res_post_norm: nn.Module | None,
+        layer_scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        hidden_states = norm(block(hidden_states)) if self.post_norm else block(norm(hidden_states))
+        if res_post_norm is not None:
+            hidden_states = res_post_norm(hidden_states)
+        if layer_scale is not None:
+            hidden_states = layer_scale * hidden_states
+        return self.drop_path(hidden_states)
+
+
+class InternImageStage(nn.Module):
+    """The layers of one resolution, and the norms among and after them: (N, C, H, W) -> (N, C, H, W)."""
+
+    def __init__(self, config: InternImageConfig, stage: int, drop_path_rates: list[float]):
+        super().__init__()
+        channels = config.hidden_sizes[stage]
+        self.layers = nn.ModuleList(
+            InternImageLayer(config, channels, config.groups[stage], drop_path) for drop_path in drop_path_rates
+        )
+        # "level 2" counts from 0: it is the third stage
+        self.post_norm_block_ids = (config.level2_post_norm_block_ids or []) if stage == 2 else []
+        self.post_norms = nn.ModuleList(
+            nn.LayerNorm(channels, eps=config.layer_norm_eps) for _ in self.post_norm_block_ids
+        )
+        has_norm = not config.post_norm or config.center_feature_scale
+        self.norm = nn.LayerNorm(channels, eps=config.layer_norm_eps) if has_norm else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states.permute(0, 2, 3, 1)  # (N, H, W, C)
+        for i, layer in enumerate(self.layers):
+            hidden_states = layer(hidden_states)
+            if i in self.post_norm_block_ids:
+                hidden_states = self.post_norms[self.post_norm_block_ids.index(i)](hidden_states)
+        if self.norm is not None:
+            hidden_states = self.norm(hidden_states)
+        return hidden_states.permute(0, 3, 1, 2)  # (N, C, H, W)
+
+
+@dataclass
+class InternImageEncoderOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state: map of the last stage, (batch, channels, height, width).
+        stage_maps: maps of all stages, each before its downsample layer.
+        hidden_states: the stem's map and those of all stages, on request.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    stage_maps: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+class InternImageAveragePooler(nn.Module):
+    """The head of T to XL: 1x1 convolution, BatchNorm, activation, average over the map -> (N, int(C4 * cls_scale))."""
+
+    def __init__(self, config: InternImageConfig):
+        super().__init__()
+        self.hidden_size = int(config.hidden_sizes[-1] * config.cls_scale)
+        self.conv = nn.Conv2d(config.hidden_sizes[-1], self.hidden_size, kernel_size=1, bias=False)
+        self.norm = nn.BatchNorm2d(self.hidden_size, eps=config.batch_norm_eps)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, stage_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return self.activation(self.norm(self.conv(stage_maps[-1]))).mean((2, 3))
+
+
+class InternImageAttentionPool(nn.Module):
+    """Cross-attention from the mean token to all tokens: (N, tokens, C) -> (N, C_out)."""
+
+    num_heads = 16
+
+    def __init__(self, config: InternImageConfig, channels: int, out_channels: int):
+        super().__init__()
+        self.query_norm = _token_norm(config, channels)
+        self.key_norm = _token_norm(config, channels)
+        self.value_norm = _token_norm(config, channels)
+        self.query = nn.Linear(channels, channels)
+        self.key = nn.Linear(channels, channels)
+        self.value = nn.Linear(channels, channels)
+        self.output_proj = nn.Linear(channels, out_channels)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        query, key, value = (
+            projection(norm(hidden_states))
+            .unflatten(-1, (self.num_heads, -1))
+            .transpose(1, 2)  # (N, heads, ., C/heads)
+            for projection, norm, hidden_states in (
+                (self.query, self.query_norm, tokens.mean(1, keepdim=True)),
+                (self.key, self.key_norm, tokens),
+                (self.value, self.value_norm, tokens),
+            )
+        )
+        pooled = nn.functional.scaled_dot_product_attention(query, key, value)  # (N, heads, 1, C/heads)
+        return self.output_proj(pooled.flatten(1))
+
+
+class InternImageClipProjector(nn.Module):
+    """The head of H and G: stage 4 at the resolution of stage 3 plus stage 3, pooled by attention -> (N, 768)."""
+
+    hidden_size = 768
+    embed_size = 1024
+
+    def __init__(self, config: InternImageConfig):
+        super().__init__()
+        self.stage4_proj = nn.Conv2d(config.hidden_sizes[3], self.embed_size * 4, kernel_size=1)
+        self.pixel_shuffle = nn.PixelShuffle(2)
+        self.stage3_proj = nn.Conv2d(config.hidden_sizes[2], self.embed_size, kernel_size=1)
+        self.attention = InternImageAttentionPool(config, self.embed_size, self.hidden_size)
+        self.norm = _token_norm(config, self.hidden_size)
+
+    def forward(self, stage_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        stage3 = self.stage3_proj(stage_maps[2])  # (N, 1024, H/16, W/16)
+        stage4 = self.pixel_shuffle(self.stage4_proj(stage_maps[3]))
+        # One row or column more than stage 3 where that is odd-sized; the official code stops there.
+        stage4 = stage4[:, :, : stage3.shape[2], : stage3.shape[3]]
+        tokens = (stage3 + stage4).flatten(2).transpose(1, 2)
+        return self.norm(self.attention(tokens))
+
+
+def _none_is_unset(forward: Callable) -> Callable:
+    """Lets `output_hidden_states=None` and `return_dict=None` mean the configuration's value, as if not given."""
+
+    @wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        for name in ("output_hidden_states", "return_dict"):
+            if name in kwargs and kwargs[name] is None:
+                del kwargs[name]
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+class InternImagePreTrainedModel(PreTrainedModel):
+    """Initialisation, loading of pretrained weights, and what transformers asks of a model class."""
+
+    config: InternImageConfig
+    config_class = InternImageConfig
+    base_model_prefix = "internimage"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["InternImageLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As the authors do: offsets, masks and centre gates zero, DCNv3's projections Xavier, convolutions as PyTorch
+        does, other linear layers normal. Each module is judged by itself: transformers never asks about a module of
+        outside code that has no parameter of its own.
+        """
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            if getattr(module, "initialization", None) == "zeros":
+                init.zeros_(module.weight)
+            elif getattr(module, "initialization", None) == "xavier":
+                init.xavier_uniform_(module.weight)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, InternImageTokenBatchNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, InternImageLayer) and module.layer_scale1 is not None:
+            init.constant_(module.layer_scale1, module.layer_scale_init_value)
+            init.constant_(module.layer_scale2, module.layer_scale_init_value)
+
+    def _stem(self) -> InternImageStem:
+        base_model = getattr(self, self.base_model_prefix, self)
+        if not hasattr(base_model, "stem"):
+            raise NotImplementedError(f"{type(self).__name__} has no stem")
+        return base_model.stem
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The stem's first convolution: where tools that look for embeddings attach themselves."""
+        return self._stem().conv1
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self._stem().conv1 = value
+
+
+class InternImageEncoder(InternImagePreTrainedModel):
+    """The four stages and the downsample layers between them."""
+
+    main_input_name = "hidden_states"
+    _can_record_outputs = {"hidden_states": InternImageStage}  # noqa: RUF012
+
+    def __init__(self, config: InternImageConfig):
+        super().__init__(config)
+        num_layers = sum(config.depths)
+        if config.drop_path_type == "uniform":
+            rates = [config.drop_path_rate] * num_layers
+        else:
+            rates = torch.linspace(0, config.drop_path_rate, num_layers, device="cpu").tolist()
+        starts = [sum(config.depths[:stage]) for stage in range(len(config.depths))]
+        self.stages = nn.ModuleList(
+            InternImageStage(config, stage, rates[start : start + depth])
+            for stage, (start, depth) in enumerate(zip(starts, config.depths, strict=True))
+        )
+        self.downsamples = nn.ModuleList(
+            InternImageDownsample(config, channels) for channels in config.hidden_sizes[:-1]
+        )
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> InternImageEncoderOutput:
+        stage_maps = ()
+        for i, stage in enumerate(self.stages):
+            hidden_states = stage(hidden_states)
+            stage_maps += (hidden_states,)
+            if i < len(self.downsamples):
+                hidden_states = self.downsamples[i](hidden_states)
+        return InternImageEncoderOutput(last_hidden_state=hidden_states, stage_maps=stage_maps)
+
+
+class InternImageModel(InternImagePreTrainedModel):
+    """InternImage without a classifier.
+
+    Args:
+        config: the configuration.
+        add_pooling_layer: whether to build the pooler; without it `pooler_output` is None.
+    """
+
+    # a classification checkpoint's last layer
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\."]  # noqa: RUF012
+
+    def __init__(self, config: InternImageConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.stem = InternImageStem(config)
+        self.encoder = InternImageEncoder(config)
+        self.pooler = None
+        if add_pooling_layer:
+            self.pooler = (
+                InternImageClipProjector(config) if config.use_clip_projector else InternImageAveragePooler(config)
+            )
+        else:
+            self._keys_to_ignore_on_load_unexpected = [*self._keys_to_ignore_on_load_unexpected, r"(^|\.)pooler\."]
+        self.post_init()
+
+    @_none_is_unset
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.FloatTensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPoolingAndNoAttention:
+        r"""
+        Args:
+            pixel_values: normalised images, (batch, num_channels, height, width), of any height and width.
+            output_hidden_states (`bool`, *optional*): whether to return `hidden_states`.
+            return_dict (`bool`, *optional*): whether to return an output object and not a tuple.
+
+        Returns:
+            `last_hidden_state` (batch, hidden_sizes[-1], height/32, width/32), `pooler_output` (batch, width of the
+            head), and on request `hidden_states`: the maps of the stem and of the four stages.
+
+        Raises:
+            ValueError: if `pixel_values` is missing or its shape, channels or dtype are wrong.
+        """
+        if pixel_values is None:
+            raise ValueError("You have to specify `pixel_values`")
+        encoder_outputs = self.encoder(self.stem(pixel_values), **kwargs)
+        return BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=encoder_outputs.last_hidden_state,
+            pooler_output=self.pooler(encoder_outputs.stage_maps) if self.pooler is not None else None,
+            hidden_states=encoder_outputs.hidden_states,
+        )
+
+
+class InternImageForImageClassification(InternImagePreTrainedModel):
+    """InternImage with a linear classifier on the pooled features."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: InternImageConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.internimage = InternImageModel(config)
+        hidden_size = self.internimage.pooler.hidden_size
+        self.classifier = nn.Linear(hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @_none_is_unset
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> ImageClassifierOutputWithNoAttention:
+        r"""
+        Args:
+            pixel_values: normalised images, (batch, num_channels, height, width), of any height and width.
+            labels: (batch,) class indices for cross-entropy; (batch,) or (batch, num_labels) floats for regression
+                (mean squared error); (batch, num_labels) floats for several labels per image. `config.problem_type`
+                decides, or is set from `num_labels` and the dtype of the labels.
+            output_hidden_states (`bool`, *optional*): whether to return `hidden_states`.
+            return_dict (`bool`, *optional*): whether to return an output object and not a tuple.
+
+        Returns:
+            `loss` if there are labels, `logits` (batch, num_labels), and on request `hidden_states`.
+        """
+        outputs = self.internimage(pixel_values, return_dict=True, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+class InternImageBackbone(BackboneMixin, InternImagePreTrainedModel):
+    """InternImage as a backbone for detectors and segmenters: the maps of the stages in `config.out_features`."""
+
+    has_attentions = False
+    # what a classification checkpoint has behind the last stage
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"(^|\.)pooler\."]  # noqa: RUF012
+
+    def __init__(self, config: InternImageConfig):
+        super().__init__(config)
+        self.stem = InternImageStem(config)
+        self.encoder = InternImageEncoder(config)
+        self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
+        self.post_init()
+
+    @_none_is_unset
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: torch.FloatTensor, **kwargs) -> BackboneOutput:
+        r"""
+        Args:
+            pixel_values: normalised images, (batch, num_channels, height, width), of any height and width.
+            output_hidden_states (`bool`, *optional*): whether to return `hidden_states`.
+            return_dict (`bool`, *optional*): whether to return an output object and not a tuple.
+
+        Returns:
+            `feature_maps`, a tuple with one map per entry of `config.out_features`, in the order of
+            `config.stage_names`, and on request `hidden_states`.
+        """
+        stem_map = self.stem(pixel_values)
+        encoder_outputs = self.encoder(stem_map, **kwargs)
+        maps = zip(self.stage_names, (stem_map, *encoder_outputs.stage_maps), strict=True)
+        return BackboneOutput(
+            feature_maps=tuple(feature_map for name, feature_map in maps if name in self.out_features),
+            hidden_states=encoder_outputs.hidden_states,
+        )
+
+
+__all__ = [
+    "InternImageBackbone",
+    "InternImageForImageClassification",
+    "InternImageModel",
+    "InternImagePreTrainedModel",
+]
