@@ -14,7 +14,6 @@ from functools import wraps
 
 import torch
 from torch import nn
-
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -402,7 +401,7 @@ class InternImagePreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["InternImageLayer"]  # noqa: RUF012
+    _no_split_modules = ["InternImageLayer"]
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -447,7 +446,7 @@ class InternImageEncoder(InternImagePreTrainedModel):
     """The four stages and the downsample layers between them."""
 
     main_input_name = "hidden_states"
-    _can_record_outputs = {"hidden_states": InternImageStage}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": InternImageStage}
 
     def __init__(self, config: InternImageConfig):
         super().__init__(config)
@@ -486,7 +485,7 @@ class InternImageModel(InternImagePreTrainedModel):
     """
 
     # a classification checkpoint's last layer
-    _keys_to_ignore_on_load_unexpected = [r"^classifier\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
 
     def __init__(self, config: InternImageConfig, add_pooling_layer: bool = True):
         super().__init__(config)
@@ -575,7 +574,7 @@ class InternImageBackbone(BackboneMixin, InternImagePreTrainedModel):
 
     has_attentions = False
     # what a classification checkpoint has behind the last stage
-    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"(^|\.)pooler\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"(^|\.)pooler\."]
 
     def __init__(self, config: InternImageConfig):
         super().__init__(config)
