@@ -158,34 +158,19 @@ def translate_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 class OfficialNames(WeightRenaming):
-    """Lets `from_pretrained` read a checkpoint in the official names.
+    """`translate_key` as a step of transformers' weight loading.
 
-    One transform of transformers' weight loading (`register_checkpoint_conversion_mapping`). It only works on the way
-    in: by default transformers would undo a renaming when it saves, and a fine-tuned model would go back to names that
-    nothing but this package and the unmaintained code can read. Inside another model (a detector's backbone) there is
-    nothing to translate: such checkpoints never had official names.
+    It only works on the way in: a transform that transformers sees in use is undone when the model is saved, and a
+    fine-tuned model would go back to names that only this package and the unmaintained code can read.
     """
 
     __slots__ = ()
 
-    def __init__(self, source_patterns="official InternImage names", target_patterns="internimage"):
-        super().__init__(source_patterns, target_patterns)
+    def __init__(self):
+        super().__init__("official InternImage names", "ours")  # shown in messages alone
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        if self.scope_prefix is not None:
-            return source_key, None
-        renamed = translate_key(source_key)
-        return renamed, None if renamed == source_key else self.source_patterns[0]
-
-    def reverse_transform(self) -> "OfficialNames":
-        return _NothingToRename()
-
-
-class _NothingToRename(OfficialNames):
-    __slots__ = ()
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        return source_key, None
+        return translate_key(source_key), None
 
 
 __all__ = ["OfficialNames", "is_official_config", "translate_config", "translate_key", "translate_state_dict"]

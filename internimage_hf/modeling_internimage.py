@@ -9,7 +9,7 @@ Feature maps are (batch, channels, height, width) between modules and (batch, he
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 
 import torch
@@ -17,7 +17,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -33,9 +32,6 @@ from transformers.utils.output_capturing import capture_outputs
 from .checkpoint import OfficialNames
 from .configuration_internimage import InternImageConfig
 from .dcnv3 import dcnv3_softmax
-
-
-register_checkpoint_conversion_mapping(InternImageConfig.model_type, [OfficialNames()], overwrite=True)
 
 
 class InternImageDropPath(nn.Module):
@@ -83,6 +79,11 @@ def _token_norm(config: InternImageConfig, channels: int) -> nn.Module:
     if config.norm_layer == "BN":
         return InternImageTokenBatchNorm(channels, eps=config.batch_norm_eps)
     return nn.LayerNorm(channels, eps=config.layer_norm_eps)
+
+
+def _uses_res_post_norm(config: InternImageConfig) -> bool:
+    # The official code consults `res_post_norm` last: after `post_norm`, and only without layer scale.
+    return config.res_post_norm and not config.post_norm and config.layer_scale_init_value is None
 
 
 def _linear(in_features: int, out_features: int, initialization: str) -> nn.Linear:
@@ -239,8 +240,7 @@ class InternImageLayer(GradientCheckpointingLayer):
         self.drop_path = InternImageDropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.layer_scale1 = nn.Parameter(torch.empty(channels)) if has_layer_scale else None
         self.layer_scale2 = nn.Parameter(torch.empty(channels)) if has_layer_scale else None
-        # The official code consults `res_post_norm` last: after `post_norm`, and only without layer scale.
-        if config.res_post_norm and not config.post_norm and not has_layer_scale:
+        if _uses_res_post_norm(config):
             self.res_post_norm1 = nn.LayerNorm(channels, eps=config.layer_norm_eps)
             self.res_post_norm2 = nn.LayerNorm(channels, eps=config.layer_norm_eps)
         else:
@@ -404,6 +404,16 @@ class InternImagePreTrainedModel(PreTrainedModel):
     _no_split_modules = ["InternImageLayer"]
     _supports_sdpa = True
 
+    def __init__(self, config: InternImageConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if config.res_post_norm and not _uses_res_post_norm(config):
+            # The official code builds these norms, and saves them, even where it does not use them.
+            self._ignore_unexpected(r"\.res_post_norm[12]\.")
+
+    def _ignore_unexpected(self, pattern: str) -> None:
+        """Lets checkpoints have entries, for this one model, that it has no use for."""
+        self._keys_to_ignore_on_load_unexpected = [*(self._keys_to_ignore_on_load_unexpected or ()), pattern]
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """As the authors do: offsets, masks and centre gates zero, DCNv3's projections Xavier, convolutions as PyTorch
@@ -427,6 +437,14 @@ class InternImagePreTrainedModel(PreTrainedModel):
         elif isinstance(module, InternImageLayer) and module.layer_scale1 is not None:
             init.constant_(module.layer_scale1, module.layer_scale_init_value)
             init.constant_(module.layer_scale2, module.layer_scale_init_value)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        # Not `register_checkpoint_conversion_mapping`, which would save every model under the official names.
+        load_config = replace(load_config, weight_mapping=[OfficialNames(), *(load_config.weight_mapping or [])])
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
 
     def _stem(self) -> InternImageStem:
         base_model = getattr(self, self.base_model_prefix, self)
@@ -497,7 +515,7 @@ class InternImageModel(InternImagePreTrainedModel):
                 InternImageClipProjector(config) if config.use_clip_projector else InternImageAveragePooler(config)
             )
         else:
-            self._keys_to_ignore_on_load_unexpected = [*self._keys_to_ignore_on_load_unexpected, r"(^|\.)pooler\."]
+            self._ignore_unexpected(r"^(internimage\.)?pooler\.")
         self.post_init()
 
     @_none_is_unset
@@ -574,7 +592,7 @@ class InternImageBackbone(BackboneMixin, InternImagePreTrainedModel):
 
     has_attentions = False
     # what a classification checkpoint has behind the last stage
-    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"(^|\.)pooler\."]
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^(internimage\.)?pooler\."]
 
     def __init__(self, config: InternImageConfig):
         super().__init__(config)

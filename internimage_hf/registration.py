@@ -51,16 +51,23 @@ _pending = {
     "transformers.models.auto.modeling_auto": _register_models,
     "transformers.models.auto.image_processing_auto": _register_image_processor,
 }
-_lock = threading.RLock()
+_lock = threading.Lock()
 
 
 def _register_loaded() -> None:
-    with _lock:
-        for module in [module for module in _pending if module in sys.modules]:
-            # taken out first: registering imports modules, which comes back here
-            _pending.pop(module, lambda: None)()
-        if not _pending and _finder in sys.meta_path:
-            sys.meta_path.remove(_finder)
+    while loaded := [module for module in _pending if module in sys.modules]:
+        # Not waiting: who holds the lock may be this thread (registering imports modules, whose end comes back here) or
+        # one that needs an import lock of ours. Its holder looks at the list again once it has let go.
+        if not _lock.acquire(blocking=False):
+            return
+        try:
+            if loaded[0] in _pending:
+                _pending[loaded[0]]()
+                del _pending[loaded[0]]
+        finally:
+            _lock.release()
+    if not _pending and _finder in sys.meta_path:
+        sys.meta_path.remove(_finder)
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
