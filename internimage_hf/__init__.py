@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 # Imported on first use, as transformers does it: none of them is needed to make the Auto classes work.
 _EXPORTS = {
     "InternImageConfig": "configuration_internimage",
+    "InternImageImageProcessor": "image_processing_internimage",
     "InternImageBackbone": "modeling_internimage",
     "InternImageForImageClassification": "modeling_internimage",
     "InternImageModel": "modeling_internimage",

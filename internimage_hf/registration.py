@@ -35,13 +35,14 @@ def _register_models() -> None:
 
 
 def _register_image_processor() -> None:
-    from transformers import AutoImageProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    # from where it is defined: transformers 5.17 offers a placeholder at the top where torchvision is absent
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from .configuration_internimage import InternImageConfig
+    from .image_processing_internimage import InternImageImageProcessor
 
     AutoImageProcessor.register(
-        InternImageConfig, image_processor_classes={"pil": CLIPImageProcessorPil}, exist_ok=True
+        InternImageConfig, image_processor_classes={"pil": InternImageImageProcessor}, exist_ok=True
     )
 
 
