@@ -1,0 +1,39 @@
+# `make demo` and `make test` need nothing but Python 3.10 or newer: they make their own environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PYTEST_WORKERS ?= 2
+SOURCES = internimage_hf convert dcnv3_kernel examples benchmarks tests
+
+.PHONY: install demo test test-all style quality kernel kernel-compile wheel clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; say which by `make PYTHON=...`")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,kernels]"
+	touch $@
+
+# Fine-tunes a small model on scikit-learn's digits, and uses it: under three minutes on two cores.
+demo: install
+	$(BIN)/python examples/image_classification.py
+
+test: quality
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not slow"
+
+# With the long ones.
+test-all: quality
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+
+style: install
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+quality: install
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+
+clean:
+	rm -rf $(VENV) dist outputs .pytest_cache .ruff_cache

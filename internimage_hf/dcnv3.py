@@ -1,0 +1,265 @@
+# Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
+"""DCNv3, the deformable convolution of InternImage: argument checks and the choice of what computes it.
+
+The operator is defined in section 3.1, equation 2 of https://arxiv.org/abs/2211.05778; known as `DCNv3Function` and
+`dcnv3_core_pytorch` in OpenGVLab/InternImage (classification/ops_dcnv3/functions/dcnv3_func.py).
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+from .dcnv3_torch import Geometry, dcnv3_cpu, dcnv3_plain
+from .kernel_loader import get_dcnv3_kernel
+
+
+BACKENDS = ("auto", "torch", "kernel")
+
+_backend_in_context: ContextVar[str | None] = ContextVar("dcnv3_backend", default=None)
+
+
+def dcnv3(
+    input: torch.Tensor,
+    offset: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    kernel_size: int | tuple[int, int] = 3,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    groups: int,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Samples the input at P points around each output pixel and sums them, weighted by a modulation mask.
+
+    Point (ix, iy) of output column x samples, in a group, input column
+    `x*stride - padding + half - half*offset_scale + (ix*dilation + offset_x) * offset_scale` where
+    `half = (dilation*(kernel_size-1))//2`, and rows likewise: the offset scale stretches the kernel's grid and the
+    offsets alike. Sampling is bilinear, zero outside the image; a point counts if it lies strictly inside
+    (-1, height) x (-1, width), so one with a NaN offset does not.
+
+    Args:
+        input: (batch, height, width, channels), any floating-point dtype. Arithmetic is float32 for 16-bit inputs.
+        offset: (batch, height_out, width_out, groups * P * 2), in input pixels before scaling; x before y in each pair,
+            points down the kernel's columns first (`ix * kernel_height + iy`), groups outermost.
+        mask: (batch, height_out, width_out, groups * P), used as it is. P is the size of the kernel, less one with
+            `remove_center`.
+        kernel_size, stride, padding, dilation: an int or a (vertical, horizontal) pair.
+        groups: number of groups of channels that share offsets and mask; divides the channels.
+        offset_scale: see above.
+        remove_center: leave the kernel's centre out; needs a square kernel of odd size.
+        backend: "torch", "kernel", or "auto" for a kernel where there is one. By default the choice of
+            `use_dcnv3_backend`, then of the environment variable `DCNV3_BACKEND`, then "auto".
+
+    Returns:
+        (batch, height_out, width_out, channels) in the input's dtype, differentiable once in all three tensors.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if a shape, dtype, device or value is wrong; the message names the argument.
+        RuntimeError: if `backend` is "kernel" and there is none for the input's device.
+    """
+    geometry = _check(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale, remove_center)
+    return _call(input, offset, mask, geometry, False, backend)
+
+
+def dcnv3_softmax(
+    input: torch.Tensor,
+    offset: torch.Tensor,
+    mask_logits: torch.Tensor,
+    *,
+    kernel_size: int | tuple[int, int] = 3,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    groups: int,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """`dcnv3` with the mask normalised inside: a softmax of `mask_logits` over the P points of each group.
+
+    Arguments, result and errors as for `dcnv3`. Gradients are those of the logits.
+    """
+    geometry = _check(
+        input,
+        offset,
+        mask_logits,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        offset_scale,
+        remove_center,
+        mask_name="mask_logits",
+    )
+    return _call(input, offset, mask_logits, geometry, True, backend)
+
+
+# ----------------------------------------------------------------------------------------------------- choice of backend
+
+
+@contextmanager
+def use_dcnv3_backend(backend: str) -> Iterator[None]:
+    """Chooses the backend of all calls within the `with` block: "auto", "torch" or "kernel". Per thread and task.
+
+    Raises:
+        ValueError: if there is no such backend.
+    """
+    token = _backend_in_context.set(_known(backend, "backend"))
+    try:
+        yield
+    finally:
+        _backend_in_context.reset(token)
+
+
+def dcnv3_backend_report() -> dict[str, dict[str, str]]:
+    """What would compute DCNv3 on each kind of device here, and why: `{"cpu": {"backend": ..., "reason": ...}}`."""
+    choice, source = _chosen_backend(None)
+    report = {}
+    for device_type in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        if choice == "torch":
+            report[device_type] = {"backend": "torch", "reason": f"chosen by {source}"}
+            continue
+        kernel, reason = get_dcnv3_kernel(device_type)
+        report[device_type] = {"backend": "torch" if kernel is None else "kernel", "reason": reason}
+    return report
+
+
+def _known(backend: object, name: str) -> str:
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    return backend
+
+
+def _chosen_backend(argument: str | None) -> tuple[str, str]:
+    """The backend to use and what chose it."""
+    if argument is not None:
+        return _known(argument, "backend"), "the argument `backend`"
+    if (in_context := _backend_in_context.get()) is not None:
+        return in_context, "`use_dcnv3_backend`"
+    if environment := os.environ.get("DCNV3_BACKEND"):
+        return _known(environment, "DCNV3_BACKEND"), "the environment variable DCNV3_BACKEND"
+    return "auto", "default"
+
+
+def _call(
+    input: torch.Tensor,
+    offset: torch.Tensor,
+    mask: torch.Tensor,
+    geometry: Geometry,
+    softmax: bool,
+    backend: str | None,
+) -> torch.Tensor:
+    # Compilers cannot look into ContextVars and the environment, and exporters want standard operators: both get the
+    # plain formulation, as do tensors without data and tensors that only look like tensors.
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or input.is_meta
+        or type(input) not in (torch.Tensor, torch.nn.Parameter)
+    ):
+        return dcnv3_plain(input, offset, mask, geometry, softmax)
+
+    choice, _ = _chosen_backend(backend)
+    if choice != "torch":
+        kernel, reason = get_dcnv3_kernel(input.device.type)
+        if kernel is not None:
+            function = kernel.dcnv3_softmax if softmax else kernel.dcnv3
+            return function(input, offset, mask, **geometry._asdict())
+        if choice == "kernel":
+            raise RuntimeError(f"there is no DCNv3 kernel for the device {input.device.type!r}: {reason}")
+    if input.device.type == "cpu":
+        return dcnv3_cpu(input, offset, mask, geometry, softmax)
+    return dcnv3_plain(input, offset, mask, geometry, softmax)
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def _pair(value: int | tuple[int, int], name: str, minimum: int) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) and v >= minimum for v in pair):
+        raise ValueError(f"`{name}` must be an int of at least {minimum} or a pair of them, got {value!r}")
+    return pair
+
+
+def _check(
+    input: torch.Tensor,
+    offset: torch.Tensor,
+    mask: torch.Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    groups: int,
+    offset_scale: float,
+    remove_center: bool,
+    mask_name: str = "mask",
+) -> Geometry:
+    """Checks every argument of a call and returns its hyper-parameters."""
+    tensors = {"input": input, "offset": offset, mask_name: mask}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
+        if tensor.ndim != 4:
+            raise ValueError(
+                f"`{name}` must have the shape (batch, height, width, channels), got {tuple(tensor.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"`{name}` must have a floating-point dtype, got {tensor.dtype}")
+        if tensor.device != input.device:
+            raise ValueError(f"`{name}` must be on the device of `input`, {input.device}, got {tensor.device}")
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
+        raise ValueError(f"`groups` must be a positive int, got {groups!r}")
+    if not isinstance(offset_scale, (int, float)) or isinstance(offset_scale, bool) or not math.isfinite(offset_scale):
+        raise ValueError(f"`offset_scale` must be a finite number, got {offset_scale!r}")
+    if not isinstance(remove_center, (bool, int)) or remove_center not in (0, 1):
+        raise ValueError(f"`remove_center` must be a bool, got {remove_center!r}")
+
+    geometry = Geometry(
+        kernel_size=_pair(kernel_size, "kernel_size", 1),
+        stride=_pair(stride, "stride", 1),
+        padding=_pair(padding, "padding", 0),
+        dilation=_pair(dilation, "dilation", 1),
+        groups=groups,
+        offset_scale=float(offset_scale),
+        remove_center=bool(remove_center),
+    )
+    if remove_center and (geometry.kernel_size[0] != geometry.kernel_size[1] or geometry.kernel_size[0] % 2 == 0):
+        raise ValueError(f"`remove_center` needs a square `kernel_size` of odd size, got {kernel_size!r}")
+    if geometry.points == 0:
+        raise ValueError("`remove_center` of a 1x1 `kernel_size` leaves no point")
+
+    batch, height, width, channels = input.shape
+    if channels == 0 or channels % groups:
+        raise ValueError(f"`groups` must divide the channels of `input`, {channels}, got {groups}")
+    if height == 0 or width == 0:
+        raise ValueError(f"`input` must have a height and a width of at least 1, got the shape {tuple(input.shape)}")
+    height_out, width_out = geometry.output_size(height, width)
+    if height_out < 1 or width_out < 1:
+        raise ValueError(
+            f"`input` of the shape {tuple(input.shape)} is too small for kernel_size={kernel_size}, padding={padding}, "
+            f"dilation={dilation}: the output would be {height_out} x {width_out}"
+        )
+    for name, tensor, last in (
+        ("offset", offset, groups * geometry.points * 2),
+        (mask_name, mask, groups * geometry.points),
+    ):
+        expected = (batch, height_out, width_out, last)
+        if any(actual != wanted for actual, wanted in zip(tensor.shape, expected, strict=True)):
+            raise ValueError(
+                f"`{name}` must have the shape {tuple(expected)} "
+                f"({groups} groups of {geometry.points} points), got {tuple(tensor.shape)}"
+            )
+    return geometry
+
+
+__all__ = ["dcnv3", "dcnv3_backend_report", "dcnv3_softmax", "use_dcnv3_backend"]

@@ -1,0 +1,295 @@
+# Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
+"""DCNv3 in PyTorch, in two formulations of the same arithmetic (section 3.1, equation 2 of the InternImage paper).
+
+`dcnv3_plain` is differentiable PyTorch code around one `grid_sample`: what compilers and exporters see, and what devices
+other than the CPU run. It materialises every sampled point, as the official fallback (`dcnv3_core_pytorch`) does.
+
+`dcnv3_cpu` never does. Seen from an output pixel, one group's result is a weighted sum of 4 * P short rows of the input:
+what `embedding_bag` computes, vectorised over the channels of the group and without temporaries. Work goes in chunks
+whose buffers stay in the cache, and the backward pass recomputes instead of storing. `benchmarks/op_cpu.py` compares it
+with the alternatives.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Geometry(NamedTuple):
+    """The hyper-parameters of a call. Pairs are (vertical, horizontal)."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    offset_scale: float
+    remove_center: bool
+
+    @property
+    def points(self) -> int:
+        return self.kernel_size[0] * self.kernel_size[1] - self.remove_center
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        return tuple(
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in zip(
+                (height, width), self.kernel_size, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+
+    def kernel_positions(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and column in the kernel of each of the P points, x-major, int64."""
+        rows, columns = self.kernel_size
+        points = torch.arange(rows * columns, device=device)
+        if self.remove_center:
+            center = rows * columns // 2
+            points = torch.cat((points[:center], points[center + 1 :]))
+        return points % rows, points // rows
+
+    def base_positions(
+        self, axis: int, outputs: int, kernel_positions: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Where the points lie without offsets along an axis (0 vertical), in input pixels: (outputs, P)."""
+        half = (self.dilation[axis] * (self.kernel_size[axis] - 1)) // 2
+        centers = torch.arange(outputs, device=kernel_positions.device, dtype=dtype) * self.stride[axis]
+        centers = centers + (half - self.padding[axis] - half * self.offset_scale)
+        return centers[:, None] + kernel_positions.to(dtype) * (self.dilation[axis] * self.offset_scale)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic: float64 for float64, float32 for anything smaller."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def softmax_over_points(logits: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last dimension. `torch.softmax` takes several times as long on the CPU for nine values."""
+    exponentials = (logits - logits.amax(-1, keepdim=True)).exp()
+    return exponentials / exponentials.sum(-1, keepdim=True)
+
+
+def dcnv3_plain(
+    input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, geometry: Geometry, softmax: bool
+) -> torch.Tensor:
+    """DCNv3 as one `grid_sample` of all points. Shapes as for `dcnv3`."""
+    groups, points = geometry.groups, geometry.points
+    height, width = input.shape[1:3]
+    height_out, width_out = offset.shape[1:3]
+    dtype = compute_dtype(input.dtype)
+
+    kernel_rows, kernel_columns = geometry.kernel_positions(input.device)
+    offset = (
+        offset.to(dtype).unflatten(-1, (groups, points, 2)).permute(0, 3, 1, 2, 4, 5)
+    )  # (N, G, H_out, W_out, P, 2)
+    x = geometry.base_positions(1, width_out, kernel_columns, dtype) + offset[..., 0] * geometry.offset_scale
+    y = geometry.base_positions(0, height_out, kernel_rows, dtype)[:, None] + offset[..., 1] * geometry.offset_scale
+    # What does not lie inside (NaN does not) goes where nothing is sampled, and out of reach of an integer overflow.
+    x = torch.where((x > -1) & (x < width), x, -2)
+    y = torch.where((y > -1) & (y < height), y, -2)
+    grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), -1)
+
+    mask = mask.to(dtype).unflatten(-1, (groups, points))
+    if softmax:
+        mask = softmax_over_points(mask)
+    value = input.to(dtype).unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2)  # (N, G, C/G, H, W)
+    sampled = F.grid_sample(
+        value.flatten(0, 1),
+        grid.flatten(0, 1).flatten(2, 3),
+        mode="bilinear",
+        padding_mode="zeros",
+        align_corners=False,
+    )  # (N*G, C/G, H_out, W_out*P)
+    sampled = sampled.unflatten(-1, (width_out, points)).unflatten(0, (-1, groups))
+    output = (sampled * mask.permute(0, 3, 1, 2, 4).unsqueeze(2)).sum(-1)  # (N, G, C/G, H_out, W_out)
+    return output.permute(0, 3, 4, 1, 2).flatten(-2).to(input.dtype)
+
+
+# Sampling points of one chunk. Each needs about 60 bytes, and the buffers of two threads are to stay in the cache; fewer
+# points spend their time in the overhead of PyTorch's calls.
+_CHUNK_POINTS = 65536
+# Zeros around the image: a point that lies outside is moved to two pixels of them, and reads nothing else.
+_RING = 2
+
+
+def _positions(op: "_CpuOp", images: slice, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the points of some output rows of some images lie, in input pixels: x and y, (n, rows, W_out * G * P).
+
+    Inside means strictly inside (-1, size): everything else, NaN included, is moved to the ring of zeros.
+    """
+    offset = op.offset[images, rows]
+    offset = offset.reshape(*offset.shape[:2], -1, 2).to(op.dtype)
+    x = torch.add(op.base_x, offset[..., 0], alpha=op.geometry.offset_scale)
+    y = torch.add(op.base_y[rows], offset[..., 1], alpha=op.geometry.offset_scale)
+    for position, size in ((x, op.width), (y, op.height)):
+        F.threshold_(position, -1, -_RING).nan_to_num_(nan=-_RING, posinf=size).clamp_max_(size)
+    return x, y
+
+
+class _CpuOp:
+    """What all chunks of a call share."""
+
+    def __init__(
+        self, input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, geometry: Geometry, softmax: bool
+    ):
+        self.input, self.offset, self.mask, self.geometry, self.softmax = input, offset, mask, geometry, softmax
+        self.batch, self.height, self.width, self.channels = input.shape
+        self.height_out, self.width_out = offset.shape[1:3]
+        self.dtype = compute_dtype(input.dtype)
+        groups, points = geometry.groups, geometry.points
+        self.group_channels = self.channels // groups
+
+        self.table_height, self.table_width = self.height + 2 * _RING, self.width + 2 * _RING
+        points_per_row = self.width_out * groups * points
+        rows = max(1, _CHUNK_POINTS // points_per_row)
+        self.rows_per_chunk = min(rows, self.height_out)
+        self.images_per_chunk = min(max(1, rows // self.height_out), self.batch)
+        table_rows = self.images_per_chunk * self.table_height * self.table_width * groups
+        self.index_dtype = torch.int32 if table_rows < 2**31 else torch.int64
+
+        # Everything over (W_out, G, P) in full: a broadcast nine values long would keep PyTorch from vectorising.
+        kernel_rows, kernel_columns = geometry.kernel_positions(input.device)
+        base_x = geometry.base_positions(1, self.width_out, kernel_columns, self.dtype)
+        self.base_x = base_x[:, None].expand(-1, groups, -1).reshape(-1)
+        base_y = geometry.base_positions(0, self.height_out, kernel_rows, self.dtype)
+        self.base_y = base_y[:, None, :].expand(-1, self.width_out * groups, -1).reshape(self.height_out, -1)
+        group = torch.arange(groups, dtype=self.index_dtype) + _RING * (self.table_width + 1) * groups
+        self.base_index = group[:, None].expand(self.width_out, -1, points).reshape(-1)
+
+    def chunk_mask(self, images: slice, rows: slice) -> torch.Tensor:
+        """The mask of a chunk, normalised if this op does that: (n, rows, W_out*G, P)."""
+        mask = self.mask[images, rows]
+        mask = mask.reshape(*mask.shape[:2], -1, self.geometry.points).to(self.dtype)
+        return softmax_over_points(mask) if self.softmax else mask
+
+    def split_positions(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Leaves the fractional parts in `x` and `y`; returns the table's row of each point's upper left corner."""
+        groups = self.geometry.groups
+        y0 = y.floor()
+        y.sub_(y0)
+        index = y0.to(self.index_dtype).mul_(self.table_width * groups)
+        x0 = torch.floor(x, out=y0)
+        x.sub_(x0)
+        index.add_(x0.to(self.index_dtype), alpha=groups).add_(self.base_index)
+        if index.shape[0] > 1:
+            images = torch.arange(index.shape[0], dtype=self.index_dtype).view(-1, 1, 1)
+            index.add_(images * (self.table_height * self.table_width * groups))
+        return index
+
+    def forward(self) -> torch.Tensor:
+        output = self.input.new_empty(self.batch, self.height_out, self.width_out, self.channels)
+        for first in range(0, self.batch, self.images_per_chunk):
+            images = slice(first, min(first + self.images_per_chunk, self.batch))
+            table = F.pad(self.input[images].to(self.dtype), (0, 0, _RING, _RING, _RING, _RING))
+            table = table.view(-1, self.group_channels)
+            for row in range(0, self.height_out, self.rows_per_chunk):
+                rows = slice(row, min(row + self.rows_per_chunk, self.height_out))
+                output[images, rows] = self._forward_chunk(table, images, rows)
+        return output
+
+    def _forward_chunk(self, table: torch.Tensor, images: slice, rows: slice) -> torch.Tensor:
+        fx, fy = _positions(self, images, rows)
+        index = self.split_positions(fx, fy)
+        upper = self.chunk_mask(images, rows).view_as(fx)
+        lower = fy.mul_(upper)
+        upper = upper - lower
+        upper_right = upper * fx
+        lower_right = fx.mul_(lower)
+        weights = (upper.sub_(upper_right), upper_right, lower.sub_(lower_right), lower_right)
+
+        groups = self.geometry.groups
+        bags = torch.arange(0, index.numel(), self.geometry.points, dtype=self.index_dtype)
+        steps = (0, groups, self.table_width * groups - groups, groups)  # from corner to corner
+        total = None
+        for step, weight in zip(steps, weights, strict=True):
+            index.add_(step)
+            part = torch.embedding_bag(table, index.view(-1), bags, False, 0, False, weight.view(-1))[0]
+            total = part if total is None else total.add_(part)
+        return total.view(*fx.shape[:2], self.width_out, self.channels)
+
+    def backward(self, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        grads = tuple(
+            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (self.input, self.offset, self.mask)
+        )
+        for first in range(0, self.batch, self.images_per_chunk):
+            images = slice(first, min(first + self.images_per_chunk, self.batch))
+            for grad, part in zip(grads, self._image_grads(grad_output, images), strict=True):
+                grad[images] = part
+        return grads
+
+    def _image_grads(
+        self, grad_output: torch.Tensor, images: slice
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The three gradients of some images, by `grid_sample`'s own backward pass.
+
+        It scatters along the pixels, which makes it the fastest way in PyTorch to the gradient of the input, and gives
+        that of the positions at no extra cost. Hence the layout: (n*G, ..., pixels).
+        """
+        groups, points = self.geometry.groups, self.geometry.points
+        all_rows = slice(0, self.height_out)
+        value = self.input[images].to(self.dtype).unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)
+        number = value.shape[0] // groups
+
+        def pixels_last(tensor: torch.Tensor, size: int) -> torch.Tensor:
+            tensor = tensor.reshape(number, -1, groups, size).permute(0, 2, 3, 1)
+            return tensor.contiguous().flatten(0, 1)  # (n*G, size, pixels)
+
+        def pixels_first(tensor: torch.Tensor) -> torch.Tensor:
+            tensor = tensor.unflatten(0, (number, groups)).movedim(3, 1)  # (n, pixels, G, ...)
+            return tensor.reshape(number, self.height_out, self.width_out, -1)
+
+        normalised = self.chunk_mask(images, all_rows)
+        x, y, mask = (pixels_last(tensor, points) for tensor in (*_positions(self, images, all_rows), normalised))
+        grad = pixels_last(grad_output[images].to(self.dtype), self.group_channels)
+
+        grad_value = None
+        grad_grid, grad_mask = x.new_empty(*x.shape, 2), torch.empty_like(mask)
+        # One point of a large map at a time, all of a small one: the products are the largest buffers.
+        points_at_once = min(points, -(-_CHUNK_POINTS * 4 // grad.numel()))
+        products = grad.new_empty(grad.numel() * points_at_once)
+        for first in range(0, points, points_at_once):
+            some = slice(first, min(first + points_at_once, points))
+            grid = torch.stack(((2 * x[:, some] + 1) / self.width - 1, (2 * y[:, some] + 1) / self.height - 1), -1)
+            product = products[: grad.numel() * grid.shape[1]].view(*grad.shape[:2], grid.shape[1], -1)
+            sampled = F.grid_sample(value, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+            torch.mul(sampled, grad.unsqueeze(2), out=product)
+            torch.sum(product, 1, out=grad_mask[:, some])
+            torch.mul(grad.unsqueeze(2), mask[:, some].unsqueeze(1), out=product)
+            part, grad_grid[:, some] = torch.ops.aten.grid_sampler_2d_backward(
+                product, value, grid, 0, 0, False, [True, True]
+            )
+            grad_value = part if grad_value is None else grad_value.add_(part)
+
+        # From grid_sample's coordinates, in which the image is two long, to offsets.
+        pixels = torch.tensor([2 / self.width, 2 / self.height], dtype=self.dtype) * self.geometry.offset_scale
+        grad_mask = pixels_first(grad_mask)
+        if self.softmax:
+            grad_mask = grad_mask.reshape(normalised.shape)
+            grad_mask.sub_((grad_mask * normalised).sum(-1, keepdim=True)).mul_(normalised)
+        grad_value = grad_value.unflatten(0, (number, groups)).permute(0, 3, 4, 1, 2).flatten(-2)
+        return grad_value, pixels_first(grad_grid.mul_(pixels)), grad_mask.reshape(self.mask[images].shape)
+
+
+class _DCNv3Cpu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, offset, mask, geometry, softmax):
+        ctx.save_for_backward(input, offset, mask)
+        ctx.geometry, ctx.softmax = geometry, softmax
+        return _CpuOp(input, offset, mask, geometry, softmax).forward()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        return *_CpuOp(*ctx.saved_tensors, ctx.geometry, ctx.softmax).backward(grad_output), None, None
+
+
+def dcnv3_cpu(
+    input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, geometry: Geometry, softmax: bool
+) -> torch.Tensor:
+    """DCNv3 on CPU tensors by chunks, with a backward pass that recomputes. Shapes as for `dcnv3`."""
+    if input.numel() == 0 or offset.numel() == 0:
+        return dcnv3_plain(input, offset, mask, geometry, softmax)
+    return _DCNv3Cpu.apply(input, offset, mask, geometry, softmax)
+
+
+__all__ = ["Geometry", "compute_dtype", "dcnv3_cpu", "dcnv3_plain", "softmax_over_points"]
