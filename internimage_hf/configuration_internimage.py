@@ -9,6 +9,7 @@ spelling of the official code and of the repositories that its authors published
 import math
 from typing import Any
 
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -192,8 +193,8 @@ class InternImageConfig(BackboneConfigMixin, PreTrainedConfig):
             return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
         require(is_int(self.num_channels, 1), "num_channels", "a positive integer")
-        sizes = self.image_size if isinstance(self.image_size, list) else [self.image_size]
-        require(len(sizes) <= 2 and all(is_int(s, 1) for s in sizes), "image_size", "a positive integer or a pair")
+        sizes = self.image_size if isinstance(self.image_size, list) else [self.image_size] * 2
+        require(len(sizes) == 2 and all(is_int(s, 1) for s in sizes), "image_size", "a positive integer or a pair")
         require(is_int(self.channels, 2) and self.channels % 2 == 0, "channels", "a positive even integer")
         for name in ("depths", "groups"):
             values = getattr(self, name)
@@ -219,7 +220,11 @@ class InternImageConfig(BackboneConfigMixin, PreTrainedConfig):
             require(is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1, name, "a number in [0, 1)")
         require(self.norm_layer in ("LN", "BN"), "norm_layer", '"LN" or "BN"')
         require(self.drop_path_type in ("linear", "uniform"), "drop_path_type", '"linear" or "uniform"')
-        require(isinstance(self.hidden_act, str), "hidden_act", "the name of an activation, such as 'gelu'")
+        require(
+            isinstance(self.hidden_act, str) and self.hidden_act in ACT2FN,
+            "hidden_act",
+            "the name of an activation in transformers, such as 'gelu'",
+        )
         require(
             self.layer_scale_init_value is None or is_number(self.layer_scale_init_value),
             "layer_scale_init_value",

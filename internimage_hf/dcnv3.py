@@ -13,7 +13,7 @@ from contextvars import ContextVar
 
 import torch
 
-from .dcnv3_torch import Geometry, dcnv3_cpu, dcnv3_plain
+from .dcnv3_torch import Geometry, dcnv3_cpu, dcnv3_cpu_compiled, dcnv3_plain
 from .kernel_loader import get_dcnv3_kernel
 
 
@@ -158,8 +158,10 @@ def _call(
     softmax: bool,
     backend: str | None,
 ) -> torch.Tensor:
-    # Compilers cannot look into ContextVars and the environment, and exporters want standard operators: both get the
-    # plain formulation, as do tensors without data and tensors that only look like tensors.
+    # Compilers cannot look into ContextVars and the environment. Exporters want standard operators alone, and so do
+    # tensors without data and those that only look like tensors.
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and input.device.type == "cpu":
+        return dcnv3_cpu_compiled(input, offset, mask, geometry, softmax)
     if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -219,7 +221,9 @@ def _check(
             raise ValueError(f"`{name}` must be on the device of `input`, {input.device}, got {tensor.device}")
     if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
         raise ValueError(f"`groups` must be a positive int, got {groups!r}")
-    if not isinstance(offset_scale, (int, float)) or isinstance(offset_scale, bool) or not math.isfinite(offset_scale):
+    # not `math.isfinite`, which cannot be traced with the symbolic floats of torch.compile(dynamic=True)
+    is_number = isinstance(offset_scale, (int, float)) and not isinstance(offset_scale, bool)
+    if not is_number or not abs(offset_scale) < math.inf:
         raise ValueError(f"`offset_scale` must be a finite number, got {offset_scale!r}")
     if not isinstance(remove_center, (bool, int)) or remove_center not in (0, 1):
         raise ValueError(f"`remove_center` must be a bool, got {remove_center!r}")

@@ -292,4 +292,71 @@ def dcnv3_cpu(
     return _DCNv3Cpu.apply(input, offset, mask, geometry, softmax)
 
 
-__all__ = ["Geometry", "compute_dtype", "dcnv3_cpu", "dcnv3_plain", "softmax_over_points"]
+# The same for torch.compile, which cannot look into an operator of ours. It would take `dcnv3_plain` apart instead: into
+# more memory and time than the chunks take, after minutes of compilation for symbolic sizes. (A loop of `grid_sample`s,
+# which it also could take apart, is compiled into code that corrupts the heap when training, torch 2.13 and 2.15.)
+
+
+@torch.library.custom_op("internimage_hf::dcnv3_cpu", mutates_args=(), device_types="cpu")
+def _compiled_forward(
+    input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, sizes: list[int], offset_scale: float, softmax: bool
+) -> torch.Tensor:
+    with torch.no_grad():
+        return dcnv3_cpu(input, offset, mask, _unpacked(sizes, offset_scale), softmax)
+
+
+@_compiled_forward.register_fake
+def _(input, offset, mask, sizes, offset_scale, softmax):
+    return input.new_empty(*offset.shape[:3], input.shape[3])
+
+
+@torch.library.custom_op("internimage_hf::dcnv3_cpu_backward", mutates_args=(), device_types="cpu")
+def _compiled_backward(
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    offset: torch.Tensor,
+    mask: torch.Tensor,
+    sizes: list[int],
+    offset_scale: float,
+    softmax: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if input.numel() == 0 or offset.numel() == 0:
+        return torch.zeros_like(input), torch.zeros_like(offset), torch.zeros_like(mask)
+    return _CpuOp(input, offset, mask, _unpacked(sizes, offset_scale), softmax).backward(grad_output)
+
+
+@_compiled_backward.register_fake
+def _(grad_output, input, offset, mask, sizes, offset_scale, softmax):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (input, offset, mask))
+
+
+def _save_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _backward(ctx, grad_output):
+    return *_compiled_backward(grad_output, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+_compiled_forward.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _packed(geometry: Geometry) -> list[int]:
+    pairs = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)
+    return [*(size for pair in pairs for size in pair), geometry.groups, int(geometry.remove_center)]
+
+
+def _unpacked(sizes: list[int], offset_scale: float) -> Geometry:
+    pairs = [(sizes[i], sizes[i + 1]) for i in range(0, 8, 2)]
+    return Geometry(*pairs, groups=sizes[8], offset_scale=offset_scale, remove_center=bool(sizes[9]))
+
+
+def dcnv3_cpu_compiled(
+    input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, geometry: Geometry, softmax: bool
+) -> torch.Tensor:
+    """`dcnv3_cpu` as one operator that torch.compile leaves alone. Shapes as for `dcnv3`."""
+    return _compiled_forward(input, offset, mask, _packed(geometry), geometry.offset_scale, softmax)
+
+
+__all__ = ["Geometry", "compute_dtype", "dcnv3_cpu", "dcnv3_cpu_compiled", "dcnv3_plain", "softmax_over_points"]

@@ -538,7 +538,7 @@ class InternImageModel(InternImagePreTrainedModel):
         """
         if pixel_values is None:
             raise ValueError("You have to specify `pixel_values`")
-        encoder_outputs = self.encoder(self.stem(pixel_values), **kwargs)
+        encoder_outputs = self.encoder(self.stem(pixel_values), return_dict=True, **kwargs)
         return BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=encoder_outputs.last_hidden_state,
             pooler_output=self.pooler(encoder_outputs.stage_maps) if self.pooler is not None else None,
@@ -616,7 +616,7 @@ class InternImageBackbone(BackboneMixin, InternImagePreTrainedModel):
             `config.stage_names`, and on request `hidden_states`.
         """
         stem_map = self.stem(pixel_values)
-        encoder_outputs = self.encoder(stem_map, **kwargs)
+        encoder_outputs = self.encoder(stem_map, return_dict=True, **kwargs)
         maps = zip(self.stage_names, (stem_map, *encoder_outputs.stage_maps), strict=True)
         return BackboneOutput(
             feature_maps=tuple(feature_map for name, feature_map in maps if name in self.out_features),

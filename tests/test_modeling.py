@@ -114,7 +114,7 @@ def test_return_dict_and_hidden_states(model_class):
     first = as_tuple[0] if torch.is_tensor(as_tuple[0]) else as_tuple[0][0]
     torch.testing.assert_close(first, outputs[0] if torch.is_tensor(outputs[0]) else outputs[0][0])
 
-    asking = model_class(tiny_config(output_hidden_states=True, return_dict=False))
+    asking = model_class(tiny_config(output_hidden_states=True, return_dict=False)).eval()
     assert isinstance(asking(pixel_values), tuple)
     outputs = asking(pixel_values, return_dict=True, output_hidden_states=None)
     assert len(outputs.hidden_states) == 5
@@ -226,7 +226,7 @@ def test_batching_changes_nothing(variant):
     with torch.no_grad():
         together = model(pixel_values).logits
         alone = torch.cat([model(image[None]).logits for image in pixel_values])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together, alone, atol=1e-4 * float(together.abs().max()), rtol=0)
 
 
 def test_memory_format_changes_nothing():
@@ -316,7 +316,7 @@ def test_initialisation(variant):
             elif name.endswith("_proj.weight") and ".dcn." in name:  # Xavier uniform
                 bound = (6 / sum(parameter.shape)) ** 0.5
                 assert parameter.abs().max() <= bound and parameter.std() > 0.4 * bound, name
-            elif "conv" in name and name.endswith("weight"):  # uniform in +-1/sqrt(fan in), as nn.Conv2d does
+            elif parameter.ndim == 4:  # a convolution: uniform in +-1/sqrt(fan in), as nn.Conv2d does
                 bound = parameter[0].numel() ** -0.5
                 assert parameter.abs().max() <= bound and parameter.std() > 0.4 * bound, name
             elif name.endswith("weight"):
@@ -360,7 +360,7 @@ def test_new_head_on_a_checkpoint(tmp_path):
     InternImageForImageClassification(tiny_config()).save_pretrained(tmp_path)
     model = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
     assert model.classifier.weight.shape[0] == 3 and model.num_labels == 3
-    with pytest.raises(RuntimeError, match="classifier"):
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3)
 
 
