@@ -1,0 +1,275 @@
+"""The package as a whole: import, registration, image processor, remote code, README, command lines."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES, ROOT, TINY, TINY_VARIANTS
+from PIL import Image
+
+from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageImageProcessor
+
+
+def run_python(program: str, *arguments: str, cwd=ROOT, **environment: str) -> str:
+    """Runs a program in a fresh interpreter and returns what it printed."""
+    import os
+
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------- import
+
+
+def test_import_is_light_silent_and_offline():
+    output = run_python(
+        """
+        import socket, sys, time
+        import transformers
+
+        def refuse(*args, **kwargs):
+            raise AssertionError("the network was used")
+        socket.socket.connect = refuse
+
+        before = set(sys.modules)
+        start = time.perf_counter()
+        import internimage_hf
+        seconds = time.perf_counter() - start
+        extras = {"accelerate", "datasets", "kernels", "matplotlib", "torchvision", "timm"}
+        loaded = {name.split(".")[0] for name in set(sys.modules) - before}
+        print(seconds < 0.3, sorted(loaded & extras), "torch" in loaded)
+        """
+    )
+    assert output == "True [] False\n"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import internimage_hf; from transformers import AutoConfig, AutoModel, AutoBackbone",
+        "from transformers import AutoConfig, AutoModel, AutoBackbone; import internimage_hf",
+        "import internimage_hf; from transformers import DetrForObjectDetection, AutoConfig, AutoModel, AutoBackbone",
+        "import internimage_hf; from transformers import Trainer, AutoConfig, AutoModel, AutoBackbone",
+        "from internimage_hf import InternImageModel; from transformers import AutoConfig, AutoModel, AutoBackbone",
+        "import internimage_hf.modeling_internimage; from transformers import AutoBackbone, AutoModel, AutoConfig",
+        "import transformers.modeling_layers, internimage_hf; from transformers import AutoModel, AutoBackbone, AutoConfig",
+    ],
+)
+def test_auto_classes_know_the_model_in_any_order_of_import(imports):
+    output = run_python(
+        imports
+        + """
+config = AutoConfig.for_model("internimage", channels=8, depths=[1, 1, 1, 1], groups=[1, 1, 1, 1])
+print(type(AutoModel.from_config(config)).__name__, type(AutoBackbone.from_config(config)).__name__)
+"""
+    )
+    assert output == "InternImageModel InternImageBackbone\n"
+
+
+def test_public_names():
+    import internimage_hf
+
+    for name in internimage_hf.__all__:
+        assert getattr(internimage_hf, name) is not None
+    assert set(internimage_hf.__all__) <= set(dir(internimage_hf))
+    with pytest.raises(AttributeError, match="nonsense"):
+        internimage_hf.nonsense  # noqa: B018
+
+
+# -------------------------------------------------------------------------------------------------- image processor
+
+
+def official_transform(image: Image.Image, size: int) -> torch.Tensor:
+    """Resize(size, bicubic), CenterCrop(size), ToTensor, Normalize of torchvision, on PIL images."""
+    width, height = image.size
+    if width <= height:
+        new_width, new_height = size, int(size * height / width)
+    else:
+        new_width, new_height = int(size * width / height), size
+    image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
+    left, top = round((new_width - size) / 2.0), round((new_height - size) / 2.0)
+    pixels = torch.from_numpy(np.array(image.crop((left, top, left + size, top + size)))).permute(2, 0, 1) / 255
+    return (pixels - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
+        :, None, None
+    ]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 67), (131, 97), (100, 300), (33, 20), (640, 427)])
+def test_pixels_equal_the_official_transform(size, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    processor = InternImageImageProcessor.from_pretrained(FIXTURES / "hf_t_like")
+    expected = official_transform(image, 64)
+    torch.testing.assert_close(processor(image, return_tensors="pt")["pixel_values"][0], expected, atol=1e-6, rtol=0)
+    processor.save_pretrained(tmp_path)
+    again = auto_image_processor().from_pretrained(tmp_path)
+    assert type(again) is InternImageImageProcessor
+    torch.testing.assert_close(again(image, return_tensors="pt")["pixel_values"][0], expected, atol=1e-6, rtol=0)
+
+
+def auto_image_processor():
+    # from where it is defined: transformers 5.17 offers a placeholder at the top where torchvision is absent
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    return AutoImageProcessor
+
+
+def test_published_preprocessor_config():
+    processor = auto_image_processor().from_pretrained(FIXTURES / "hf_t_like", backend="pil")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 130, 3), dtype=np.uint8))
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixel_values[0], official_transform(image, 64), atol=1e-6, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------ remote code
+
+LOAD_WITHOUT_THE_PACKAGE = """
+    import importlib.util, sys
+    import torch
+    from safetensors.torch import load_file
+    assert importlib.util.find_spec("internimage_hf") is None, "the package must not be importable here"
+    from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+    folder, expected = sys.argv[1], load_file(sys.argv[2])
+    for auto_class in (AutoModelForImageClassification, AutoModel):
+        model = auto_class.from_pretrained(folder, trust_remote_code=True).eval()
+        outputs = model(expected["pixel_values"])
+        name = "logits" if "logits" in outputs else "pooler_output"
+        torch.testing.assert_close(outputs[name], expected[name], atol=1e-6, rtol=1e-6)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True, out_features=["stage1", "stage4"])
+    assert len(AutoBackbone.from_config(config, trust_remote_code=True)(expected["pixel_values"]).feature_maps) == 2
+    print("equal", type(model).__module__.split(".")[0])
+"""
+
+
+def bare_environment(tmp_path):
+    """A folder of links to the installed packages without this one, and the variables that make Python use it."""
+    import internimage_hf
+
+    site = tmp_path / "site-packages"
+    site.mkdir()
+    installed = next(p for p in map(type(tmp_path), sys.path) if (p / "transformers").is_dir())
+    for entry in installed.iterdir():
+        if "internimage" not in entry.name and entry.suffix != ".pth":
+            (site / entry.name).symlink_to(entry)
+    assert not (site / "internimage_hf").exists() and internimage_hf
+    return {"PYTHONPATH": str(site), "PYTHONNOUSERSITE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+
+
+@pytest.mark.parametrize("route", ["save_with_remote_code", "register_for_auto_class"])
+@pytest.mark.parametrize("variant", ["res_post_norm", "clip"])
+def test_remote_code_loads_without_the_package(route, variant, tmp_path):
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "model"
+    program = f"""
+        import torch
+        from safetensors.torch import save_file
+        from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageModel
+        from internimage_hf import InternImageBackbone, save_with_remote_code
+        torch.manual_seed(0)
+        model = InternImageForImageClassification(InternImageConfig(**{ {**TINY, **TINY_VARIANTS[variant]}!r})).eval()
+        torch.nn.init.normal_(model.internimage.encoder.stages[0].layers[0].dcn.offset.weight)
+        if {route == "save_with_remote_code"}:
+            save_with_remote_code(model, {str(folder)!r})
+        else:
+            InternImageConfig.register_for_auto_class()
+            InternImageForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+            model.save_pretrained({str(folder)!r})
+        pixel_values = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            save_file(
+                {{
+                    "pixel_values": pixel_values,
+                    "logits": model(pixel_values).logits,
+                    "pooler_output": model.internimage(pixel_values).pooler_output,
+                }},
+                {str(tmp_path / "expected.safetensors")!r},
+            )
+    """
+    assert save_file
+    run_python(program)
+    load = LOAD_WITHOUT_THE_PACKAGE
+    if route == "register_for_auto_class":  # which names one Auto class, not all of them
+        load = load.replace("(AutoModelForImageClassification, AutoModel)", "(AutoModelForImageClassification,)")
+        load = re.sub(r"    config = .*\n    assert len.*\n", "", load)
+    output = run_python(load, folder, tmp_path / "expected.safetensors", cwd=tmp_path, **bare_environment(tmp_path))
+    assert output == "equal transformers_modules\n"
+    # with the package, the package's own classes serve, and nobody is asked to trust anything
+    output = run_python(
+        """
+        import sys, internimage_hf
+        from transformers import AutoModelForImageClassification
+        print(type(AutoModelForImageClassification.from_pretrained(sys.argv[1])).__module__)
+        """,
+        folder,
+    )
+    assert output == "internimage_hf.modeling_internimage\n"
+
+
+def test_remote_code_refuses_other_models(tmp_path):
+    from internimage_hf import save_with_remote_code
+
+    with pytest.raises(TypeError, match="Linear"):
+        save_with_remote_code(torch.nn.Linear(1, 1), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+# ------------------------------------------------------------------------------------------------- pipeline and README
+
+
+def test_pipeline_names_the_classes(tmp_path):
+    from transformers import pipeline
+
+    model = InternImageForImageClassification(InternImageConfig(**{**TINY, "num_labels": 1000}))
+    model.save_pretrained(tmp_path)
+    shutil.copy(FIXTURES / "hf_t_like" / "preprocessor_config.json", tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    file = tmp_path / "image.png"
+    image.save(file)
+    classifier = pipeline("image-classification", model=str(tmp_path))
+    for result in (*classifier([image, str(file)], top_k=3), classifier(image.convert("L"), top_k=3)):
+        assert len(result) == 3 and all(not r["label"].startswith("LABEL") for r in result)
+
+
+def readme_snippets() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_readme_snippets_run(tmp_path):
+    """Every Python snippet, in order, in one interpreter, with a small checkpoint in the place of the Hub's."""
+    snippets = readme_snippets()
+    assert len(snippets) >= 4
+    checkpoint = tmp_path / "checkpoint"
+    config = InternImageConfig(**{**TINY, "num_labels": 1000, "image_size": 64})
+    InternImageForImageClassification(config).save_pretrained(checkpoint)
+    shutil.copy(FIXTURES / "hf_t_like" / "preprocessor_config.json", checkpoint)
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = rng.integers(0, 256, (70, 90, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    Image.fromarray(pixels).save(tmp_path / "cat.jpg")
+    program = "\n".join(snippets).replace("OpenGVLab/internimage_t_1k_224", str(checkpoint))
+    run_python(program, cwd=tmp_path, PYTHONPATH=str(ROOT))
+
+
+def test_readme_figures_are_those_of_the_released_models():
+    readme = (ROOT / "README.md").read_text()
+    for name, released in json.loads((FIXTURES / "released_models.json").read_text()).items():
+        assert f"`OpenGVLab/{name}`" in readme, name
+        assert f"{released['num_parameters']:,}" in readme, name
