@@ -208,66 +208,92 @@ class _CpuOp:
         return total.view(*fx.shape[:2], self.width_out, self.channels)
 
     def backward(self, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        grads = tuple(
-            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (self.input, self.offset, self.mask)
-        )
-        for first in range(0, self.batch, self.images_per_chunk):
-            images = slice(first, min(first + self.images_per_chunk, self.batch))
-            for grad, part in zip(grads, self._image_grads(grad_output, images), strict=True):
-                grad[images] = part
-        return grads
-
-    def _image_grads(
-        self, grad_output: torch.Tensor, images: slice
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The three gradients of some images, by `grid_sample`'s own backward pass.
+        """The three gradients, by `grid_sample`'s own backward pass.
 
         It scatters along the pixels, which makes it the fastest way in PyTorch to the gradient of the input, and gives
-        that of the positions at no extra cost. Hence the layout: (n*G, ..., pixels).
+        that of the positions at no extra cost. Hence the layout, (n, G, ..., pixels), in which the sums over the points
+        and over the channels are vectorised as well.
         """
-        groups, points = self.geometry.groups, self.geometry.points
-        all_rows = slice(0, self.height_out)
+        grads = tuple(
+            torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            for tensor in (self.input, self.offset, self.mask)
+        )
+        kernel_rows, kernel_columns = self.geometry.kernel_positions(self.input.device)
+        pixels = (self.geometry.points, self.height_out, self.width_out)
+        base_x = self.geometry.base_positions(1, self.width_out, kernel_columns, self.dtype).T[:, None, :]
+        base_y = self.geometry.base_positions(0, self.height_out, kernel_rows, self.dtype).T[:, :, None]
+        bases = [base.expand(pixels).flatten(1) for base in (base_x, base_y)]  # (P, pixels)
+        for first in range(0, self.batch, self.images_per_chunk):
+            images = slice(first, min(first + self.images_per_chunk, self.batch))
+            self._backward_images(grad_output[images], images, bases, *(grad[images] for grad in grads))
+        return grads
+
+    def _backward_images(
+        self,
+        grad_output: torch.Tensor,
+        images: slice,
+        bases: list[torch.Tensor],
+        grad_input: torch.Tensor,
+        grad_offset: torch.Tensor,
+        grad_mask: torch.Tensor,
+    ) -> None:
+        """Writes the gradients of some images to where they belong."""
+        groups, points, scale = self.geometry.groups, self.geometry.points, self.geometry.offset_scale
+        number, num_pixels = grad_output.shape[0], self.height_out * self.width_out
+        per_point = (number, num_pixels, groups, points)
         value = self.input[images].to(self.dtype).unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)
-        number = value.shape[0] // groups
 
-        def pixels_last(tensor: torch.Tensor, size: int) -> torch.Tensor:
-            tensor = tensor.reshape(number, -1, groups, size).permute(0, 2, 3, 1)
-            return tensor.contiguous().flatten(0, 1)  # (n*G, size, pixels)
+        # x and y in planes of their own: (n, G, P, pixels), in grid_sample's coordinates, in which the image is two long
+        planes = value.new_empty(2, number, groups, points, num_pixels)
+        planes.copy_(self.offset[images].reshape(*per_point, 2).permute(4, 0, 2, 3, 1))
+        if scale != 1:
+            planes.mul_(scale)
+        sizes = (self.width, self.height)
+        for plane, base in zip(planes, bases, strict=True):
+            plane.add_(base)
+        # What is not strictly inside goes a pixel further: the change of coordinates rounds, and a point exactly on an
+        # edge, as all of them are before training, must not come back in with a gradient.
+        F.threshold_(planes, -1, -_RING).nan_to_num_(nan=-_RING).neg_()
+        for plane, size in zip(planes, sizes, strict=True):
+            F.threshold_(plane, -size, -size - 1).mul_(-2 / size).add_(1 / size - 1)
+        grid = planes.flatten(1, 2).permute(1, 2, 3, 0)  # (n*G, P, pixels, 2)
 
-        def pixels_first(tensor: torch.Tensor) -> torch.Tensor:
-            tensor = tensor.unflatten(0, (number, groups)).movedim(3, 1)  # (n, pixels, G, ...)
-            return tensor.reshape(number, self.height_out, self.width_out, -1)
+        mask = torch.empty_like(planes[0]).copy_(self.mask[images].reshape(per_point).permute(0, 2, 3, 1))
+        if self.softmax:
+            mask.sub_(mask.amax(2, keepdim=True)).exp_()
+            mask.div_(mask.sum(2, keepdim=True))
+        by_mask = torch.empty_like(mask)
+        grad = value.new_empty(number, groups, self.group_channels, num_pixels)
+        grad.copy_(grad_output.reshape(number, num_pixels, groups, -1).permute(0, 2, 3, 1))
 
-        normalised = self.chunk_mask(images, all_rows)
-        x, y, mask = (pixels_last(tensor, points) for tensor in (*_positions(self, images, all_rows), normalised))
-        grad = pixels_last(grad_output[images].to(self.dtype), self.group_channels)
-
-        grad_value = None
-        grad_grid, grad_mask = x.new_empty(*x.shape, 2), torch.empty_like(mask)
         # One point of a large map at a time, all of a small one: the products are the largest buffers.
         points_at_once = min(points, -(-_CHUNK_POINTS * 4 // grad.numel()))
         products = grad.new_empty(grad.numel() * points_at_once)
+        by_value, by_grid = None, []
         for first in range(0, points, points_at_once):
             some = slice(first, min(first + points_at_once, points))
-            grid = torch.stack(((2 * x[:, some] + 1) / self.width - 1, (2 * y[:, some] + 1) / self.height - 1), -1)
-            product = products[: grad.numel() * grid.shape[1]].view(*grad.shape[:2], grid.shape[1], -1)
-            sampled = F.grid_sample(value, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-            torch.mul(sampled, grad.unsqueeze(2), out=product)
-            torch.sum(product, 1, out=grad_mask[:, some])
-            torch.mul(grad.unsqueeze(2), mask[:, some].unsqueeze(1), out=product)
-            part, grad_grid[:, some] = torch.ops.aten.grid_sampler_2d_backward(
-                product, value, grid, 0, 0, False, [True, True]
+            shape = (number, groups, self.group_channels, some.stop - some.start, num_pixels)
+            product = products[: grad.numel() * shape[3]].view(shape)
+            sampled = F.grid_sample(value, grid[:, some], mode="bilinear", padding_mode="zeros", align_corners=False)
+            torch.mul(sampled.view(shape), grad.unsqueeze(3), out=product)
+            torch.sum(product, 2, out=by_mask[:, :, some])
+            del sampled
+            torch.mul(grad.unsqueeze(3), mask[:, :, some].unsqueeze(2), out=product)
+            some_by_value, some_by_grid = torch.ops.aten.grid_sampler_2d_backward(
+                product.flatten(0, 1), value, grid[:, some], 0, 0, False, [True, True]
             )
-            grad_value = part if grad_value is None else grad_value.add_(part)
+            by_value = some_by_value if by_value is None else by_value.add_(some_by_value)
+            by_grid.append(some_by_grid)
 
-        # From grid_sample's coordinates, in which the image is two long, to offsets.
-        pixels = torch.tensor([2 / self.width, 2 / self.height], dtype=self.dtype) * self.geometry.offset_scale
-        grad_mask = pixels_first(grad_mask)
         if self.softmax:
-            grad_mask = grad_mask.reshape(normalised.shape)
-            grad_mask.sub_((grad_mask * normalised).sum(-1, keepdim=True)).mul_(normalised)
-        grad_value = grad_value.unflatten(0, (number, groups)).permute(0, 3, 4, 1, 2).flatten(-2)
-        return grad_value, pixels_first(grad_grid.mul_(pixels)), grad_mask.reshape(self.mask[images].shape)
+            by_mask.sub_(torch.mul(by_mask, mask).sum(2, keepdim=True)).mul_(mask)
+        grad_mask.view(per_point).copy_(by_mask.permute(0, 3, 1, 2))
+        by_grid = by_grid[0] if len(by_grid) == 1 else torch.cat(by_grid, 1)
+        factors = by_grid.new_tensor([2 * scale / size for size in sizes]).repeat(num_pixels)
+        by_offset = by_grid.flatten(2).mul_(factors).view(number, groups, points, num_pixels, 2)
+        grad_offset.view(*per_point, 2).copy_(by_offset.permute(0, 3, 1, 2, 4))
+        by_input = by_value.view(number, groups, self.group_channels, -1).permute(0, 3, 1, 2)
+        grad_input.view(number, -1, groups, self.group_channels).copy_(by_input)
 
 
 class _DCNv3Cpu(torch.autograd.Function):

@@ -286,6 +286,22 @@ def test_infinite_pixels_stay_out_of_samples_outside(formulation):
     assert (FORMULATIONS[formulation](input, offset + 0.25, mask, Geometry(**options), False) == float("inf")).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_points_exactly_on_the_edge(dtype):
+    """Before training all offsets are zero, and the outermost points lie on -1 or on the size: outside, without gradient."""
+    for size in (3, 5, 6, 7, 11, 28):
+        (input, offset, mask), options = random_arguments(1, size, size, 4, dtype, spread=0.0, groups=1)
+        gradients = []
+        for formulation in FORMULATIONS.values():
+            offset = offset.detach().requires_grad_()
+            formulation(input, offset, mask, Geometry(**options), False).sum().backward()
+            gradients.append(offset.grad.view(size, size, 3, 3, 2))
+        # (not compared with each other: further in, points lie on integers, where left and right derivative differ)
+        for gradient in gradients:  # rows and columns of pixels, columns and rows of the kernel
+            assert not gradient[0, :, :, 0].any() and not gradient[-1, :, :, 2].any()
+            assert not gradient[:, 0, 0].any() and not gradient[:, -1, 2].any()
+
+
 def test_memory_does_not_grow_with_the_batch():
     from torch.profiler import ProfilerActivity, profile
 
