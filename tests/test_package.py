@@ -228,6 +228,46 @@ def test_remote_code_refuses_other_models(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+# ------------------------------------------------------------------------------------------------ memory of loading
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_loading_takes_the_memory_of_the_weights_once(tmp_path):
+    run_python(
+        """
+        import sys, torch
+        from internimage_hf import InternImageConfig, InternImageForImageClassification
+        torch.set_default_dtype(torch.float32)
+        with torch.device("meta"):
+            model = InternImageForImageClassification(InternImageConfig.from_variant("b"))
+        model.to_empty(device="cpu").save_pretrained(sys.argv[1])
+        """,
+        tmp_path,
+    )
+    output = run_python(
+        """
+        import os, sys
+        import torch
+        from transformers import AutoModelForImageClassification
+        import internimage_hf
+        from internimage_hf import InternImageConfig, InternImageForImageClassification
+
+        def memory(name):
+            with open("/proc/self/status") as status:
+                return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
+
+        InternImageForImageClassification(InternImageConfig(channels=16, groups=[1, 1, 1, 1]))  # what is imported late
+        before = memory("VmRSS")
+        model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
+        for parameter in model.parameters():
+            parameter.sum()  # read every byte: pages of a mapped file count once they are touched
+        print((memory("VmHWM") - before) / os.path.getsize(sys.argv[1] + "/model.safetensors"))
+        """,
+        tmp_path,
+    )
+    assert float(output) < 1.15
+
+
 # ------------------------------------------------------------------------------------------------- pipeline and README
 
 
