@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST_WORKERS ?= 2
-SOURCES = internimage_hf convert dcnv3_kernel examples benchmarks tests
 
 .PHONY: install demo test test-all style quality kernel kernel-compile wheel clean
 
@@ -28,12 +27,12 @@ test-all: quality
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
 
 style: install
-	$(BIN)/ruff format $(SOURCES)
-	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 quality: install
-	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 
 clean:
 	rm -rf $(VENV) dist outputs .pytest_cache .ruff_cache
