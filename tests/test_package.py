@@ -16,12 +16,12 @@ from PIL import Image
 from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageImageProcessor
 
 
-def run_python(program: str, *arguments: str, cwd=ROOT, **environment: str) -> str:
+def run_python(program: str, *arguments: str, cwd=ROOT, flags: tuple[str, ...] = (), **environment: str) -> str:
     """Runs a program in a fresh interpreter and returns what it printed."""
     import os
 
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
+        [sys.executable, *flags, "-c", textwrap.dedent(program), *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -156,7 +156,7 @@ LOAD_WITHOUT_THE_PACKAGE = """
 
 
 def bare_environment(tmp_path):
-    """A folder of links to the installed packages without this one, and the variables that make Python use it."""
+    """A folder of links to the installed packages without this one, and what makes Python use it, and it alone."""
     import internimage_hf
 
     site = tmp_path / "site-packages"
@@ -166,7 +166,8 @@ def bare_environment(tmp_path):
         if "internimage" not in entry.name and entry.suffix != ".pth":
             (site / entry.name).symlink_to(entry)
     assert not (site / "internimage_hf").exists() and internimage_hf
-    return {"PYTHONPATH": str(site), "PYTHONNOUSERSITE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    # -S keeps the environment's own folder of packages out, and with it an editable installation of this package
+    return {"flags": ("-S",), "PYTHONPATH": str(site), "HF_MODULES_CACHE": str(tmp_path / "modules")}
 
 
 @pytest.mark.parametrize("route", ["save_with_remote_code", "register_for_auto_class"])
