@@ -8,10 +8,11 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from . import configuration_internimage, modeling_internimage
+from . import configuration_internimage, image_processing_internimage, modeling_internimage
 from .modeling_internimage import InternImagePreTrainedModel
 
 
+_PROCESSOR = "InternImageImageProcessor"
 _AUTO_MAP = {
     "AutoConfig": "configuration_internimage.InternImageConfig",
     "AutoModel": "modeling_internimage.InternImageModel",
@@ -21,8 +22,9 @@ _AUTO_MAP = {
 
 
 def remote_code_files() -> list[Path]:
-    """The files of this package that the models need: modeling, configuration, and all that these import."""
-    sources = [modeling_internimage.__file__, configuration_internimage.__file__]
+    """The files of this package that the models need: modeling, configuration, image processor, and their imports."""
+    modules = (modeling_internimage, configuration_internimage, image_processing_internimage)
+    sources = [module.__file__ for module in modules]
     files = {*sources, *(imported for source in sources for imported in get_relative_import_files(source))}
     return sorted(Path(file) for file in files)
 
@@ -34,15 +36,23 @@ def write_remote_code(folder: str | os.PathLike) -> None:
         FileNotFoundError: if the folder has no `config.json`.
     """
     folder = Path(folder)
-    config_file = folder / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for file in remote_code_files():
         shutil.copyfile(file, folder / file.name)
-    config["auto_map"] = dict(_AUTO_MAP)
-    # written last and at once: a folder whose config.json names the code has the code
-    temporary = config_file.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, config_file)
+    processor_file = folder / "preprocessor_config.json"
+    if processor_file.is_file():
+        processor = json.loads(processor_file.read_text(encoding="utf-8"))
+        if processor.get("image_processor_type") == _PROCESSOR:
+            auto_map = {"AutoImageProcessor": f"image_processing_internimage.{_PROCESSOR}"}
+            _write_json(processor_file, {**processor, "auto_map": auto_map})
+    _write_json(folder / "config.json", {**config, "auto_map": dict(_AUTO_MAP)})
+
+
+def _write_json(file: Path, content: dict) -> None:
+    # at once: a file that names the code is whole, and the code is there already
+    temporary = file.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
 
 
 def save_with_remote_code(model: InternImagePreTrainedModel, folder: str | os.PathLike, **kwargs) -> None:

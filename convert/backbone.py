@@ -1,0 +1,65 @@
+"""python -m convert.backbone SOURCE --output DIR: the InternImage backbone of any downstream checkpoint.
+
+Detectors included: every file whose tensors begin with `backbone.`, and classification checkpoints.
+"""
+
+import argparse
+import sys
+
+from internimage_hf import InternImageBackbone, InternImageConfig
+from internimage_hf.checkpoint import BASE_MODEL_PREFIX, translate_config
+
+from . import cli
+from .classification import translated
+from .conversion import Plan
+from .errors import ConversionError
+from .source import Source
+
+
+def backbone_config(source: Source, has_layer_scale: bool) -> InternImageConfig:
+    """The backbone's configuration, from the official fields or the released checkpoint's name.
+
+    Downstream models were trained with layer scale even where the classification model of the same variant (T) has none,
+    so the tensors decide.
+    """
+    try:
+        if source.config is not None:
+            fields = source.config.get("backbone", source.config)
+            fields = translate_config({key: value for key, value in fields.items() if key != "num_classes"})
+            for unrelated in ("num_labels", "architectures", "id2label", "label2id"):
+                fields.pop(unrelated, None)
+            fields.pop("out_indices", None)
+            config = InternImageConfig(**fields)
+        else:
+            fields = {"drop_path_rate": source.released.drop_path_rate, "image_size": source.released.size}
+            if source.released.task != "classification":
+                fields |= {"use_clip_projector": False, "layer_scale_init_value": 1.0 if has_layer_scale else None}
+            config = InternImageConfig.from_variant(source.released.variant, num_labels=2, **fields)
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"the configuration of {source.file} is wrong: {error}") from error
+    config.out_features = ["stage1", "stage2", "stage3", "stage4"]
+    return config
+
+
+def backbone_tensors(source: Source, ema: bool) -> tuple[dict, tuple[str, ...]]:
+    """The backbone's tensors under the names of `InternImageBackbone`, and the names of what else the file has."""
+    state_dict = translated(source, ema)
+    prefix = f"{BASE_MODEL_PREFIX}."
+    state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+    ignored = tuple(name for name in state_dict if name.startswith(("pooler.", "classifier.")))
+    return {name: tensor for name, tensor in state_dict.items() if name not in ignored}, ignored
+
+
+def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
+    state_dict, ignored = backbone_tensors(source, arguments.ema)
+    config = backbone_config(source, any("layer_scale" in name for name in state_dict))
+    return Plan("backbone", source, config, InternImageBackbone, state_dict, None, ignored=ignored)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = cli.parser("Takes the InternImage backbone out of a checkpoint.").parse_args(argv)
+    return cli.main(lambda: cli.run(make_plan, arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

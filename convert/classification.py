@@ -1,0 +1,152 @@
+"""python -m convert.classification SOURCE --output DIR: a classification checkpoint, to transformers or (--reverse) back."""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+from transformers.core_model_loading import dot_natural_key
+
+from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageImageProcessor
+from internimage_hf.checkpoint import translate_config, translate_key, translate_state_dict
+
+from . import cli
+from .conversion import Plan
+from .errors import ConversionError
+from .labels import id2label
+from .source import Source
+
+
+def image_processor(size: int) -> InternImageImageProcessor:
+    return InternImageImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def translated(source: Source, ema: bool) -> dict[str, torch.Tensor]:
+    """The source's tensors under our names."""
+    try:
+        return translate_state_dict(source.read(ema))
+    except ValueError as error:
+        raise ConversionError(f"{source.file}: {error}") from error
+
+
+def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
+    state_dict = translated(source, arguments.ema)
+    if "classifier.weight" not in state_dict:
+        raise ConversionError(f"{source.file} has no classifier; a backbone is converted by convert.backbone")
+    num_labels = state_dict["classifier.weight"].shape[0]
+    data_set = source.released.labels if source.released is not None else None
+    if data_set is None and num_labels in (1000, 21841):
+        data_set = "imagenet-1k" if num_labels == 1000 else "imagenet-22k"
+    labels = id2label(data_set, num_labels)
+    names = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
+    try:
+        if source.config is not None:
+            fields = translate_config(source.config)
+            for derived in ("num_labels", "architectures", "transformers_version", "torch_dtype", "_name_or_path"):
+                fields.pop(derived, None)
+            if source.released is not None:
+                fields.setdefault("image_size", source.released.size)
+            config = InternImageConfig(**{**fields, **names})
+        else:
+            config = InternImageConfig.from_variant(
+                source.released.variant, **{"image_size": source.released.size, **names}
+            )
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"the configuration of {source.file} is wrong: {error}") from error
+    side = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    return Plan("classification", source, config, InternImageForImageClassification, state_dict, image_processor(side))
+
+
+# ----------------------------------------------------------------------------------------------------------- reverse
+
+
+def _official_patterns(config: InternImageConfig) -> list[tuple[str, str]]:
+    """Our names to the official ones. A norm's number in its nn.Sequential depends on the kind of norm."""
+    sequential = "0" if config.norm_layer == "BN" else "1"  # after a permutation, in LayerNorm's case
+    tokens = "1" if config.norm_layer == "BN" else "0"  # the other way round
+    layer = r"encoder\.stages\.(\d+)\.layers\.(\d+)\."
+    official = r"levels.\1.blocks.\2."
+    patterns = [
+        (r"stem\.norm([12])\.(\w+)", rf"patch_embed.norm\1.{sequential}.\2"),
+        (r"stem\.(.+)", r"patch_embed.\1"),
+        (layer + r"layer_scale([12])", official + r"gamma\3"),
+        (layer + r"(norm[12]|res_post_norm[12])\.(\w+)", official + r"\3.0.\4"),
+        (layer + r"dcn\.dw_conv\.(\w+)", official + r"dcn.dw_conv.0.\3"),
+        (layer + r"dcn\.dw_norm\.(\w+)", official + rf"dcn.dw_conv.1.{sequential}.\3"),
+        (layer + r"dcn\.center_feature_scale_proj\.(\w+)", official + r"dcn.center_feature_scale_proj_\3"),
+        (layer + r"(.+)", official + r"\3"),
+        (r"encoder\.stages\.(\d+)\.norm\.(\w+)", r"levels.\1.norm.0.\2"),
+        (r"encoder\.stages\.(\d+)\.post_norms\.(\d+)\.(\w+)", r"levels.\1.post_norms.\2.0.\3"),
+        (r"encoder\.downsamples\.(\d+)\.norm\.(\w+)", rf"levels.\1.downsample.norm.{sequential}.\2"),
+        (r"encoder\.downsamples\.(\d+)\.conv\.(\w+)", r"levels.\1.downsample.conv.\2"),
+        (r"pooler\.conv\.(\w+)", r"conv_head.0.\1"),
+        (r"pooler\.stage4_proj\.(\w+)", r"dcnv3_head_x4.0.\1"),
+        (r"pooler\.stage3_proj\.(\w+)", r"dcnv3_head_x3.\1"),
+        (r"pooler\.attention\.output_proj\.(\w+)", r"clip_projector.cross_dcn.proj.\1"),
+        *(
+            pattern
+            for name in ("query", "key", "value")
+            for pattern in (
+                (rf"pooler\.attention\.{name}_norm\.(\w+)", rf"clip_projector.norm1_{name[0]}.{tokens}.\1"),
+                (rf"pooler\.attention\.{name}\.weight", f"clip_projector.cross_dcn.{name[0]}.weight"),
+                (rf"pooler\.attention\.{name}\.bias", f"clip_projector.cross_dcn.{name[0]}_bias"),
+            )
+        ),
+        (r"pooler\.norm\.(\w+)", rf"fc_norm.{tokens}.\1" if config.use_clip_projector else r"conv_head.1.0.\1"),
+        (r"classifier\.(\w+)", r"head.\1"),
+    ]
+    return patterns
+
+
+def official_state_dict(model: InternImageForImageClassification) -> dict[str, torch.Tensor]:
+    """A model's tensors under the names of the official code.
+
+    Raises:
+        ConversionError: if a name has no counterpart, or does not come back as itself.
+    """
+    patterns = [(re.compile(pattern), target) for pattern, target in _official_patterns(model.config)]
+    result = {}
+    for name, tensor in model.state_dict().items():
+        short = name.removeprefix("internimage.")
+        match = next(((m, target) for p, target in patterns if (m := p.fullmatch(short))), None)
+        official = match[0].expand(match[1]) if match is not None else None
+        if official is None or official in result or translate_key(official) != name:
+            raise ConversionError(f"{name} has no counterpart in the official code")
+        result[official] = tensor
+    return result
+
+
+def reverse(folder: str, output: Path) -> None:
+    """Writes `{"model": state dict}` in the official names, from a folder that transformers can load."""
+    if output.exists():
+        raise ConversionError(f"{output} exists already")
+    try:
+        model = InternImageForImageClassification.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConversionError(f"cannot load {folder}: {str(error).strip().splitlines()[0]}") from error
+    state_dict = official_state_dict(model)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    ordered = {name: state_dict[name].contiguous() for name in sorted(state_dict, key=dot_natural_key)}
+    torch.save({"model": ordered}, unfinished)
+    os.replace(unfinished, output)
+    print(f"wrote {output}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.parser("Converts a classification checkpoint of InternImage to a folder for transformers.")
+    parser.add_argument(
+        "--reverse",
+        action="store_true",
+        help="the other way: SOURCE is such a folder, --output the .pth file to write",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.reverse:
+        return cli.main(lambda: reverse(arguments.source, arguments.output))
+    return cli.main(lambda: cli.run(make_plan, arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

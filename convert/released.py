@@ -1,0 +1,136 @@
+"""The checkpoints in https://huggingface.co/OpenGVLab/InternImage, as data.
+
+Accuracy, FLOPs and resolutions are the authors' (README files of OpenGVLab/InternImage). Sizes, sha256 sums and the
+commit of the repository are not known: they could not be looked up where this was written, and are None. A file whose sum
+is known is checked.
+"""
+
+from dataclasses import dataclass, field
+
+
+REPOSITORY = "OpenGVLab/InternImage"
+
+
+@dataclass(frozen=True)
+class Released:
+    """One released `.pth` file.
+
+    Args:
+        name: of the file, without `.pth`.
+        task: `classification`, `upernet` or `mask2former`.
+        variant: of the backbone.
+        labels: the data set whose class names apply; see `convert.labels`.
+        size: shortest side of the evaluation images, in pixels.
+        metric: top-1 accuracy or single-scale mIoU in percent, if one was published.
+        flops: in 10^9, as printed.
+        training_data: ids on the Hub of what it was trained on.
+        drop_path_rate: that of the official configuration.
+        sha256, num_bytes: of the file, where known.
+    """
+
+    name: str
+    task: str
+    variant: str
+    labels: str
+    size: int
+    metric: float | None = None
+    flops: int | None = None
+    training_data: tuple[str, ...] = ("imagenet-1k",)
+    drop_path_rate: float = 0.0
+    sha256: str | None = None
+    num_bytes: int | None = None
+    fields: dict = field(default_factory=dict)
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.pth"
+
+    @property
+    def published_repository(self) -> str | None:
+        return f"OpenGVLab/{self.name}" if self.task == "classification" else None
+
+
+_22K = ("imagenet-22k",)
+_22K_1K = ("imagenet-22k", "imagenet-1k")
+
+_ALL = [
+    Released("internimage_t_1k_224", "classification", "t", "imagenet-1k", 224, 83.5, 5),
+    Released("internimage_s_1k_224", "classification", "s", "imagenet-1k", 224, 84.2, 8),
+    Released("internimage_b_1k_224", "classification", "b", "imagenet-1k", 224, 84.9, 16),
+    Released("internimage_l_22kto1k_384", "classification", "l", "imagenet-1k", 384, 87.7, 108, _22K_1K),
+    Released("internimage_xl_22kto1k_384", "classification", "xl", "imagenet-1k", 384, 88.0, 163, _22K_1K),
+    Released("internimage_h_22kto1k_640", "classification", "h", "imagenet-1k", 640, 89.6, 1478, _22K_1K),
+    Released("internimage_g_22kto1k_512", "classification", "g", "imagenet-1k", 512, 90.1, 2700, _22K_1K),
+    Released("internimage_l_22k_384", "classification", "l", "imagenet-22k", 384, training_data=_22K),
+    Released("internimage_xl_22k_384", "classification", "xl", "imagenet-22k", 384, training_data=_22K),
+    Released("internimage_h_jointto22k_384", "classification", "h", "imagenet-22k", 384, training_data=_22K),
+    Released("internimage_g_jointto22k_384", "classification", "g", "imagenet-22k", 384, training_data=_22K),
+    *(
+        Released(
+            f"upernet_internimage_{variant}_{size}_160k_ade20k",
+            "upernet",
+            variant,
+            "ade20k",
+            size,
+            miou,
+            flops,
+            ("scene_parse_150",),
+            drop_path_rate,
+        )
+        for variant, size, miou, flops, drop_path_rate in (
+            ("t", 512, 47.9, 944, 0.2),
+            ("s", 512, 50.1, 1017, 0.3),
+            ("b", 512, 50.8, 1185, 0.4),
+            ("l", 640, 53.9, 2526, 0.4),
+            ("xl", 640, 55.0, 3142, 0.4),
+            ("h", 896, 59.9, 3566, 0.5),
+        )
+    ),
+    Released(
+        "mask2former_internimage_h_896_80k_cocostuff2ade20k",
+        "mask2former",
+        "h",
+        "ade20k",
+        896,
+        62.6,
+        4635,
+        ("scene_parse_150",),
+        0.5,
+    ),
+    Released(
+        "mask2former_internimage_h_896_80k_cocostuff164k",
+        "mask2former",
+        "h",
+        "coco_stuff",
+        896,
+        52.6,
+        4635,
+        ("coco_stuff",),
+        0.5,
+    ),
+    Released(
+        "mask2former_internimage_h_512_40k_cocostuff164k_to_10k",
+        "mask2former",
+        "h",
+        "coco_stuff",
+        512,
+        59.2,
+        1528,
+        ("coco_stuff",),
+        0.5,
+    ),
+    Released(
+        "mask2former_internimage_h_480_40k_pascal_context_59",
+        "mask2former",
+        "h",
+        "pascal_context_59",
+        480,
+        69.7,
+        867,
+        (),
+        0.5,
+    ),
+    Released("mask2former_internimage_h_480_40k_nyu", "mask2former", "h", "nyu_depth_v2", 480, 67.1, 867, (), 0.5),
+]
+
+RELEASED: dict[str, Released] = {released.name: released for released in _ALL}
