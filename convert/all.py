@@ -5,7 +5,7 @@ import copy
 import sys
 from pathlib import Path
 
-from . import classification, cli, mask2former, upernet
+from . import backbone, classification, cli, mask2former, upernet
 from .conversion import is_finished
 from .errors import ConversionError
 from .released import RELEASED
@@ -15,6 +15,7 @@ PLANS = {
     "classification": classification.make_plan,
     "upernet": upernet.make_plan,
     "mask2former": mask2former.make_plan,
+    "backbone": backbone.make_plan,
 }
 
 
@@ -36,7 +37,6 @@ def run(arguments: argparse.Namespace) -> None:
         one.source = str(local) if local is not None and local.is_file() else name
         one.output = arguments.output / name
         one.push_to_hub = f"{arguments.push_to_hub}/{name}" if arguments.push_to_hub else None
-        one.remote_code = arguments.remote_code and released.task == "classification"
         print(f"{name}: {'finished already' if is_finished(one.output) else 'converting ' + one.source}", flush=True)
         try:
             cli.run(PLANS[released.task], one)

@@ -22,14 +22,18 @@ _TASKS = {
 _DATA_SETS = {
     "imagenet-1k": ("imagenet-1k", "ImageNet-1k"),
     "ade20k": ("scene_parse_150", "ADE20K"),
+    "cityscapes": ("cityscapes", "Cityscapes"),
     "coco_stuff": ("coco_stuff", "COCO-Stuff"),
     "pascal_context_59": ("pascal_context", "Pascal Context (59 classes)"),
     "nyu_depth_v2": ("nyu_depth_v2", "NYU Depth V2"),
 }
 
 
-def model_card(name: str, task: str, released: Released | None, num_parameters: int, remote_code: bool) -> ModelCard:
-    """The README.md of a converted checkpoint."""
+def model_card(
+    repository: str, task: str, released: Released | None, num_parameters: int, remote_code: bool
+) -> ModelCard:
+    """The README.md of a converted checkpoint; `repository` is its id on the Hub, or the name of its folder."""
+    name = repository.split("/")[-1]
     pipeline_tag, model_class = _TASKS[task]
     results = None
     if released is not None and released.metric is not None and released.labels in _DATA_SETS:
@@ -56,9 +60,9 @@ def model_card(name: str, task: str, released: Released | None, num_parameters: 
         eval_results=results,
     )
     if task in ("classification", "upernet", "mask2former"):
-        use = f'from transformers import pipeline\n\nprint(pipeline("{pipeline_tag}", model="{name}")("image.jpg"))'
+        use = f'from transformers import pipeline\n\nprint(pipeline("{pipeline_tag}", model="{repository}")("image.jpg"))'
     else:
-        use = f'from internimage_hf import {model_class}\n\nbackbone = {model_class}.from_pretrained("{name}")'
+        use = f'from internimage_hf import {model_class}\n\nbackbone = {model_class}.from_pretrained("{repository}")'
     remote = (
         "Without it, the code in this repository serves: pass `trust_remote_code=True`."
         if remote_code
@@ -86,7 +90,7 @@ InternImage, a convolutional network built on DCNv3 (deformable convolution v3),
 
 ## Use
 
-The package [internimage-hf](https://pypi.org/project/internimage-hf/) teaches transformers this model. {remote}
+The package `internimage-hf` teaches transformers this model. {remote}
 
 ```python
 import internimage_hf

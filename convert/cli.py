@@ -61,6 +61,7 @@ def run(make_plan: Callable[[Source, argparse.Namespace], Plan], arguments: argp
             remote_code=arguments.remote_code,
             verify=arguments.verify,
             max_shard_size=arguments.max_shard_size,
+            repository=arguments.push_to_hub,
         )
         print(json.dumps(report, indent=2))
         print(f"wrote {arguments.output}")

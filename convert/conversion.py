@@ -58,6 +58,7 @@ def convert(
     remote_code: bool = False,
     verify: bool = True,
     max_shard_size: str = "2GB",
+    repository: str | None = None,
 ) -> dict:
     """Writes the folder `output` and returns the report, which it holds as well.
 
@@ -69,8 +70,6 @@ def convert(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConversionError(f"{output} exists already and is not empty")
-    if remote_code and plan.task not in ("classification", "backbone"):
-        raise ConversionError(f"--remote-code is not available for {plan.task} checkpoints")
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -101,8 +100,8 @@ def convert(
         if verify:
             report["outputs"] = verify_outputs(plan, unfinished)
         if remote_code:
-            write_remote_code(unfinished)
-        card = model_card(output.name, plan.task, plan.source.released, num_parameters, remote_code)
+            write_remote_code(unfinished, plan.model_class)
+        card = model_card(repository or output.name, plan.task, plan.source.released, num_parameters, remote_code)
         (unfinished / "README.md").write_text(str(card), encoding="utf-8")
         report["files"] = {
             file.name: sha256_of(file) for file in sorted(unfinished.iterdir()) if file.suffix == ".safetensors"

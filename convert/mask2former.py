@@ -14,7 +14,7 @@ from .conversion import Plan
 from .errors import ConversionError
 from .labels import id2label
 from .source import Source
-from .upernet import translate_segmentation
+from .upernet import processor_options, translate_segmentation
 
 
 _PD, _TM = "model.pixel_level_module.decoder", "model.transformer_module"
@@ -122,12 +122,7 @@ def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
     if "criterion.empty_weight" in buffers:  # the loss's class weights, which have no counterpart in the file
         state_dict["criterion.empty_weight"] = torch.ones(num_labels + 1)
         state_dict["criterion.empty_weight"][-1] = config.no_object_weight
-    size = source.released.size if source.released is not None else 512
-    processor = Mask2FormerImageProcessorPil(
-        size={"height": size, "width": size},
-        ignore_index=255,
-        do_reduce_labels=source.released is not None and source.released.labels == "ade20k",
-    )
+    processor = Mask2FormerImageProcessorPil(ignore_index=255, **processor_options(source))
     return Plan("mask2former", source, config, Mask2FormerForUniversalSegmentation, state_dict, processor, 96, ignored)
 
 

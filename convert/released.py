@@ -5,7 +5,7 @@ commit of the repository are not known: they could not be looked up where this w
 is known is checked.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 REPOSITORY = "OpenGVLab/InternImage"
@@ -17,14 +17,16 @@ class Released:
 
     Args:
         name: of the file, without `.pth`.
-        task: `classification`, `upernet` or `mask2former`.
+        task: `classification`, `upernet`, `mask2former`, or `backbone` for files of which only the backbone has a
+            counterpart in transformers.
         variant: of the backbone.
         labels: the data set whose class names apply; see `convert.labels`.
-        size: shortest side of the evaluation images, in pixels.
+        size: height of the evaluation images, in pixels.
         metric: top-1 accuracy or single-scale mIoU in percent, if one was published.
         flops: in 10^9, as printed.
         training_data: ids on the Hub of what it was trained on.
         drop_path_rate: that of the official configuration.
+        width: of the evaluation images, if they are not square.
         sha256, num_bytes: of the file, where known.
     """
 
@@ -37,13 +39,18 @@ class Released:
     flops: int | None = None
     training_data: tuple[str, ...] = ("imagenet-1k",)
     drop_path_rate: float = 0.0
+    width: int | None = None
     sha256: str | None = None
     num_bytes: int | None = None
-    fields: dict = field(default_factory=dict)
 
     @property
     def file(self) -> str:
         return f"{self.name}.pth"
+
+    @property
+    def labels_begin_at_one(self) -> bool:
+        """Whether 0 in the data set's annotations is no class (mmsegmentation's `reduce_zero_label`)."""
+        return self.labels in ("ade20k", "pascal_context_59", "nyu_depth_v2") or self.name.endswith("164k_to_10k")
 
     @property
     def published_repository(self) -> str | None:
@@ -131,6 +138,72 @@ _ALL = [
         0.5,
     ),
     Released("mask2former_internimage_h_480_40k_nyu", "mask2former", "h", "nyu_depth_v2", 480, 67.1, 867, (), 0.5),
+    *(
+        Released(
+            f"upernet_internimage_{variant}_512x1024_160k_{data}",
+            "upernet",
+            variant,
+            "cityscapes",
+            1024,
+            miou,
+            flops,
+            ("cityscapes",),
+            drop_path_rate,
+            2048,
+        )
+        for variant, data, miou, flops, drop_path_rate in (
+            ("t", "cityscapes", 82.58, 1889, 0.2),
+            ("s", "cityscapes", 82.74, 2035, 0.3),
+            ("b", "cityscapes", 83.18, 2369, 0.4),
+            ("l", "cityscapes", 83.68, 3234, 0.4),
+            ("xl", "cityscapes", 83.62, 4022, 0.4),
+            ("l", "mapillary2cityscapes", 85.94, 3234, 0.4),
+            ("xl", "mapillary2cityscapes", 86.20, 4022, 0.4),
+        )
+    ),
+    Released(
+        "mask2former_internimage_h_1024x1024_80k_mapillary2cityscapes",
+        "mask2former",
+        "h",
+        "cityscapes",
+        1024,
+        86.37,
+        7878,
+        ("cityscapes",),
+        0.5,
+        2048,
+    ),
+    *(
+        Released(name, task, variant, "cityscapes", 1024, None, flops, (), drop_path_rate, 2048)  # 19 classes, too
+        for name, task, variant, flops, drop_path_rate in (
+            ("upernet_internimage_l_512x1024_80k_mapillary", "upernet", "l", 3234, 0.4),
+            ("upernet_internimage_xl_512x1024_80k_mapillary", "upernet", "xl", 4022, 0.4),
+            ("mask2former_internimage_h_896x896_80k_mapillary", "mask2former", "h", 7878, 0.5),
+        )
+    ),
+    *(
+        Released(name, "backbone", variant, "none", size, None, None, data, drop_path_rate)
+        for name, variant, size, data, drop_path_rate in (
+            ("mask_rcnn_internimage_t_fpn_1x_coco", "t", 800, ("coco",), 0.2),
+            ("mask_rcnn_internimage_t_fpn_3x_coco", "t", 800, ("coco",), 0.2),
+            ("mask_rcnn_internimage_s_fpn_1x_coco", "s", 800, ("coco",), 0.3),
+            ("mask_rcnn_internimage_s_fpn_3x_coco", "s", 800, ("coco",), 0.3),
+            ("mask_rcnn_internimage_b_fpn_1x_coco", "b", 800, ("coco",), 0.4),
+            ("mask_rcnn_internimage_b_fpn_3x_coco", "b", 800, ("coco",), 0.4),
+            ("cascade_internimage_l_fpn_1x_coco", "l", 800, ("coco",), 0.4),
+            ("cascade_internimage_l_fpn_3x_coco", "l", 800, ("coco",), 0.4),
+            ("cascade_internimage_xl_fpn_1x_coco", "xl", 800, ("coco",), 0.4),
+            ("cascade_internimage_xl_fpn_3x_coco", "xl", 800, ("coco",), 0.6),
+            ("dino_4scale_internimage_t_1x_coco", "t", 800, ("coco",), 0.2),
+            ("dino_4scale_internimage_l_1x_coco_0.1x_backbone_lr", "l", 800, ("coco",), 0.4),
+            ("dino_4scale_internimage_h_objects365_coco", "h", 1000, ("coco",), 0.5),
+            ("dino_4scale_internimage_g_objects365_coco", "g", 1000, ("coco",), 0.5),
+            ("segformer_internimage_l_512x1024_160k_mapillary2cityscapes", "l", 1024, ("cityscapes",), 0.4),
+            ("segformer_internimage_xl_512x1024_160k_mapillary2cityscapes", "xl", 1024, ("cityscapes",), 0.4),
+            ("segformer_internimage_l_512x1024_80k_mapillary", "l", 1024, (), 0.4),
+            ("segformer_internimage_xl_512x1024_80k_mapillary", "xl", 1024, (), 0.4),
+        )
+    ),
 ]
 
 RELEASED: dict[str, Released] = {released.name: released for released in _ALL}

@@ -67,6 +67,8 @@ def find(name: str, config_file: str | None, revision: str | None) -> Source:
         raise ConversionError(
             f"{name} is not the name of a released checkpoint: give its architecture by --config FILE (official fields)"
         )
+    if released is not None and released.num_bytes is not None and file.stat().st_size != released.num_bytes:
+        raise ConversionError(f"{file} has {file.stat().st_size} bytes, but {released.file} has {released.num_bytes}")
     digest = sha256_of(file)
     if released is not None and released.sha256 is not None and digest != released.sha256:
         raise ConversionError(f"{file} has the sha256 {digest}, but {released.file} has {released.sha256}")

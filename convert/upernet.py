@@ -47,9 +47,13 @@ def translate_segmentation(source: Source, ema: bool, patterns: list) -> tuple[d
     return {"backbone": backbone, "head": head}, unknown
 
 
-def segmentation_processor(size: int) -> SegformerImageProcessorPil:
-    """Resizes to `size` x `size` and normalises with ImageNet's statistics; ADE20K's label 0 is not a class."""
-    return SegformerImageProcessorPil(size={"height": size, "width": size}, do_reduce_labels=True)
+def processor_options(source: Source) -> dict:
+    """What the image processor of a segmenter needs: the size of the evaluation images, and whether label 0 is a class."""
+    released = source.released
+    if released is None:
+        return {"size": {"height": 512, "width": 512}, "do_reduce_labels": False}
+    size = {"height": released.size, "width": released.width or released.size}
+    return {"size": size, "do_reduce_labels": released.labels_begin_at_one}
 
 
 def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
@@ -78,10 +82,8 @@ def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
         id2label=labels,
         label2id={name: index for index, name in labels.items()},
     )
-    size = source.released.size if source.released is not None else 512
-    return Plan(
-        "upernet", source, config, UperNetForSemanticSegmentation, state_dict, segmentation_processor(size), 96
-    )
+    processor = SegformerImageProcessorPil(**processor_options(source))
+    return Plan("upernet", source, config, UperNetForSemanticSegmentation, state_dict, processor, 96)
 
 
 def main(argv: list[str] | None = None) -> int:

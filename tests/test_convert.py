@@ -273,12 +273,48 @@ classification.main({arguments!r})
 # --------------------------------------------------------------------------------------------------- downstream models
 
 
+@pytest.mark.parametrize("name", [name for name in RELEASED if RELEASED[name].task != "classification"])
+def test_every_released_downstream_backbone_maps_without_remainder(name):
+    """A backbone of the variant's names and shapes, with the layer scale that the authors trained T to XL with."""
+    from types import SimpleNamespace
+
+    from convert.backbone import backbone_config, backbone_tensors
+    from internimage_hf import InternImageBackbone
+
+    released = RELEASED[name]
+    config = InternImageConfig.from_variant(
+        released.variant,
+        use_clip_projector=False,
+        layer_scale_init_value=None if released.variant in "hg" else 1.0,
+    )
+    with torch.device("meta"):
+        classifier = InternImageForImageClassification(config)
+    official = {
+        f"backbone.{key}": tensor
+        for key, tensor in classification.official_state_dict(classifier).items()
+        if not key.startswith(("conv_head.", "head."))
+    } | {"decode_head.conv.weight": torch.zeros(1)}
+    source = SimpleNamespace(read=lambda ema: official, released=released, config=None, file=name)
+    state_dict, ignored = backbone_tensors(source, ema=False)
+    with torch.device("meta"):
+        backbone = InternImageBackbone(backbone_config(source, any("layer_scale" in key for key in state_dict)))
+    expected = {key: tensor.shape for key, tensor in backbone.state_dict().items()}
+    assert {key: tensor.shape for key, tensor in state_dict.items()} == expected and ignored == ()
+    assert RELEASED[name].task in convert_all.PLANS
+
+
 def test_upernet(tmp_path):
     from transformers import UperNetForSemanticSegmentation, pipeline
 
     folder = case_folder("upernet_tiny")
     output = tmp_path / "upernet"
-    assert convert(upernet, folder / "checkpoint.pth", "--config", folder / "config.json", "--output", output) == 0
+    assert (
+        convert(
+            upernet, folder / "checkpoint.pth", "--config", folder / "config.json", "--output", output, "--remote-code"
+        )
+        == 0
+    )
+    assert "AutoModelForSemanticSegmentation" in json.loads((output / "config.json").read_text())["auto_map"]
     expected = load_file(folder / "expected.safetensors")
     model = UperNetForSemanticSegmentation.from_pretrained(output).eval()
     with torch.no_grad():

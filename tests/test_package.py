@@ -221,11 +221,95 @@ def test_remote_code_loads_without_the_package(route, variant, tmp_path):
     assert output == "internimage_hf.modeling_internimage\n"
 
 
+HEADS = {
+    "detr": (
+        "DetrForObjectDetection(DetrConfig(backbone_config=backbone('stage4'), use_timm_backbone=False, backbone=None,"
+        " encoder_layers=1, decoder_layers=1, d_model=32, encoder_attention_heads=2, decoder_attention_heads=2,"
+        " num_queries=5, encoder_ffn_dim=32, decoder_ffn_dim=32, num_labels=3))",
+        "AutoModelForObjectDetection",
+    ),
+    "deformable_detr": (
+        "DeformableDetrForObjectDetection(DeformableDetrConfig(backbone_config=backbone('stage2', 'stage3', 'stage4'),"
+        " use_timm_backbone=False, backbone=None, encoder_layers=1, decoder_layers=2, d_model=32, num_queries=5,"
+        " encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_labels=3))",
+        "AutoModelForObjectDetection",
+    ),
+    "upernet": (
+        "UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone('stage1', 'stage2', 'stage3', 'stage4'),"
+        " hidden_size=16, auxiliary_in_channels=32, auxiliary_channels=8, num_labels=4))",
+        "AutoModelForSemanticSegmentation",
+    ),
+    "mask2former": (
+        "Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=backbone('stage1', 'stage2', 'stage3',"
+        " 'stage4'), hidden_dim=32, feature_size=32, mask_feature_size=32, num_attention_heads=2, encoder_layers=1,"
+        " decoder_layers=2, num_queries=5, dim_feedforward=32, encoder_feedforward_dim=32, num_labels=4))",
+        "AutoModelForUniversalSegmentation",
+    ),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_load_without_the_package(head, tmp_path):
+    model, auto_class = HEADS[head]
+    imports = ", ".join(re.findall(r"(\w+)\(", model.replace("backbone(", "")))
+    folder, outputs = tmp_path / "model", tmp_path / "outputs.pt"
+    run_python(
+        f"""
+        import torch
+        from transformers import {imports}
+        from internimage_hf import InternImageConfig, save_with_remote_code
+        def backbone(*stages):
+            return InternImageConfig(**{TINY!r}, out_features=list(stages))
+        torch.manual_seed(0)
+        model = {model}.eval()
+        for name, parameter in model.named_parameters():
+            if ".dcn.offset." in name:
+                torch.nn.init.normal_(parameter)
+        save_with_remote_code(model, {str(folder)!r})
+        with torch.no_grad():
+            pixel_values = torch.randn(1, 3, 96, 96)
+            output = model(pixel_values)
+        torch.save({{"pixel_values": pixel_values, "output": output[0] if output[0].ndim else output[1]}}, {str(outputs)!r})
+        """
+    )
+    load = f"""
+        import sys
+        import torch
+        without = sys.argv[3] == "without"
+        if not without:
+            import internimage_hf
+        else:
+            import importlib.util
+            assert importlib.util.find_spec("internimage_hf") is None
+        from transformers import {auto_class}
+        expected = torch.load(sys.argv[2])
+        kwargs = {{"trust_remote_code": True}} if without else {{}}
+        for folder in (sys.argv[1], sys.argv[1] + "_again"):  # what was loaded so can be saved and loaded so again
+            model, info = {auto_class}.from_pretrained(folder, output_loading_info=True, **kwargs)
+            assert not any(info.values()), info
+            with torch.no_grad():
+                output = model.eval()(expected["pixel_values"])
+            output = output[0] if output[0].ndim else output[1]
+            torch.testing.assert_close(output, expected["output"], atol=1e-5, rtol=1e-5)
+            model.save_pretrained(sys.argv[1] + "_again")
+        print(type(model).__module__.split(".")[0])
+    """
+    assert run_python(load, folder, outputs, "with") == "transformers\n"
+    bare = bare_environment(tmp_path)
+    assert run_python(load, folder, outputs, "without", cwd=tmp_path, **bare) == "transformers_modules\n"
+
+
 def test_remote_code_refuses_other_models(tmp_path):
+    from transformers import ResNetConfig, ResNetModel
+
     from internimage_hf import save_with_remote_code
 
     with pytest.raises(TypeError, match="Linear"):
         save_with_remote_code(torch.nn.Linear(1, 1), tmp_path / "model")
+    with pytest.raises(TypeError, match="ResNetModel"):
+        save_with_remote_code(
+            ResNetModel(ResNetConfig(depths=[1], hidden_sizes=[8], embedding_size=8)), tmp_path / "model"
+        )
     assert not (tmp_path / "model").exists()
 
 
