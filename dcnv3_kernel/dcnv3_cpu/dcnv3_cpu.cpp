@@ -1,0 +1,157 @@
+// The CPU backend of the operators: dtype and instruction set are chosen, work is split over threads.
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../torch-ext/torch_binding.h"
+#include "dcnv3_cpu.h"
+
+namespace {
+
+using dcnv3::Dtype;
+using torch::stable::Tensor;
+
+// The best set of kernels for this machine; DCNV3_CPU_CAPABILITY=baseline|avx2 asks for a lesser one.
+const dcnv3::Kernels& kernels() {
+  static const dcnv3::Kernels& chosen = [&]() -> const dcnv3::Kernels& {
+#ifdef DCNV3_X86_VARIANTS
+    const char* wanted = std::getenv("DCNV3_CPU_CAPABILITY");
+    if (wanted == nullptr) wanted = "";
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+        __builtin_cpu_supports("bmi2");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool baseline = std::strcmp(wanted, "baseline") == 0;
+    if (avx512 && !baseline && std::strcmp(wanted, "avx2") != 0) return dcnv3::avx512_kernels;
+    if (avx2 && !baseline) return dcnv3::avx2_kernels;
+#endif
+    return dcnv3::baseline_kernels;
+  }();
+  return chosen;
+}
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case torch::headeronly::ScalarType::Float:
+      return Dtype::float32;
+    case torch::headeronly::ScalarType::Double:
+      return Dtype::float64;
+    case torch::headeronly::ScalarType::Half:
+      return Dtype::float16;
+    case torch::headeronly::ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, "dcnv3: the dtype must be float32, float64, float16 or bfloat16");
+      return Dtype::float32;
+  }
+}
+
+// 64-byte aligned memory for one thread.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : memory_(new char[bytes + 64]) {
+    auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    aligned_ = memory_.get() + (64 - address % 64) % 64;
+  }
+  void* get() const { return aligned_; }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  char* aligned_;
+};
+
+void check_image(const dcnv3::Shape& s) {
+  STD_TORCH_CHECK(
+      s.height * s.width <= INT32_MAX, "dcnv3: an image may have at most 2147483647 pixels on the CPU, this one has ",
+      s.height * s.width);
+}
+
+}  // namespace
+
+Tensor dcnv3_forward(
+    Tensor input, Tensor offset, Tensor mask, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w,
+    int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t groups, double offset_scale,
+    bool remove_center, bool softmax) {
+  const dcnv3::Shape shape = dcnv3::checked_shape(
+      input, offset, mask, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups,
+      offset_scale, remove_center, softmax);
+  check_image(shape);
+  input = torch::stable::contiguous(input);
+  offset = torch::stable::contiguous(offset);
+  mask = torch::stable::contiguous(mask);
+  Tensor output =
+      torch::stable::new_empty(input, {shape.batch, shape.height_out, shape.width_out, shape.channels});
+  if (output.numel() == 0) return output;
+  const dcnv3::ForwardArguments arguments{
+      shape,         dtype_of(input), input.const_data_ptr(), offset.const_data_ptr(), mask.const_data_ptr(),
+      output.mutable_data_ptr()};
+  const dcnv3::Kernels& set = kernels();
+  const size_t bytes = set.forward_scratch(arguments);
+  const int64_t grain = 1 + 8192 / (shape.groups * shape.points);
+  torch::stable::parallel_for(
+      0, shape.batch * shape.height_out * shape.width_out, grain, [&](int64_t begin, int64_t end) {
+        Scratch scratch(bytes);
+        set.forward(arguments, begin, end, scratch.get());
+      });
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(
+    Tensor grad_output, Tensor input, Tensor offset, Tensor mask, int64_t kernel_h, int64_t kernel_w, int64_t stride_h,
+    int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t groups,
+    double offset_scale, bool remove_center, bool softmax, bool /* deterministic: it always is */) {
+  const dcnv3::Shape shape = dcnv3::checked_shape(
+      input, offset, mask, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups,
+      offset_scale, remove_center, softmax);
+  dcnv3::check_grad_output(grad_output, input, shape);
+  check_image(shape);
+  grad_output = torch::stable::contiguous(grad_output);
+  input = torch::stable::contiguous(input);
+  offset = torch::stable::contiguous(offset);
+  mask = torch::stable::contiguous(mask);
+  Tensor grad_input = torch::stable::new_empty(input, input.sizes());
+  Tensor grad_offset = torch::stable::new_empty(offset, offset.sizes());
+  Tensor grad_mask = torch::stable::new_empty(mask, mask.sizes());
+  if (offset.numel() == 0) return {torch::stable::zero_(grad_input), grad_offset, grad_mask};
+
+  dcnv3::BackwardArguments arguments{
+      shape,
+      dtype_of(input),
+      grad_output.const_data_ptr(),
+      input.const_data_ptr(),
+      offset.const_data_ptr(),
+      mask.const_data_ptr(),
+      grad_input.mutable_data_ptr(),
+      grad_offset.mutable_data_ptr(),
+      grad_mask.mutable_data_ptr(),
+      1,
+      nullptr};
+  // At least 16 tasks: a few threads find enough to do, and the slices' sums cost little.
+  const int64_t tasks = shape.batch * shape.groups;
+  arguments.slices = tasks >= 16 ? 1 : std::min((16 + tasks - 1) / tasks, shape.height_out);
+  std::unique_ptr<char[]> partial;
+  if (arguments.slices > 1) {
+    partial.reset(new char[arguments.slices * input.numel() * dcnv3::compute_size(arguments.dtype)]);
+    arguments.partial = partial.get();
+  }
+  const dcnv3::Kernels& set = kernels();
+  const size_t bytes = set.backward_scratch(arguments);
+  torch::stable::parallel_for(0, tasks * arguments.slices, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(bytes);
+    set.backward(arguments, begin, end, scratch.get());
+  });
+  if (arguments.slices > 1) {
+    torch::stable::parallel_for(
+        0, shape.batch * shape.height * shape.width, 1 + 4096 / shape.channels,
+        [&](int64_t begin, int64_t end) { set.backward_reduce(arguments, begin, end); });
+  }
+  return {grad_input, grad_offset, grad_mask};
+}
+
+// For reports and tests: "baseline", "avx2" or "avx512".
+std::string dcnv3_cpu_capability() { return kernels().name; }

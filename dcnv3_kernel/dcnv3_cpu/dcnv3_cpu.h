@@ -1,0 +1,67 @@
+// DCNv3 on CPUs: what the dispatcher (dcnv3_cpu.cpp) and the kernels for each instruction set (dcnv3_cpu_*.cpp) share.
+//
+// The operator is that of InternImage (arXiv 2211.05778, section 3.1, equation 2). Tensors are channels-last and contiguous:
+// input (N, H, W, G*D), offset (N, H_out, W_out, G, P, 2) with x before y, mask (N, H_out, W_out, G, P),
+// output (N, H_out, W_out, G*D). Points run down the kernel's columns first.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dcnv3 {
+
+enum class Dtype { float32, float64, float16, bfloat16 };
+
+struct Shape {
+  int64_t batch, height, width, channels, height_out, width_out;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  int64_t groups, group_channels, points;
+  double offset_scale;
+  bool remove_center;
+  bool softmax;  // the mask holds logits, to be normalised over the points of each group
+};
+
+struct ForwardArguments {
+  Shape shape;
+  Dtype dtype;
+  const void *input, *offset, *mask;
+  void* output;
+};
+
+// The gradient of the input is summed in buffers of (H, W, D), one for each (image, group, slice of output rows). Their number
+// depends on the shape alone: the result is the same for any number of threads.
+struct BackwardArguments {
+  Shape shape;
+  Dtype dtype;
+  const void *grad_output, *input, *offset, *mask;
+  void *grad_input, *grad_offset, *grad_mask;
+  int64_t slices;
+  void* partial;  // (N, G, slices, H, W, D) float or double if slices > 1
+};
+
+// Bytes per element of the arithmetic: double for float64, float for all others.
+inline size_t compute_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : 4; }
+
+// One set of kernels, compiled for one instruction set. `scratch` is 64-byte aligned memory of the size that the function
+// of that name returns, for one thread.
+struct Kernels {
+  const char* name;
+  size_t (*forward_scratch)(const ForwardArguments&);
+  // output pixels [begin, end) of N * H_out * W_out
+  void (*forward)(const ForwardArguments&, int64_t begin, int64_t end, void* scratch);
+  size_t (*backward_scratch)(const BackwardArguments&);
+  // tasks [begin, end) of N * G * slices
+  void (*backward)(const BackwardArguments&, int64_t begin, int64_t end, void* scratch);
+  // pixels [begin, end) of N * H * W: sums the slices
+  void (*backward_reduce)(const BackwardArguments&, int64_t begin, int64_t end);
+};
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define DCNV3_X86_VARIANTS 1
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+extern const Kernels baseline_kernels;
+
+}  // namespace dcnv3

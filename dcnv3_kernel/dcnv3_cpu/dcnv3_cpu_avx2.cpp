@@ -1,0 +1,13 @@
+// The kernels for AVX2, FMA and F16C (x86-64-v3), chosen at run time.
+
+#include "dcnv3_cpu.h"
+
+#ifdef DCNV3_X86_VARIANTS
+#include <immintrin.h>
+
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,lzcnt,movbe,popcnt,prefer-vector-width=256")
+#define DCNV3_ISA avx2
+#define DCNV3_VECTOR_BYTES 32
+#define DCNV3_F16C 1
+#include "dcnv3_cpu_kernels.h"
+#endif

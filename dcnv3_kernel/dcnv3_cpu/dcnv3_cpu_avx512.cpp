@@ -1,0 +1,13 @@
+// The kernels for AVX-512 F, BW, DQ and VL (x86-64-v4), chosen at run time.
+
+#include "dcnv3_cpu.h"
+
+#ifdef DCNV3_X86_VARIANTS
+#include <immintrin.h>
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,lzcnt,movbe,popcnt,prefer-vector-width=512")
+#define DCNV3_ISA avx512
+#define DCNV3_VECTOR_BYTES 64
+#define DCNV3_F16C 1
+#include "dcnv3_cpu_kernels.h"
+#endif

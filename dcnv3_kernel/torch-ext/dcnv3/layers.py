@@ -1,0 +1,29 @@
+"""The operator as a layer that `kernels` puts in a model's place."""
+
+import torch
+from torch import nn
+
+from . import dcnv3_softmax
+
+
+class DCNv3(nn.Module):
+    """Deformable sampling with the softmax of the modulation mask; see `dcnv3_softmax`."""
+
+    has_backward: bool = True
+    can_torch_compile: bool = True
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        offset: torch.Tensor,
+        mask: torch.Tensor,
+        groups: int,
+        offset_scale: float = 1.0,
+        remove_center: bool = False,
+    ) -> torch.Tensor:
+        return dcnv3_softmax(
+            input, offset, mask, groups=groups, offset_scale=offset_scale, remove_center=remove_center
+        )
+
+
+__all__ = ["DCNv3"]
