@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST_WORKERS ?= 2
 
-.PHONY: install demo test test-all style quality kernel kernel-compile wheel clean
+.PHONY: install kernel demo test test-all style quality clean
 
 install: $(VENV)/.installed
 
@@ -15,15 +15,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,kernels]"
 	touch $@
 
+# Compiles the DCNv3 kernel for what this machine has the tools for; without a compiler it does nothing.
+kernel: install
+	$(BIN)/python dcnv3_kernel/build.py
+
 # Fine-tunes a small model on scikit-learn's digits, and uses it: under three minutes on two cores.
 demo: install
+	-$(BIN)/python dcnv3_kernel/build.py
 	$(BIN)/python examples/image_classification.py
 
-test: quality
+test: quality kernel
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not slow"
 
 # With the long ones.
-test-all: quality
+test-all: quality kernel
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
 
 style: install
@@ -35,4 +40,4 @@ quality: install
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) dist outputs .pytest_cache .ruff_cache
+	rm -rf $(VENV) dcnv3_kernel/build dist outputs .pytest_cache .ruff_cache

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import ModuleType
 
 import torch
 
@@ -150,6 +151,33 @@ def _chosen_backend(argument: str | None) -> tuple[str, str]:
     return "auto", "default"
 
 
+def _kernel(device_type: str, backend: str | None) -> ModuleType | None:
+    """The kernel to use, None for the PyTorch definition.
+
+    Raises:
+        RuntimeError: if a kernel was asked for and there is none.
+    """
+    choice, _ = _chosen_backend(backend)
+    if choice == "torch":
+        return None
+    kernel, reason = get_dcnv3_kernel(device_type)
+    if kernel is None and choice == "kernel":
+        raise RuntimeError(f"there is no DCNv3 kernel for the device {device_type!r}: {reason}")
+    return kernel
+
+
+# torch.compile can follow a look-up in a global dictionary, and take an answer for granted that is a bool.
+_kernels_while_compiling: dict[str, ModuleType] = {}
+
+
+@torch.compiler.assume_constant_result
+def _has_kernel_while_compiling(device_type: str, backend: str | None) -> bool:
+    kernel = _kernel(device_type, backend)
+    if kernel is not None:
+        _kernels_while_compiling[device_type] = kernel
+    return kernel is not None
+
+
 def _call(
     input: torch.Tensor,
     offset: torch.Tensor,
@@ -158,10 +186,15 @@ def _call(
     softmax: bool,
     backend: str | None,
 ) -> torch.Tensor:
-    # Compilers cannot look into ContextVars and the environment. Exporters want standard operators alone, and so do
-    # tensors without data and those that only look like tensors.
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and input.device.type == "cpu":
-        return dcnv3_cpu_compiled(input, offset, mask, geometry, softmax)
+    # Compilers cannot look into ContextVars and the environment: what they say while compiling holds. Exporters want
+    # standard operators alone, and so do tensors without data and those that only look like tensors.
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if _has_kernel_while_compiling(input.device.type, backend):
+            kernel = _kernels_while_compiling[input.device.type]
+            function = kernel.dcnv3_softmax if softmax else kernel.dcnv3
+            return function(input, offset, mask, **geometry._asdict())
+        if input.device.type == "cpu":
+            return dcnv3_cpu_compiled(input, offset, mask, geometry, softmax)
     if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -170,14 +203,10 @@ def _call(
     ):
         return dcnv3_plain(input, offset, mask, geometry, softmax)
 
-    choice, _ = _chosen_backend(backend)
-    if choice != "torch":
-        kernel, reason = get_dcnv3_kernel(input.device.type)
-        if kernel is not None:
-            function = kernel.dcnv3_softmax if softmax else kernel.dcnv3
-            return function(input, offset, mask, **geometry._asdict())
-        if choice == "kernel":
-            raise RuntimeError(f"there is no DCNv3 kernel for the device {input.device.type!r}: {reason}")
+    kernel = _kernel(input.device.type, backend)
+    if kernel is not None:
+        function = kernel.dcnv3_softmax if softmax else kernel.dcnv3
+        return function(input, offset, mask, **geometry._asdict())
     if input.device.type == "cpu":
         return dcnv3_cpu(input, offset, mask, geometry, softmax)
     return dcnv3_plain(input, offset, mask, geometry, softmax)

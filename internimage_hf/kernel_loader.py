@@ -1,9 +1,188 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
-"""Finds a compiled DCNv3 kernel for a kind of device."""
+"""Finds a compiled DCNv3 kernel for a kind of device: a folder in the layout of https://github.com/huggingface/kernels.
 
+Looked for, the first that works: `LOCAL_KERNELS`, a compiled variant that came with the package or was built in its
+checkout (`make kernel`), the Hub (through the `kernels` library, if it is installed), and last the Triton variant.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
+
+import torch
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# The publisher is one that the Hub marks as trusted: a stranger cannot register the name, and `kernels` refuses what lies
+# there if it ever loses that mark. The version is a branch that only compatible builds go to.
+HUB_REPOSITORY, HUB_VERSION = "kernels-community/dcnv3", 1
+_HUB_SECONDS = 2.0
+
+_HERE = Path(__file__).resolve().parent
+_lock = threading.Lock()
+_found: dict[str, tuple[ModuleType | None, str]] = {}
 
 
 def get_dcnv3_kernel(device_type: str) -> tuple[ModuleType | None, str]:
-    """The kernel module that serves tensors on `device_type`, or None, and the reason."""
-    return None, "this version has no compiled DCNv3 kernel; the PyTorch definition is used"
+    """The kernel module that serves tensors on `device_type`, or None, and the reason. Looked for once per process."""
+    if device_type not in _found:
+        with _lock:
+            if device_type not in _found:
+                _found[device_type] = _find(device_type)
+    return _found[device_type]
+
+
+def forget_kernels() -> None:
+    """Lets the next call look again: after `make kernel`, or a change of the environment."""
+    with _lock:
+        _found.clear()
+
+
+def _find(device_type: str) -> tuple[ModuleType | None, str]:
+    if device_type not in ("cpu", "cuda", "xpu"):
+        return None, f"there is no kernel for devices of the type {device_type!r}"
+    problems = []
+    for what, load in _candidates(device_type):
+        try:
+            return load(), what
+        except Exception as error:  # a kernel is code from elsewhere: whatever it raises, the model must run
+            problems.append(f"{what}: {type(error).__name__}: {_first_line(error)}")
+    if not problems:
+        problems.append(
+            f"no variant for {platform.machine()} {platform.system()} and torch {torch.__version__} was found; "
+            "`make kernel` in a clone builds one, `pip install kernels` lets the Hub be asked"
+        )
+    reason = "; ".join(problems)
+    logger.warning(f"No DCNv3 kernel for {device_type}, the slower PyTorch definition is used. {reason}")
+    return None, reason
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def _candidates(device_type: str) -> Iterator[tuple[str, Callable[[], ModuleType]]]:
+    """What to try, in order: a description and what loads it."""
+    if (local := _local_kernels_path()) is not None:
+        folders = [local] if (local / "metadata.json").is_file() else _variants(local, device_type)
+        for folder in folders:
+            yield f"LOCAL_KERNELS, {folder}", lambda folder=folder: _load(folder, device_type)
+        if not folders:
+            yield f"LOCAL_KERNELS, {local}", lambda: _fail(f"no variant for {device_type} in it")
+
+    bundled = [_HERE / "_kernels"]
+    if (_HERE.parent / "dcnv3_kernel" / "build.py").is_file():
+        bundled.append(_HERE.parent / "dcnv3_kernel")
+    ours = [folder for root in bundled for folder in _variants(root, device_type)]
+    compiled = [folder for folder in ours if "stable-abi" in folder.name]
+    for folder in compiled:
+        yield str(folder), lambda folder=folder: _load(folder, device_type)
+
+    if importlib.util.find_spec("kernels") is not None and not _offline():
+        yield f"{HUB_REPOSITORY} on the Hub, version {HUB_VERSION}", _load_from_hub
+    for folder in ours:
+        if folder not in compiled:
+            yield str(folder), lambda folder=folder: _load(folder, device_type)
+
+
+def _fail(message: str) -> ModuleType:
+    raise FileNotFoundError(message)
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _local_kernels_path() -> Path | None:
+    """The entry of `LOCAL_KERNELS` ("owner/name=path:...") for a kernel named dcnv3."""
+    for entry in os.environ.get("LOCAL_KERNELS", "").split(":"):
+        name, _, path = entry.partition("=")
+        if path and name.strip().split("/")[-1] == "dcnv3":
+            return Path(path.strip()).expanduser()
+    return None
+
+
+def _variants(root: Path, device_type: str) -> list[Path]:
+    """The variants in a folder (or its `build/`) that fit this machine, its torch and the device; compiled ones first."""
+    if (root / "build").is_dir():
+        root = root / "build"
+    machine, system = platform.machine().lower(), platform.system().lower()
+    torch_version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
+    compiled = []
+    for folder in root.glob(f"torch-stable-abi*-*-{machine}-{system}"):
+        abi, compute = re.fullmatch(r"torch-stable-abi(\d+)-(\w+)-.*", folder.name).groups()
+        if (int(abi[0]), int(abi[1:])) > torch_version:
+            continue
+        cuda_major = (torch.version.cuda or "").split(".")[0]
+        if (device_type == "cpu" and compute == "cpu") or (
+            device_type == "cuda" and cuda_major and re.fullmatch(rf"cu{cuda_major}\d", compute)
+        ):
+            compiled.append(folder)
+    noarch = {"cuda": "torch-rocm" if torch.version.hip else "torch-cuda", "xpu": "torch-xpu"}.get(device_type)
+    triton = [root / noarch] if noarch and (root / noarch).is_dir() else []
+    return sorted(compiled, key=lambda folder: folder.name, reverse=True) + triton
+
+
+def _load(folder: Path, device_type: str) -> ModuleType:
+    """Imports a variant's folder as a module of its own name, which its build made unique.
+
+    Not `kernels.get_local_kernel`: that is an extra, and refuses a CPU variant where torch was built for CUDA.
+    """
+    metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    name, built_for = metadata["id"], metadata["backend"]["type"]
+    if {"rocm": "cuda"}.get(built_for, built_for) != device_type:
+        raise ValueError(f"it is built for {built_for}, not for {device_type}")
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+        _check_interface(module)
+    except BaseException:
+        for loaded in [n for n in sys.modules if n == name or n.startswith(f"{name}.")]:
+            del sys.modules[loaded]
+        raise
+    return module
+
+
+def _check_interface(module: ModuleType) -> None:
+    for function in ("dcnv3", "dcnv3_softmax"):
+        if not callable(getattr(module, function, None)):
+            raise ImportError(f"it has no function {function}")
+
+
+def _load_from_hub() -> ModuleType:
+    """Asks the Hub, for so long and no longer; what a slow download leaves in the cache serves the next process."""
+    result: list[ModuleType] = []
+    problem: list[Exception] = []
+
+    def ask():
+        try:
+            from kernels import get_kernel
+
+            result.append(get_kernel(HUB_REPOSITORY, version=HUB_VERSION))
+        except Exception as error:
+            problem.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True, name="dcnv3-kernel-from-hub")
+    thread.start()
+    thread.join(_HUB_SECONDS)
+    if problem:
+        raise problem[0]
+    if not result:
+        raise TimeoutError(f"no answer within {_HUB_SECONDS:g} s")
+    _check_interface(result[0])
+    return result[0]

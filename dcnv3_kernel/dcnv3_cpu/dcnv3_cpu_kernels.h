@@ -31,6 +31,22 @@ struct VectorOf {
 template <class T, int B>
 using Vector = typename VectorOf<T, B>::type;
 
+// Full registers, and the comparison results and 32-bit integers that go with them.
+template <class T>
+constexpr int lanes = DCNV3_VECTOR_BYTES / sizeof(T);
+template <class T>
+using Register = Vector<T, lanes<T>>;
+template <class T>
+struct MaskOf {
+  typedef int32_t type;
+};
+template <>
+struct MaskOf<double> {
+  typedef int64_t type;
+};
+template <class T>
+using MaskRegister = Vector<typename MaskOf<T>::type, lanes<T>>;
+
 // ------------------------------------------------------------------------------------------------- 16-bit conversions
 
 DCNV3_INLINE float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
@@ -184,16 +200,24 @@ DCNV3_INLINE T exponential(T x) {
   return x == x ? result : x;
 }
 
-// Softmax over each `points` consecutive values, in place.
+// Softmax over each `points` consecutive values, in place. Memory to the next multiple of 16 values is overwritten.
 template <class T, int P>
 DCNV3_INLINE void softmax(T* __restrict values, int64_t count, int64_t dynamic_points) {
   const int64_t points = P ? P : dynamic_points;
   const int64_t n = count * points;
   // One maximum for all groups, where it is close to every group's own: the division takes it out again.
-  T highest = values[0], lowest = values[0];
-  for (int64_t i = 1; i < n; ++i) {
-    highest = values[i] > highest ? values[i] : highest;
-    lowest = values[i] < lowest ? values[i] : lowest;
+  constexpr int L = lanes<T>;
+  for (int64_t i = n; i < (n + L - 1) / L * L; ++i) values[i] = values[0];
+  Register<T> high = load<T, L>(values), low = high;
+  for (int64_t i = L; i < n; i += L) {
+    const Register<T> v = load<T, L>(values + i);
+    high = v > high ? v : high;
+    low = v < low ? v : low;
+  }
+  T highest = high[0], lowest = low[0];
+  for (int i = 1; i < L; ++i) {
+    highest = high[i] > highest ? high[i] : highest;
+    lowest = low[i] < lowest ? low[i] : lowest;
   }
   if (highest - lowest < T(20)) {
     for (int64_t i = 0; i < n; ++i) values[i] = exponential(values[i] - highest);
@@ -226,7 +250,7 @@ struct Points {
   int32_t* valid[4];       // whether the corner lies in the image
   T *kernel_x, *kernel_y;  // the regular grid, dilated and scaled, repeated for every group
   T* by_mask;              // the gradient of the modulation
-  T* dots;                 // (capacity, 4)
+  T* dots[4];              // of the corners with the output's gradient
 
   static size_t bytes(int64_t capacity) { return round_up(capacity) * (16 * sizeof(T) + 4 * sizeof(I) + 16); }
   static int64_t round_up(int64_t n) { return (n + 15) / 16 * 16; }
@@ -236,8 +260,9 @@ struct Points {
     T* values = reinterpret_cast<T*>(memory);
     x = values, y = x + n, mask = y + n, fx = mask + n, fy = fx + n, kernel_x = fy + n, kernel_y = kernel_x + n;
     for (int k = 0; k < 4; ++k) weight[k] = kernel_y + (k + 1) * n;
-    by_mask = kernel_y + 5 * n, dots = by_mask + n;
-    I* indices = reinterpret_cast<I*>(dots + 4 * n);
+    by_mask = kernel_y + 5 * n;
+    for (int k = 0; k < 4; ++k) dots[k] = by_mask + (k + 1) * n;
+    I* indices = reinterpret_cast<I*>(by_mask + 5 * n);
     for (int k = 0; k < 4; ++k) index[k] = indices + k * n;
     int32_t* flags = reinterpret_cast<int32_t*>(indices + 4 * n);
     for (int k = 0; k < 4; ++k) valid[k] = flags + k * n;
@@ -258,67 +283,63 @@ struct Points {
   }
 };
 
-// Where the kernel's first point lies, without offset, for an output column or row.
+// Where the kernel's first point lies, without offset, along one axis: `start + out * stride`.
 template <class T>
-DCNV3_INLINE T origin(int64_t out, int64_t stride, int64_t padding, int64_t dilation, int64_t kernel, double scale) {
-  const double half = double((dilation * (kernel - 1)) / 2);
-  return T(out) * T(stride) + T(half - double(padding) - half * scale);
-}
+struct Origin {
+  T start, stride;
+  Origin(int64_t step, int64_t padding, int64_t dilation, int64_t kernel, double scale) : stride(T(step)) {
+    const double half = double((dilation * (kernel - 1)) / 2);
+    start = T(half - double(padding) - half * scale);
+  }
+  T operator()(int64_t out) const { return T(out) * stride + start; }
+};
 
-// Fills weights and indices of n points from their positions. Everything that is not strictly inside (-1, size), NaN
-// included, has no valid corner. Backward needs more than forward.
+// Fills weights and indices of n points (and what follows to a full register) from their positions. What is not strictly
+// inside (-1, size), NaN included, has no valid corner. Forward, weights include the modulation; backward they do not, and
+// fractional parts are kept.
 template <bool Backward, class T, class I>
 DCNV3_INLINE void locate(const Points<T, I>& p, int64_t n, int64_t height, int64_t width, int64_t stride) {
-  T* __restrict x = p.x;
-  T* __restrict y = p.y;
-  const T* __restrict mask = p.mask;
-  T* __restrict w0 = p.weight[0];
-  T* __restrict w1 = p.weight[1];
-  T* __restrict w2 = p.weight[2];
-  T* __restrict w3 = p.weight[3];
-  I* __restrict i0 = p.index[0];
-  I* __restrict i1 = p.index[1];
-  I* __restrict i2 = p.index[2];
-  I* __restrict i3 = p.index[3];
-  int32_t* __restrict v0 = p.valid[0];
-  int32_t* __restrict v1 = p.valid[1];
-  int32_t* __restrict v2 = p.valid[2];
-  int32_t* __restrict v3 = p.valid[3];
-  T* __restrict out_fx = p.fx;
-  T* __restrict out_fy = p.fy;
+  constexpr int L = lanes<T>;
+  typedef Register<T> V;
+  typedef MaskRegister<T> M;
+  typedef Vector<int32_t, L> Int;
+  typedef Vector<I, L> Index;
   const int32_t last_x = int32_t(width - 1), last_y = int32_t(height - 1);
   const T end_x = T(width), end_y = T(height);
   const I step_x = I(stride), step_y = I(width * stride);
-  for (int64_t i = 0; i < n; ++i) {
-    const bool inside = (x[i] > T(-1)) & (x[i] < end_x) & (y[i] > T(-1)) & (y[i] < end_y);
-    const T px = inside ? x[i] : T(0), py = inside ? y[i] : T(0);
-    int32_t x0 = int32_t(px), y0 = int32_t(py);
-    x0 -= px < T(x0) ? 1 : 0;  // truncation to floor
-    y0 -= py < T(y0) ? 1 : 0;
-    const T fx = px - T(x0), fy = py - T(y0);
-    const int32_t in = inside ? -1 : 0;
-    const int32_t left = x0 >= 0 ? in : 0, right = x0 < last_x ? in : 0;
-    const int32_t top = y0 >= 0 ? -1 : 0, bottom = y0 < last_y ? -1 : 0;
-    const int32_t c0 = x0 > 0 ? x0 : 0, c1 = x0 < last_x ? x0 + 1 : last_x;
-    const int32_t r0 = y0 > 0 ? y0 : 0, r1 = y0 < last_y ? y0 + 1 : last_y;
-    const I upper = I(r0) * step_y, lower = I(r1) * step_y, first = I(c0) * step_x, second = I(c1) * step_x;
-    i0[i] = upper + first;
-    i1[i] = upper + second;
-    i2[i] = lower + first;
-    i3[i] = lower + second;
-    const T a = (T(1) - fy) * (T(1) - fx), b = (T(1) - fy) * fx, c = fy * (T(1) - fx), d = fy * fx;
-    const T factor = Backward ? T(1) : mask[i];  // 0 * mask: a mask that is not finite shows, as in the definition
-    w0[i] = (top & left ? a : T(0)) * factor;
-    w1[i] = (top & right ? b : T(0)) * factor;
-    w2[i] = (bottom & left ? c : T(0)) * factor;
-    w3[i] = (bottom & right ? d : T(0)) * factor;
-    v0[i] = top & left;
-    v1[i] = top & right;
-    v2[i] = bottom & left;
-    v3[i] = bottom & right;
+  const V zero = {};
+  for (int64_t i = 0; i < n; i += L) {
+    const V x = load<T, L>(p.x + i), y = load<T, L>(p.y + i);
+    const M inside = (x > T(-1)) & (x < end_x) & (y > T(-1)) & (y < end_y);
+    const V px = inside ? x : zero, py = inside ? y : zero;
+    Int x0 = __builtin_convertvector(px, Int), y0 = __builtin_convertvector(py, Int);
+    x0 += __builtin_convertvector(px < __builtin_convertvector(x0, V), Int);  // truncation to floor
+    y0 += __builtin_convertvector(py < __builtin_convertvector(y0, V), Int);
+    const V fx = px - __builtin_convertvector(x0, V), fy = py - __builtin_convertvector(y0, V);
+    const Int in = __builtin_convertvector(inside, Int);
+    const Int left = (x0 >= 0) & in, right = (x0 < last_x) & in, top = y0 >= 0, bottom = y0 < last_y;
+    const Int none = {};
+    const Index c0 = __builtin_convertvector(x0 > 0 ? x0 : none, Index) * step_x;
+    const Index c1 = __builtin_convertvector(x0 < last_x ? x0 + 1 : none + last_x, Index) * step_x;
+    const Index r0 = __builtin_convertvector(y0 > 0 ? y0 : none, Index) * step_y;
+    const Index r1 = __builtin_convertvector(y0 < last_y ? y0 + 1 : none + last_y, Index) * step_y;
+    store<I, L>(p.index[0] + i, r0 + c0);
+    store<I, L>(p.index[1] + i, r0 + c1);
+    store<I, L>(p.index[2] + i, r1 + c0);
+    store<I, L>(p.index[3] + i, r1 + c1);
+    const Int valid[4] = {top & left, top & right, bottom & left, bottom & right};
+    const V gx = T(1) - fx, gy = T(1) - fy;
+    const V weight[4] = {gy * gx, gy * fx, fy * gx, fy * fx};
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      V w = __builtin_convertvector(valid[k], M) ? weight[k] : zero;
+      if (!Backward) w *= load<T, L>(p.mask + i);  // 0 * mask: a mask that is not finite shows, as in the definition
+      store<T, L>(p.weight[k] + i, w);
+      if (Backward) store<int32_t, L>(p.valid[k] + i, valid[k]);
+    }
     if (Backward) {
-      out_fx[i] = fx;
-      out_fy[i] = fy;
+      store<T, L>(p.fx + i, fx);
+      store<T, L>(p.fy + i, fy);
     }
   }
 }
@@ -392,12 +413,13 @@ void forward_pixels(const ForwardArguments& a, int64_t begin, int64_t end, void*
   T* row = reinterpret_cast<T*>(static_cast<char*>(scratch) + Points<T, I>::bytes(at_once * points));
   p.set_kernel(s, at_once);
   const T scale = T(s.offset_scale);
+  const Origin<T> origins_x(s.stride_w, s.padding_w, s.dilation_w, s.kernel_w, s.offset_scale);
+  const Origin<T> origins_y(s.stride_h, s.padding_h, s.dilation_h, s.kernel_h, s.offset_scale);
   const int64_t pixels = s.height_out * s.width_out;
   for (int64_t pixel = begin; pixel < end; ++pixel) {
     const int64_t image = pixel / pixels, x_out = pixel % s.width_out, y_out = pixel % pixels / s.width_out;
     const S* input = static_cast<const S*>(a.input) + image * s.height * s.width * s.channels;
-    const T origin_x = origin<T>(x_out, s.stride_w, s.padding_w, s.dilation_w, s.kernel_w, s.offset_scale);
-    const T origin_y = origin<T>(y_out, s.stride_h, s.padding_h, s.dilation_h, s.kernel_h, s.offset_scale);
+    const T origin_x = origins_x(x_out), origin_y = origins_y(y_out);
     S* output = static_cast<S*>(a.output) + pixel * s.channels;
     for (int64_t group = 0; group < s.groups; group += at_once) {
       const int64_t count = group + at_once <= s.groups ? at_once : s.groups - group, n = count * points;
@@ -493,6 +515,55 @@ DCNV3_INLINE Vector<T, 4> scatter_group(
   }
 }
 
+// All points of a block of pixels: adds to `sums`, fills `dots`.
+template <class T, class S, int P, int D>
+DCNV3_INLINE void scatter_block(
+    const Points<T, int32_t>& p, int64_t count, int64_t dynamic_points, int64_t channels, int64_t pixel_stride,
+    const T* gradients, const S* input, T* sums) {
+  const int64_t points = P ? P : dynamic_points;
+  for (int64_t q = 0; q < count; ++q) {
+    const T* gradient = gradients + q * channels;
+    for (int64_t i = q * points; i < (q + 1) * points; ++i) {
+      const T mask = p.mask[i];
+      const S* from[4];
+      T* to[4];
+      T weight[4];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        const int64_t index = p.index[k][i];
+        from[k] = input + index * pixel_stride;
+        to[k] = sums + index * channels;
+        weight[k] = p.weight[k][i] * mask;
+      }
+      const Vector<T, 4> dots = scatter_group<T, S, D>(from, to, weight, gradient, channels);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) p.dots[k][i] = dots[k];
+    }
+  }
+}
+
+// The same by branches: corners outside the image are not touched.
+template <class T, class S>
+__attribute__((noinline)) void scatter_exactly(
+    const Points<T, int32_t>& p, int64_t count, int64_t points, int64_t channels, int64_t pixel_stride,
+    const T* gradients, const S* input, T* sums) {
+  for (int64_t i = 0; i < count * points; ++i) {
+    const T* gradient = gradients + i / points * channels;
+    for (int k = 0; k < 4; ++k) {
+      T dot = 0;
+      if (p.valid[k][i]) {
+        const int64_t index = p.index[k][i];
+        const T weight = p.weight[k][i] * p.mask[i];
+        for (int64_t c = 0; c < channels; ++c) {
+          sums[index * channels + c] += gradient[c] * weight;
+          dot += gradient[c] * T(widen(input[index * pixel_stride + c]));
+        }
+      }
+      p.dots[k][i] = dot;
+    }
+  }
+}
+
 // The gradient of one group of one image for the output rows [first_row, last_row). `sums` is (H, W, D).
 template <class T, class S, int P, int D>
 DCNV3_INLINE void backward_rows(
@@ -502,7 +573,10 @@ DCNV3_INLINE void backward_rows(
   const int64_t points = P ? P : s.points, channels = D ? D : s.group_channels;
   const T scale = T(s.offset_scale);
   const S* input = static_cast<const S*>(a.input) + image * s.height * s.width * s.channels + group * channels;
+  const Origin<T> origins_x(s.stride_w, s.padding_w, s.dilation_w, s.kernel_w, s.offset_scale);
+  const Origin<T> origins_y(s.stride_h, s.padding_h, s.dilation_h, s.kernel_h, s.offset_scale);
   const int64_t image_pixel = image * s.height_out * s.width_out;
+  int64_t x_out = 0, y_out = first_row;
   const int64_t end = last_row * s.width_out;
   for (int64_t start = first_row * s.width_out; start < end; start += pixels_per_block) {
     const int64_t count = start + pixels_per_block <= end ? pixels_per_block : end - start, n = count * points;
@@ -511,10 +585,8 @@ DCNV3_INLINE void backward_rows(
       const int64_t first = ((image_pixel + pixel) * s.groups + group) * points;
       const S* __restrict offset = static_cast<const S*>(a.offset) + first * 2;
       const S* __restrict mask = static_cast<const S*>(a.mask) + first;
-      const T origin_x =
-          origin<T>(pixel % s.width_out, s.stride_w, s.padding_w, s.dilation_w, s.kernel_w, s.offset_scale);
-      const T origin_y =
-          origin<T>(pixel / s.width_out, s.stride_h, s.padding_h, s.dilation_h, s.kernel_h, s.offset_scale);
+      const T origin_x = origins_x(x_out), origin_y = origins_y(y_out);
+      if (++x_out == s.width_out) x_out = 0, ++y_out;
       for (int64_t i = 0; i < points; ++i) {
         p.x[at + i] = (origin_x + p.kernel_x[i]) + T(widen(offset[2 * i])) * scale;
         p.y[at + i] = (origin_y + p.kernel_y[i]) + T(widen(offset[2 * i + 1])) * scale;
@@ -527,46 +599,28 @@ DCNV3_INLINE void backward_rows(
     if (s.softmax) softmax<T, P>(p.mask, count, points);
     locate<true>(p, n, s.height, s.width, 1);
 
-    const bool exactly = not_finite(gradients, count * channels);
-    for (int64_t q = 0; q < count; ++q) {
-      const T* gradient = gradients + q * channels;
-      for (int64_t i = q * points; i < (q + 1) * points; ++i) {
-        const S* from[4];
-        T* to[4];
-        T weight[4];
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) {
-          const int64_t index = p.index[k][i];
-          from[k] = input + index * s.channels;
-          to[k] = sums + index * channels;
-          weight[k] = p.weight[k][i] * p.mask[i];
-        }
-        if (__builtin_expect(exactly, 0)) {
-          for (int k = 0; k < 4; ++k) {
-            T dot = 0;
-            for (int64_t c = 0; p.valid[k][i] && c < channels; ++c) {
-              to[k][c] += gradient[c] * weight[k];
-              dot += gradient[c] * T(widen(from[k][c]));
-            }
-            p.dots[4 * i + k] = dot;
-          }
-        } else {
-          store<T, 4>(p.dots + 4 * i, scatter_group<T, S, D>(from, to, weight, gradient, channels));
-        }
-      }
+    if (__builtin_expect(not_finite(gradients, count * channels), 0)) {
+      scatter_exactly(p, count, points, channels, s.channels, gradients, input, sums);
+    } else {
+      scatter_block<T, S, P, D>(p, count, points, channels, s.channels, gradients, input, sums);
     }
 
-    T* __restrict by_x = p.x;
-    T* __restrict by_y = p.y;
-    T* __restrict by_mask = p.by_mask;
-    for (int64_t i = 0; i < n; ++i) {
-      // what lies outside is 0, whatever the clamped corner holds
-      const T d0 = p.valid[0][i] ? p.dots[4 * i] : T(0), d1 = p.valid[1][i] ? p.dots[4 * i + 1] : T(0);
-      const T d2 = p.valid[2][i] ? p.dots[4 * i + 2] : T(0), d3 = p.valid[3][i] ? p.dots[4 * i + 3] : T(0);
-      const T fx = p.fx[i], fy = p.fy[i];
-      by_mask[i] = (T(1) - fy) * ((T(1) - fx) * d0 + fx * d1) + fy * ((T(1) - fx) * d2 + fx * d3);
-      by_x[i] = ((T(1) - fy) * (d1 - d0) + fy * (d3 - d2)) * p.mask[i] * scale;
-      by_y[i] = ((T(1) - fx) * (d2 - d0) + fx * (d3 - d1)) * p.mask[i] * scale;
+    constexpr int L = lanes<T>;
+    typedef Register<T> V;
+    T* const by_x = p.x;  // positions are not needed any more
+    T* const by_y = p.y;
+    T* const by_mask = p.by_mask;
+    for (int64_t i = 0; i < n; i += L) {
+      V d[4];  // what lies outside is 0, whatever the clamped corner holds
+      for (int k = 0; k < 4; ++k) {
+        const auto valid = __builtin_convertvector(load<int32_t, L>(p.valid[k] + i), MaskRegister<T>);
+        d[k] = valid ? load<T, L>(p.dots[k] + i) : V{};
+      }
+      const V fx = load<T, L>(p.fx + i), fy = load<T, L>(p.fy + i), gx = T(1) - fx, gy = T(1) - fy;
+      const V factor = load<T, L>(p.mask + i) * scale;
+      store<T, L>(by_mask + i, gy * (gx * d[0] + fx * d[1]) + fy * (gx * d[2] + fx * d[3]));
+      store<T, L>(by_x + i, (gy * (d[1] - d[0]) + fy * (d[3] - d[2])) * factor);
+      store<T, L>(by_y + i, (gx * (d[2] - d[0]) + fx * (d[3] - d[1])) * factor);
     }
     for (int64_t q = 0; q < count; ++q) {
       const int64_t first = ((image_pixel + start + q) * s.groups + group) * points;

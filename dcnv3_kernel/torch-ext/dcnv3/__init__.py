@@ -33,9 +33,7 @@ def _double_backward(ctx, *grads):
     raise RuntimeError("dcnv3 cannot be differentiated twice")
 
 
-torch.library.register_autograd(
-    add_op_namespace_prefix("dcnv3_forward"), _backward, setup_context=_save_for_backward
-)
+torch.library.register_autograd(add_op_namespace_prefix("dcnv3_forward"), _backward, setup_context=_save_for_backward)
 torch.library.register_autograd(add_op_namespace_prefix("dcnv3_backward"), _double_backward)
 
 

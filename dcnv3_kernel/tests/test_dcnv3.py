@@ -1,0 +1,520 @@
+"""The kernel by itself: against the definition in float64, on every backend that was built and has a device.
+
+Run by kernel-builder's continuous integration (`-m kernels_ci`), by `make test`, and by hand with `pytest dcnv3_kernel/tests`.
+"""
+
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+pytestmark = pytest.mark.kernels_ci
+
+ROOT = Path(__file__).resolve().parents[1]
+PARITY = (ROOT.parent / "tests" / "fixtures", ROOT.parents[1] / "shared" / "parity")
+
+
+def load_variant(folder: Path):
+    name = json.loads((folder / "metadata.json").read_text())["id"]
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def built(pattern: str) -> Path | None:
+    return next(iter(sorted((ROOT / "build").glob(pattern), reverse=True)), None)
+
+
+@pytest.fixture(params=["cpu", "cuda", "triton"], scope="module")
+def backend(request):
+    """A kernel module and its device."""
+    if request.param != "cpu" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    patterns = {"cpu": "torch-stable-abi*-cpu-*", "cuda": "torch-stable-abi*-cu1*", "triton": "torch-cuda"}
+    folder = built(patterns[request.param])
+    if folder is None:
+        pytest.skip(f"no {request.param} variant was built: run dcnv3_kernel/build.py")
+    return load_variant(folder), "cpu" if request.param == "cpu" else "cuda"
+
+
+# --------------------------------------------------------------------------------------------------- the definition
+
+
+def definition(
+    input, offset, mask, *, kernel_size=3, stride=1, padding=1, dilation=1, groups, offset_scale=1.0, remove_center=False,
+    softmax=False,
+):  # fmt: skip
+    """DCNv3 by its formula, one corner of one point at a time; differentiable in all three tensors."""
+    pair = lambda v: (v, v) if isinstance(v, int) else tuple(v)  # noqa: E731
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = map(pair, (kernel_size, stride, padding, dilation))
+    batch, height, width, channels = input.shape
+    out_h, out_w = offset.shape[1:3]
+    points = [(ix, iy) for ix in range(kw) for iy in range(kh)]
+    if remove_center:
+        points.remove((kw // 2, kh // 2))
+    offset = offset.reshape(batch, out_h, out_w, groups, len(points), 2)
+    mask = mask.reshape(batch, out_h, out_w, groups, len(points))
+    mask = mask.softmax(-1) if softmax else mask
+    value = input.reshape(batch, height, width, groups, -1)
+    image = torch.arange(batch).view(-1, 1, 1, 1)
+    group = torch.arange(groups).view(1, 1, 1, -1)
+    output = 0
+    for i, (ix, iy) in enumerate(points):
+        half_x, half_y = dw * (kw - 1) // 2, dh * (kh - 1) // 2
+        x = torch.arange(out_w).view(1, 1, -1, 1) * sw - pw + half_x - half_x * offset_scale
+        y = torch.arange(out_h).view(1, -1, 1, 1) * sh - ph + half_y - half_y * offset_scale
+        x = x + (ix * dw + offset[..., i, 0]) * offset_scale
+        y = y + (iy * dh + offset[..., i, 1]) * offset_scale
+        inside = (x > -1) & (x < width) & (y > -1) & (y < height)
+        x, y = torch.where(inside, x, 0.0), torch.where(inside, y, 0.0)
+        x0, y0 = x.detach().floor(), y.detach().floor()
+        for cx, cy in itertools.product((0, 1), (0, 1)):
+            column, row = (x0 + cx).long(), (y0 + cy).long()
+            valid = inside & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            weight = (x - x0 if cx else 1 - (x - x0)) * (y - y0 if cy else 1 - (y - y0)) * mask[..., i]
+            corner = value[image, row.clamp(0, height - 1), column.clamp(0, width - 1), group]
+            output = output + torch.where(valid.unsqueeze(-1), corner * weight.unsqueeze(-1), 0.0)
+    return output.reshape(batch, out_h, out_w, channels)
+
+
+def output_size(size, kernel, stride, padding, dilation):
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def random_case(rng, dtype=torch.float64):
+    """Random hyper-parameters, and inputs whose sampling points keep away from integers, where gradients jump."""
+    pick = lambda *values: values[torch.randint(len(values), (), generator=rng).item()]  # noqa: E731
+    kernel = (pick(1, 2, 3, 3, 5), pick(1, 2, 3, 3, 5))
+    remove_center = pick(False, True) and kernel[0] == kernel[1] and kernel[0] % 2 == 1 and kernel[0] > 1
+    options = {
+        "kernel_size": kernel,
+        "stride": (pick(1, 1, 2, 3), pick(1, 1, 2)),
+        "padding": (pick(0, 1, 2), pick(0, 1, 2)),
+        "dilation": (pick(1, 1, 2), pick(1, 1, 2)),
+        "groups": pick(1, 2, 3, 4, 7),
+        "offset_scale": pick(1.0, 2.0, 0.5, -1.5),
+        "remove_center": remove_center,
+    }
+    group_channels = pick(1, 2, 3, 4, 5, 8, 12, 16, 17, 20, 32, 33, 48)
+    batch, height, width = pick(1, 2, 3), pick(1, 4, 7, 12), pick(1, 5, 9, 16)
+    out = [
+        output_size(
+            size, options["kernel_size"][a], options["stride"][a], options["padding"][a], options["dilation"][a]
+        )
+        for a, size in enumerate((height, width))
+    ]
+    if min(out) < 1:
+        return None
+    points = options["groups"] * (kernel[0] * kernel[1] - remove_center)
+    spread = pick(0.3, 2.0, 30.0)
+    offset = torch.randn(batch, *out, points * 2, generator=rng, dtype=torch.float64) * spread
+    # offset_scale 0.5 or 1.5 and half positions included, all coordinates are multiples of 1/4 plus scale * offset
+    step = 0.25 / abs(options["offset_scale"])
+    offset = (offset / step).floor() * step + step * (
+        0.3 + 0.4 * torch.rand(offset.shape, generator=rng, dtype=torch.float64)
+    )
+    return (
+        torch.randn(batch, height, width, options["groups"] * group_channels, generator=rng, dtype=torch.float64).to(
+            dtype
+        ),
+        offset.to(dtype),
+        torch.randn(batch, *out, points, generator=rng, dtype=torch.float64).to(dtype),
+    ), options
+
+
+def run_and_differentiate(function, tensors, options, grad_output=None):
+    tensors = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    output = function(*tensors, **options)
+    if grad_output is None:
+        generator = torch.Generator().manual_seed(5)
+        grad_output = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    grads = torch.autograd.grad(output, tensors, grad_output.to(output), allow_unused=True)
+    return [output.detach(), *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, tensors, strict=True))]
+
+
+def relative_error(actual, expected):
+    return ((actual.cpu().double() - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
+
+
+NAMES = ("output", "grad_input", "grad_offset", "grad_mask")
+
+# ------------------------------------------------------------------------------------------------------ correctness
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_parity_with_the_official_operator(backend, dtype):
+    kernel, device = backend
+    folder = next((f for f in PARITY if (f / "ops.safetensors").is_file()), None)
+    if folder is None:
+        pytest.skip("no golden outputs of the official operator here")
+    tensors = load_file(folder / "ops.safetensors")
+    cases = json.loads((folder / "ops.json").read_text())["cases"]
+    assert len(cases) == 10
+    for case in cases:
+        name, options = case["name"], official_options(case)
+        case_tensors = {key: tensors[f"{name}.{key}"] for key in ("input", "offset", "mask", *NAMES, "grad_output")}
+        arguments = [case_tensors[key].to(device, dtype) for key in ("input", "offset", "mask")]
+        for what, actual in zip(
+            NAMES, run_and_differentiate(kernel.dcnv3, arguments, options, case_tensors["grad_output"]), strict=True
+        ):
+            tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+            assert relative_error(actual, case_tensors[what]) < tolerance, (name, what)
+
+
+def official_options(case):
+    """The hyper-parameters of a case, which has the official names."""
+    names = {"kernel_size": "kernel", "stride": "stride", "padding": "pad", "dilation": "dilation"}
+    sizes = {ours: (case[f"{theirs}_h"], case[f"{theirs}_w"]) for ours, theirs in names.items()}
+    others = {"groups": case["group"], "offset_scale": case["offset_scale"], "remove_center": case["remove_center"]}
+    return {**sizes, **others}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_shapes(backend, seed):
+    """Two hundred in all."""
+    kernel, device = backend
+    rng = torch.Generator().manual_seed(1000 + seed)
+    done = 0
+    while done < 20:
+        case = random_case(rng)
+        if case is None:
+            continue
+        done += 1
+        tensors, options = case
+        for softmax in (False, True):
+            expected = run_and_differentiate(definition, tensors, {**options, "softmax": softmax})
+            function = kernel.dcnv3_softmax if softmax else kernel.dcnv3
+            for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 5e-5)):
+                actual = run_and_differentiate(function, [t.to(device, dtype) for t in tensors], options)
+                for what, a, e in zip(NAMES, actual, expected, strict=True):
+                    assert a.dtype == dtype and relative_error(a, e) < tolerance, (what, dtype, softmax, options)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("group_channels", [3, 8, 16, 32, 40])
+def test_16_bit_tensors_compute_in_float32(backend, dtype, tolerance, group_channels):
+    kernel, device = backend
+    torch.manual_seed(0)
+    # offsets are quarters and a bit, which both dtypes hold exactly
+    tensors = [
+        torch.randn(2, 9, 7, 2 * group_channels).to(dtype),
+        (torch.randint(-8, 8, (2, 9, 7, 36)) * 0.25 + 0.125).to(dtype),
+        torch.randn(2, 9, 7, 18).to(dtype),
+    ]
+    expected = run_and_differentiate(definition, [t.double() for t in tensors], {"groups": 2, "softmax": True})
+    actual = run_and_differentiate(kernel.dcnv3_softmax, [t.to(device) for t in tensors], {"groups": 2})
+    for what, a, e in zip(NAMES, actual, expected, strict=True):
+        assert a.dtype == dtype and relative_error(a, e) < tolerance, what
+
+
+def test_every_16_bit_number_survives(backend):
+    """A 1x1 kernel without offset copies: conversions there and back are exact, subnormals included."""
+    kernel, device = backend
+    for dtype in (torch.float16, torch.bfloat16):
+        numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        numbers = torch.where(numbers.isfinite(), numbers, 0)  # 0 * inf, of a corner of weight 0, is not 0
+        for channels in (1, 16, 64):
+            image = numbers.view(1, -1, 1, channels).to(device)
+            zeros = torch.zeros(1, image.shape[1], 1, 2, device=device, dtype=dtype)
+            ones = torch.ones(1, image.shape[1], 1, 1, device=device, dtype=dtype)
+            copy = kernel.dcnv3(image, zeros, ones, kernel_size=1, padding=0, groups=1)
+            torch.testing.assert_close(copy, image, rtol=0, atol=0)
+
+
+def test_mixed_dtypes(backend):
+    kernel, device = backend
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 5, 6, 16), torch.randn(1, 5, 6, 18), torch.randn(1, 5, 6, 9)]
+    expected = kernel.dcnv3(*(t.to(device) for t in tensors), groups=1)
+    mixed = [tensors[0].to(device, torch.float16), tensors[1].to(device), tensors[2].to(device, torch.bfloat16)]
+    outputs = run_and_differentiate(kernel.dcnv3, mixed, {"groups": 1})
+    assert [t.dtype for t in outputs] == [torch.float16, torch.float16, torch.float32, torch.bfloat16]
+    torch.testing.assert_close(outputs[0].float(), expected, atol=3e-2, rtol=3e-2)
+
+
+def test_softmax_of_extreme_logits(backend):
+    kernel, device = backend
+    torch.manual_seed(0)
+    image = torch.randn(1, 4, 5, 32, dtype=torch.float64)
+    offset = torch.rand(1, 4, 5, 36, dtype=torch.float64) * 0.8 + 0.1
+    for scale in (1e-3, 1.0, 30.0, 1e3, 1e6):
+        logits = torch.randn(1, 4, 5, 18, dtype=torch.float64) * scale
+        logits[..., :9] += 5 * scale  # groups far from each other
+        expected = run_and_differentiate(definition, (image, offset, logits), {"groups": 2, "softmax": True})
+        actual = run_and_differentiate(
+            kernel.dcnv3_softmax, [t.to(device) for t in (image, offset, logits)], {"groups": 2}
+        )
+        for what, a, e in zip(NAMES, actual, expected, strict=True):
+            assert relative_error(a, e) < 1e-11, (what, scale)
+    logits[..., 0] = -torch.inf
+    logits[..., 9] = torch.nan
+    output = kernel.dcnv3_softmax(image.to(device), offset.to(device), logits.to(device), groups=2)
+    assert output[..., :16].isfinite().all() and output[..., 16:].isnan().all()
+
+
+def test_offsets_that_are_not_numbers_or_far_away(backend):
+    kernel, device = backend
+    torch.manual_seed(0)
+    image = torch.randn(1, 6, 6, 16, dtype=torch.float64)
+    offset = torch.rand(1, 6, 6, 18, dtype=torch.float64) * 0.8 + 0.1
+    for value in (torch.nan, torch.inf, -torch.inf, 1e38, -1e38, 3e9, -3e9, 2.0**31, -(2.0**31)):
+        wild = offset.clone()
+        wild[..., ::4] = value
+        mask = torch.rand(1, 6, 6, 9, dtype=torch.float64)
+        expected = definition(image, wild, mask, groups=1)
+        for dtype in (torch.float64, torch.float32):
+            tensors = [t.to(device, dtype) for t in (image, wild, mask)]
+            outputs = run_and_differentiate(kernel.dcnv3, tensors, {"groups": 1})
+            assert relative_error(outputs[0], expected) < 1e-5
+            assert all(t.isfinite().all() for t in outputs)
+
+
+@pytest.mark.parametrize("group_channels", [5, 16])
+def test_infinite_pixels_stay_out_of_samples_outside(backend, group_channels):
+    kernel, device = backend
+    image = torch.ones(1, 3, 3, group_channels, dtype=torch.float64)
+    image[0, 0, 0] = torch.inf
+    offset = torch.zeros(1, 3, 3, 18, dtype=torch.float64) + 0.25
+    mask = torch.ones(1, 3, 3, 9, dtype=torch.float64)
+    tensors = [t.to(device) for t in (image, offset, mask)]
+    output, _, _, grad_mask = run_and_differentiate(kernel.dcnv3, tensors, {"groups": 1}, torch.ones_like(image))
+    assert torch.equal(output.cpu().isfinite(), definition(image, offset, mask, groups=1).isfinite())
+    for point in range(9):  # what the point alone samples
+        alone = torch.full_like(offset, 100.0)  # all others lie outside
+        alone[..., 2 * point : 2 * point + 2] = 0.25
+        sampled = definition(image, alone, mask, groups=1).sum(-1)
+        assert torch.equal(grad_mask[..., point].cpu().isfinite(), sampled.isfinite()), point
+
+
+def test_gradients_that_are_not_finite_stay_where_they_belong(backend):
+    kernel, device = backend
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 8, 8, 16, device=device), torch.rand(1, 8, 8, 18, device=device) * 0.5 + 0.2]
+    tensors.append(torch.rand(1, 8, 8, 9, device=device))
+    grad_output = torch.ones(1, 8, 8, 16)
+    grad_output[0, 0, 0] = torch.inf
+    _, grad_input, _, _ = run_and_differentiate(kernel.dcnv3, tensors, {"groups": 1}, grad_output)
+    assert not grad_input[0, :2, :2].isfinite().any() and grad_input[0, 3:].isfinite().all()
+
+
+def test_outputs_are_written_whole(backend):
+    """New memory is full of sentinels; nothing of them may be left."""
+    kernel, device = backend
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 7, 5, 3 * 17), torch.randn(2, 7, 5, 3 * 18), torch.randn(2, 7, 5, 3 * 9)]
+    tensors = [t.to(device) for t in tensors]
+    for _ in range(3):
+        rubbish = [torch.full_like(t, torch.nan) for t in tensors for _ in range(4)]
+        del rubbish
+        assert all(t.isfinite().all() for t in run_and_differentiate(kernel.dcnv3_softmax, tensors, {"groups": 3}))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4, 16), (1, 1, 1, 16), (2, 1, 9, 16), (0, 1, 1, 3)])
+def test_empty_and_tiny(backend, shape):
+    kernel, device = backend
+    tensors = [torch.randn(*shape), torch.randn(*shape[:3], 18), torch.randn(*shape[:3], 9)]
+    outputs = run_and_differentiate(kernel.dcnv3, [t.to(device) for t in tensors], {"groups": 1})
+    assert [t.shape for t in outputs] == [tensors[0].shape, *(t.shape for t in tensors)]
+    if shape[0]:
+        expected = run_and_differentiate(definition, [t.double() for t in tensors], {"groups": 1})
+        assert all(relative_error(a, e) < 1e-5 for a, e in zip(outputs, expected, strict=True))
+
+
+def test_views_and_strides(backend):
+    kernel, device = backend
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 6, 8, 32), torch.randn(2, 6, 8, 36), torch.randn(2, 6, 8, 18)]
+    tensors = [t.to(device) for t in tensors]
+    expected = run_and_differentiate(kernel.dcnv3, tensors, {"groups": 2})
+    views = [
+        tensors[0].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+        torch.cat((tensors[1], tensors[1]), -1)[..., :36],
+        torch.stack((tensors[2], tensors[2]), 1)[:, 1],
+    ]
+    leaves = [view.detach().requires_grad_() for view in views]
+    output = kernel.dcnv3(*leaves, groups=2)
+    torch.testing.assert_close(output, expected[0], rtol=0, atol=0)
+    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    grad_output = grad_output.to(output).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    for actual, wanted in zip(torch.autograd.grad(output, leaves, grad_output), expected[1:], strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_gradcheck_and_opcheck(backend):
+    kernel, device = backend
+    torch.manual_seed(0)
+    image = torch.randn(1, 4, 5, 6, dtype=torch.float64, device=device, requires_grad=True)
+    offset = (torch.rand(1, 4, 5, 36, dtype=torch.float64, device=device) * 0.8 + 0.1).requires_grad_()
+    mask = torch.randn(1, 4, 5, 18, dtype=torch.float64, device=device, requires_grad=True)
+    for function in (kernel.dcnv3, kernel.dcnv3_softmax):
+        assert torch.autograd.gradcheck(
+            lambda *t, f=function: f(*t, groups=2), (image, offset, mask), nondet_tol=1e-12
+        )
+    options = (3, 3, 1, 1, 1, 1, 1, 1, 2, 1.0, False, True)
+    torch.library.opcheck(kernel.ops.dcnv3_forward.default, (image, offset, mask, *options))
+    grad_output = torch.randn_like(image)
+    arguments = (grad_output, *(t.detach() for t in (image, offset, mask)), *options, False)
+    torch.library.opcheck(kernel.ops.dcnv3_backward.default, arguments)
+
+
+def test_double_backward_is_refused(backend):
+    kernel, device = backend
+    image = torch.randn(1, 4, 4, 8, device=device, requires_grad=True)
+    offset, mask = torch.randn(1, 4, 4, 18, device=device), torch.randn(1, 4, 4, 9, device=device)
+    (grad,) = torch.autograd.grad(kernel.dcnv3(image, offset, mask, groups=1).square().sum(), image, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_without_graph_breaks(backend, dynamic):
+    kernel, device = backend
+    torch.manual_seed(0)
+
+    def function(image, offset, mask):
+        return kernel.dcnv3_softmax(image * 2, offset, mask, groups=2).relu()
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+    for size in (6, 8):
+        tensors = [torch.randn(2, size, size, c, device=device) for c in (32, 36, 18)]
+        for a, e in zip(
+            run_and_differentiate(compiled, tensors, {}), run_and_differentiate(function, tensors, {}), strict=True
+        ):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+def test_export_with_symbolic_sizes(backend):
+    kernel, device = backend
+
+    class Model(torch.nn.Module):
+        def forward(self, image, offset, mask):
+            return kernel.dcnv3_softmax(image, offset, mask, groups=2)
+
+    tensors = [torch.randn(2, 6, 7, c, device=device) for c in (32, 36, 18)]
+    batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
+    shapes = [{0: batch, 1: height, 2: width}] * 3
+    program = torch.export.export(Model(), tuple(tensors), dynamic_shapes=shapes)
+    others = [torch.randn(3, 9, 5, c, device=device) for c in (32, 36, 18)]
+    torch.testing.assert_close(program.module()(*others), Model()(*others))
+
+
+def test_autocast_leaves_the_operator_alone(backend):
+    kernel, device = backend
+    tensors = [torch.randn(1, 5, 5, c, device=device) for c in (16, 18, 9)]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert kernel.dcnv3(*tensors, groups=1).dtype == torch.float32
+        assert kernel.dcnv3(tensors[0].bfloat16(), *tensors[1:], groups=1).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_the_number_of_threads_does_not_matter(threads):
+    folder = built("torch-stable-abi*-cpu-*")
+    if folder is None:
+        pytest.skip("no cpu variant was built: run dcnv3_kernel/build.py")
+    kernel = load_variant(folder)
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    try:
+        for shape, groups in (((1, 20, 31, 64), 4), ((3, 9, 9, 80), 5), ((1, 33, 17, 6), 1)):
+            tensors = [torch.randn(*shape[:3], c) for c in (shape[3], groups * 18, groups * 9)]
+            torch.set_num_threads(1)
+            expected = run_and_differentiate(kernel.dcnv3_softmax, tensors, {"groups": groups})
+            torch.set_num_threads(threads)
+            actual = run_and_differentiate(kernel.dcnv3_softmax, tensors, {"groups": groups})
+            assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+def test_lesser_instruction_sets(capability):
+    """What runs on older machines, in a process of its own: the choice is made once."""
+    folder = built("torch-stable-abi*-cpu-*")
+    if folder is None:
+        pytest.skip("no cpu variant was built: run dcnv3_kernel/build.py")
+    program = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_dcnv3 import *
+        kernel = load_variant(Path({str(folder)!r}))
+        rng = torch.Generator().manual_seed(7)
+        for case in filter(None, (random_case(rng) for _ in range(40))):
+            tensors, options = case
+            expected = run_and_differentiate(definition, tensors, {{**options, "softmax": True}})
+            for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 5e-5)):
+                actual = run_and_differentiate(kernel.dcnv3_softmax, [t.to(dtype) for t in tensors], options)
+                assert all(relative_error(a, e) < tolerance for a, e in zip(actual, expected)), options
+        test_every_16_bit_number_survives((kernel, "cpu"))
+        test_16_bit_tensors_compute_in_float32((kernel, "cpu"), torch.float16, 2e-3, 16)
+        print(kernel.ops.dcnv3_cpu_capability())
+    """
+    environment = {**os.environ, "DCNV3_CPU_CAPABILITY": capability}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    if result.stdout.strip() != capability:
+        assert result.stdout.strip() == "baseline", "a machine without AVX2 has nothing else"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"offset": (1, 5, 5, 17)}, "offset must be"),
+        ({"mask": (1, 5, 4, 9)}, "mask must be"),
+        ({"input": (5, 5, 16)}, "dimensions"),
+        ({"groups": 3}, "groups must divide"),
+        ({"groups": 0}, "groups must divide"),
+        ({"kernel_size": 7, "padding": 0}, "too small"),
+        ({"stride": 0}, "positive"),
+        ({"padding": -1}, "negative"),
+        ({"offset_scale": float("inf")}, "offset_scale"),
+        ({"kernel_size": 2, "remove_center": True}, "odd"),
+        ({"dtype": torch.int32}, "dtype"),
+    ],
+)
+def test_bad_input(backend, change, message):
+    kernel, device = backend
+    change = dict(change)
+    dtype = change.pop("dtype", torch.float32)
+    shapes = [
+        change.pop(name, shape)
+        for name, shape in (("input", (1, 5, 5, 16)), ("offset", (1, 5, 5, 18)), ("mask", (1, 5, 5, 9)))
+    ]
+    with pytest.raises(RuntimeError, match=message):
+        kernel.dcnv3(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes), **{"groups": 1, **change})
+
+
+# -------------------------------------------------------------------------------------------------------------- GPUs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["cuda", "triton"])
+def test_deterministic_backward(kind):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    folder = built("torch-stable-abi*-cu1*" if kind == "cuda" else "torch-cuda")
+    if folder is None:
+        pytest.skip(f"no {kind} variant was built")
+    kernel = load_variant(folder)
+    torch.manual_seed(0)
+    tensors = [torch.randn(4, 28, 28, c, device="cuda") for c in (128, 8 * 18, 8 * 9)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, *others = (run_and_differentiate(kernel.dcnv3_softmax, tensors, {"groups": 8}) for _ in range(4))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))

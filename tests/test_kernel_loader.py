@@ -1,0 +1,284 @@
+"""Finding a kernel at run time: what is taken, in which order, and that nothing that goes wrong reaches the user's model."""
+
+import json
+import shutil
+import sys
+import threading
+import time
+import types
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+from internimage_hf import InternImageConfig, InternImageForImageClassification, dcnv3_backend_report, kernel_loader
+from internimage_hf.dcnv3 import dcnv3, use_dcnv3_backend
+
+
+FAKE = """
+calls = []
+def dcnv3(input, offset, mask, *, kernel_size, stride, padding, dilation, groups, offset_scale, remove_center):
+    calls.append("dcnv3")
+    return input * 0 + 7
+dcnv3_softmax = dcnv3
+"""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_found(monkeypatch, tmp_path):
+    """No kernel of this checkout, none remembered."""
+    monkeypatch.setattr(kernel_loader, "_HERE", tmp_path / "package")
+    for name in ("LOCAL_KERNELS", "DCNV3_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    kernel_loader.forget_kernels()
+    yield
+    kernel_loader.forget_kernels()
+
+
+@pytest.fixture
+def warnings(caplog):
+    return lambda: [r.getMessage() for r in caplog.records if r.name == "internimage_hf.kernel_loader"]
+
+
+def variant(folder, backend="cpu", code=FAKE, name=None):
+    folder.mkdir(parents=True)
+    name = name or f"_dcnv3_{folder.name.replace('-', '_')}_{abs(hash(str(folder)))}"
+    (folder / "metadata.json").write_text(json.dumps({"id": name, "backend": {"type": backend}}))
+    (folder / "__init__.py").write_text(code)
+    return folder
+
+
+def bundled(tmp_path, abi="211", machine=None, **options):
+    import platform
+
+    name = f"torch-stable-abi{abi}-cpu-{machine or platform.machine().lower()}-{platform.system().lower()}"
+    return variant(tmp_path / "package" / "_kernels" / name, **options)
+
+
+def call(**options):
+    tensors = [torch.randn(1, 4, 4, c) for c in (8, 18, 9)]
+    return dcnv3(*tensors, groups=1, **options)
+
+
+def test_a_bundled_kernel_is_used(tmp_path):
+    folder = bundled(tmp_path)
+    assert (call() == 7).all()
+    assert not (call(backend="torch") == 7).all()
+    with use_dcnv3_backend("torch"):
+        assert not (call() == 7).all()
+        assert dcnv3_backend_report()["cpu"]["backend"] == "torch"
+    assert dcnv3_backend_report()["cpu"] == {"backend": "kernel", "reason": str(folder)}
+
+
+def test_local_kernels_come_first(tmp_path, monkeypatch):
+    bundled(tmp_path)
+    for path in (variant(tmp_path / "mine" / "build" / bundled_name(tmp_path)).parents[1], variant(tmp_path / "one")):
+        kernel_loader.forget_kernels()
+        monkeypatch.setenv("LOCAL_KERNELS", f"other/kernel=/nowhere:kernels-community/dcnv3={path}")
+        assert "LOCAL_KERNELS" in dcnv3_backend_report()["cpu"]["reason"]
+        assert (call() == 7).all()
+
+
+def bundled_name(tmp_path):
+    return next((tmp_path / "package" / "_kernels").iterdir()).name
+
+
+@pytest.mark.parametrize(
+    "code, complaint",
+    [
+        ("raise OSError('undefined symbol')", "undefined symbol"),
+        ("import nothing_of_this_name", "nothing_of_this_name"),
+        ("x = 1", "no function dcnv3"),
+        ("def (", "SyntaxError"),
+    ],
+)
+def test_a_broken_kernel_is_one_warning(tmp_path, warnings, code, complaint):
+    bundled(tmp_path, code=code)
+    for _ in range(3):
+        assert call().isfinite().all()
+    (message,) = warnings()
+    assert complaint in message and "PyTorch definition" in message
+    report = dcnv3_backend_report()["cpu"]
+    assert report["backend"] == "torch" and complaint in report["reason"]
+    with pytest.raises(RuntimeError, match=complaint):
+        call(backend="kernel")
+
+
+def test_a_broken_one_does_not_hide_the_next(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/dcnv3={variant(tmp_path / 'bad', code='1/0')}")
+    bundled(tmp_path)
+    assert (call() == 7).all()
+
+
+def test_not_for_this_machine(tmp_path, warnings):
+    bundled(tmp_path, machine="riscv128")
+    bundled(tmp_path, abi="299")
+    assert call().isfinite().all()
+    assert "make kernel" in warnings()[0]
+
+
+def test_a_kernel_for_another_device(tmp_path, monkeypatch, warnings):
+    path = variant(tmp_path / "gpu", backend="cuda")
+    monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/dcnv3={path}")
+    assert call().isfinite().all()
+    assert "built for cuda, not for cpu" in warnings()[0]
+
+
+def test_a_shared_library_that_is_none(tmp_path, warnings):
+    """A truncated binary: the dynamic linker's complaint, and the definition."""
+    code = "import torch, pathlib\ntorch.ops.load_library(str(pathlib.Path(__file__).with_name('x.so')))"
+    folder = bundled(tmp_path, code=code)
+    (folder / "x.so").write_bytes(b"\x7fELF" + b"\0" * 100)
+    assert call().isfinite().all()
+    assert len(warnings()) == 1
+
+
+def hub(monkeypatch, get_kernel):
+    """`kernels` with another way to the Hub."""
+    module = types.ModuleType("kernels")
+    module.__spec__ = types.SimpleNamespace(name="kernels")
+    module.get_kernel = get_kernel
+    monkeypatch.setitem(sys.modules, "kernels", module)
+
+
+def test_the_hub_is_asked_for_a_pinned_version_of_a_trusted_publisher(monkeypatch):
+    asked = []
+    kernel = types.SimpleNamespace(dcnv3=lambda input, *_, **__: input * 0 + 7, dcnv3_softmax=lambda *_, **__: None)
+
+    def get_kernel(repository, **options):
+        asked.append((repository, options))
+        return kernel
+
+    hub(monkeypatch, get_kernel)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert (call() == 7).all() and (call() == 7).all()
+    assert asked == [("kernels-community/dcnv3", {"version": 1})]  # and no trust_remote_code
+
+
+def test_offline_and_torch_ask_nobody(monkeypatch):
+    hub(monkeypatch, lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert call().isfinite().all()
+    kernel_loader.forget_kernels()
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("DCNV3_BACKEND", "torch")
+    assert call().isfinite().all()
+
+
+@pytest.mark.parametrize("error", [ValueError("untrusted publisher"), ConnectionError("no network"), SystemError("?")])
+def test_the_hub_refuses(monkeypatch, warnings, error):
+    def get_kernel(*_, **__):
+        raise error
+
+    hub(monkeypatch, get_kernel)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert call().isfinite().all() and call().isfinite().all()
+    (message,) = warnings()
+    assert str(error) in message
+
+
+def test_a_slow_hub_delays_the_first_forward_by_two_seconds_at_most(monkeypatch, warnings):
+    release = threading.Event()
+    hub(monkeypatch, lambda *_, **__: release.wait(60))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    start = time.monotonic()
+    assert call().isfinite().all()
+    assert 1.5 < time.monotonic() - start < 4
+    start = time.monotonic()
+    call()
+    assert time.monotonic() - start < 0.5
+    release.set()
+    assert "no answer within 2 s" in warnings()[0]
+
+
+# -------------------------------------------------------------------------------------------- what was built here
+
+
+@pytest.fixture
+def real_kernel(monkeypatch):
+    import pathlib
+
+    monkeypatch.setattr(kernel_loader, "_HERE", pathlib.Path(kernel_loader.__file__).resolve().parent)
+    kernel_loader.forget_kernels()
+    if kernel_loader.get_dcnv3_kernel("cpu")[0] is None:
+        pytest.skip("no kernel was built: `make kernel`")
+
+
+def test_models_give_the_same_with_and_without_kernel(real_kernel):
+    torch.manual_seed(0)
+    model = InternImageForImageClassification(InternImageConfig(**TINY))
+    for name, parameter in model.named_parameters():
+        if ".dcn.offset." in name or ".dcn.mask." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    pixel_values, labels = torch.randn(2, 3, 64, 96), torch.tensor([1, 3])
+    results = []
+    for backend in ("torch", "kernel"):
+        model.zero_grad()
+        with use_dcnv3_backend(backend):
+            outputs = model.eval()(pixel_values, labels=labels)
+            outputs.loss.backward()
+        results.append([outputs.logits, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
+
+
+def test_a_compiled_model_uses_the_kernel_without_graph_breaks(real_kernel):
+    model = InternImageForImageClassification(InternImageConfig(**TINY)).eval()
+    compiled = torch.compile(model, fullgraph=True)
+    pixel_values = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(pixel_values).logits, model(pixel_values).logits, atol=1e-5, rtol=1e-4)
+        with torch.profiler.profile() as profile:
+            compiled(pixel_values)
+    assert any("dcnv3_forward" in event.key for event in profile.key_averages())
+
+
+def test_the_kernels_library_loads_it_too(real_kernel, monkeypatch):
+    """The layout is that of Hub kernels: `get_local_kernel` takes it, and transformers' kernel layers use it."""
+    kernels = pytest.importorskip("kernels")
+    from transformers.integrations import hub_kernels
+
+    folder = next((ROOT / "dcnv3_kernel" / "build").glob("torch-stable-abi*-cpu-*"))
+    kernel = kernels.get_local_kernel(folder)
+    tensors = [torch.randn(1, 4, 4, c) for c in (8, 18, 9)]
+    torch.testing.assert_close(kernel.dcnv3(*tensors, groups=1), dcnv3(*tensors, groups=1, backend="torch"))
+    if not hub_kernels.is_kernels_available():
+        pytest.skip("this transformers does not take the installed kernels")
+
+
+def test_use_kernels_of_from_pretrained(real_kernel, tmp_path):
+    kernels = pytest.importorskip("kernels")
+    from transformers.integrations import hub_kernels
+
+    if not hub_kernels.is_kernels_available():
+        pytest.skip("this transformers does not take the installed kernels")
+    folder = next((ROOT / "dcnv3_kernel" / "build").glob("torch-stable-abi*-cpu-*"))
+    model = InternImageForImageClassification(InternImageConfig(**TINY)).eval()
+    model.save_pretrained(tmp_path / "model")
+    layer = kernels.LocalLayerRepository(folder, layer_name="DCNv3")
+    kernels.register_kernel_mapping({"DCNv3": {"cpu": layer}})
+    loaded = InternImageForImageClassification.from_pretrained(tmp_path / "model", use_kernels=True).eval()
+    pixel_values = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixel_values).logits, model(pixel_values).logits, atol=1e-5, rtol=1e-4)
+        sampling = loaded.internimage.encoder.stages[0].layers[0].dcn.sampling
+        assert sampling.forward.__func__.__code__.co_filename.startswith(str(folder))
+
+
+def test_a_copied_build_is_the_same_kernel(real_kernel, tmp_path, monkeypatch):
+    """Through LOCAL_KERNELS, from a folder elsewhere."""
+    source = next((ROOT / "dcnv3_kernel" / "build").glob("torch-stable-abi*-cpu-*"))
+    shutil.copytree(source, tmp_path / "kernel" / "build" / source.name)
+    monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/dcnv3={tmp_path / 'kernel'}")
+    kernel_loader.forget_kernels()
+    assert "LOCAL_KERNELS" in dcnv3_backend_report()["cpu"]["reason"]
+    assert call(backend="kernel").shape == (1, 4, 4, 8)
+
+
+def test_the_binary_runs_on_older_systems(real_kernel):
+    """manylinux_2_28 and Python's stable ABI, as the Hub asks of kernels."""
+    kernel_abi_check = pytest.importorskip("kernel_abi_check")
+    (library,) = (ROOT / "dcnv3_kernel" / "build").glob("torch-stable-abi*-cpu-*/*.so")
+    binary = kernel_abi_check.ObjectFile(library)
+    assert binary.check_manylinux("manylinux_2_28") == [] and binary.check_python_abi("3.9") == []
+    assert str(ROOT).encode() not in library.read_bytes()
