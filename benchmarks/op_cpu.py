@@ -27,7 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from internimage_hf.dcnv3 import dcnv3_softmax
 from internimage_hf.dcnv3_torch import Geometry, dcnv3_cpu, dcnv3_plain, softmax_over_points
+from internimage_hf.kernel_loader import get_dcnv3_kernel
 
 
 # (height and width, channels, groups, number of calls) of InternImage-T at 224
@@ -140,17 +142,31 @@ FORMULATIONS: dict[str, Formulation] = {
 }
 
 
+def compiled_kernel(input, offset, mask, geometry):
+    return dcnv3_softmax(input, offset, mask, **geometry._asdict(), backend="kernel")
+
+
+if get_dcnv3_kernel("cpu")[0] is not None:
+    FORMULATIONS["kernel (make kernel)"] = compiled_kernel
+
+
 def forward(formulation, tensors, geometry, grad_output):
-    with torch.no_grad():
-        return formulation(*tensors, geometry)
+    return partial(formulation, *tensors, geometry)
+
+
+def backward(formulation, tensors, geometry, grad_output):
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    output = formulation(*tensors, geometry)
+    return partial(torch.autograd.grad, output, tensors, grad_output, retain_graph=True)
 
 
 def forward_and_backward(formulation, tensors, geometry, grad_output):
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-    return torch.autograd.grad(formulation(*tensors, geometry), tensors, grad_output)
+    return lambda: torch.autograd.grad(formulation(*tensors, geometry), tensors, grad_output)
 
 
-PASSES = {"forward": forward, "forward+backward": forward_and_backward}
+# each prepares what is to be timed
+PASSES = {"forward": forward, "backward": backward, "forward+backward": forward_and_backward}
 
 
 def peak_memory(call: Callable[[], object]) -> int:
@@ -179,8 +195,10 @@ def measure(formulations, run, batch: int, dtype: torch.dtype, repeats: int) -> 
         expected = None
         for repeat in range(repeats + 1):
             for name, formulation in formulations.items():
-                start = time.perf_counter()
-                result = run(formulation, tensors, geometry, grad_output)
+                call = run(formulation, tensors, geometry, grad_output)
+                with torch.set_grad_enabled(run is not forward):
+                    start = time.perf_counter()
+                    result = call()
                 if repeat:  # the first one warms up, and is checked
                     times[name].append((time.perf_counter() - start) * 1e3)
                     continue
@@ -191,7 +209,9 @@ def measure(formulations, run, batch: int, dtype: torch.dtype, repeats: int) -> 
                     raise SystemExit(f"{name} computes something else at {size}x{size}x{channels}")
         for name, formulation in formulations.items():
             median = statistics.median(times[name])
-            memory = peak_memory(partial(run, formulation, tensors, geometry, grad_output))
+            call = run(formulation, tensors, geometry, grad_output)
+            with torch.set_grad_enabled(run is not forward):
+                memory = peak_memory(call)
             results[name]["milliseconds"] += calls * median
             results[name]["shapes"].append(
                 {"shape": [batch, size, size, channels], "milliseconds": median, "peak_bytes": memory}
