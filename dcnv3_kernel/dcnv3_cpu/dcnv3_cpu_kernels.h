@@ -159,50 +159,48 @@ DCNV3_INLINE bool not_finite(const T* values, int64_t n) {
 
 // exp(x) for x <= 0, to about one unit in the last place; 0 below the normal range, NaN for NaN.
 template <class T>
-DCNV3_INLINE T exponential(T x) {
+DCNV3_INLINE Register<T> exponential(Register<T> x) {
   constexpr bool is_double = sizeof(T) == 8;
+  typedef Register<T> V;
+  typedef MaskRegister<T> M;
+  const V zero = {};
   const T magic = is_double ? T(6755399441055744.0) : T(12582912.0);  // 1.5 * 2^52, 1.5 * 2^23
   const T lowest = is_double ? T(-708) : T(-87);
-  const T clamped = x > lowest ? x : lowest;
-  const T shifted = clamped * T(1.4426950408889634) + magic;
-  const T k = shifted - magic;
+  const V clamped = x > lowest ? x : zero + lowest;
+  const V shifted = clamped * T(1.4426950408889634) + magic;
+  const V k = shifted - magic;
   const T high = is_double ? T(0.693147180369123816490) : T(0.693359375);
   const T low = is_double ? T(1.90821492927058770002e-10) : T(-2.12194440e-4);
-  const T r = (clamped - k * high) - k * low;
-  T p;
+  const V r = (clamped - k * high) - k * low;
+  V p = zero;
   if constexpr (is_double) {
-    p = T(1.6059043836821613e-10);  // 1 / 13!
+    p = p + T(1.6059043836821613e-10);  // 1 / 13!
     p = p * r + T(2.08767569878681e-09);
     p = p * r + T(2.505210838544172e-08);
     p = p * r + T(2.755731922398589e-07);
     p = p * r + T(2.7557319223985893e-06);
     p = p * r + T(2.48015873015873e-05);
     p = p * r + T(0.0001984126984126984);
-    p = p * r + T(0.001388888888888889);
-    p = p * r + T(0.008333333333333333);
   } else {
-    p = T(0.0001984126984126984);  // 1 / 7!
-    p = p * r + T(0.001388888888888889);
-    p = p * r + T(0.008333333333333333);
+    p = p + T(0.0001984126984126984);  // 1 / 7!
   }
+  p = p * r + T(0.001388888888888889);
+  p = p * r + T(0.008333333333333333);
   p = p * r + T(0.041666666666666664);
   p = p * r + T(0.16666666666666666);
   p = p * r + T(0.5);
   p = p * r + T(1);
   p = p * r + T(1);
-  T result;
-  if constexpr (is_double) {
-    result = p * __builtin_bit_cast(double, (__builtin_bit_cast(uint64_t, shifted) << 52) + 0x3ff0000000000000u);
-  } else {
-    result = p * __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, shifted) << 23) + 0x3f800000u);
-  }
-  result = x < lowest ? T(0) : result;
+  const M exponent = reinterpret_cast<M>(shifted) << (is_double ? 52 : 23);  // k in the low bits of `shifted`
+  V result = p * reinterpret_cast<V>(exponent + reinterpret_cast<M>(zero + T(1)));
+  result = x < lowest ? zero : result;
   return x == x ? result : x;
 }
 
-// Softmax over each `points` consecutive values, in place. Memory to the next multiple of 16 values is overwritten.
+// Softmax over each `points` consecutive values, in place. Memory to the next multiple of 16 values is overwritten. With
+// `inverse`, what remains to be done is written there instead: the factor of each group.
 template <class T, int P>
-DCNV3_INLINE void softmax(T* __restrict values, int64_t count, int64_t dynamic_points) {
+DCNV3_INLINE void softmax(T* values, int64_t count, int64_t dynamic_points, T* inverse = nullptr) {
   const int64_t points = P ? P : dynamic_points;
   const int64_t n = count * points;
   // One maximum for all groups, where it is close to every group's own: the division takes it out again.
@@ -219,22 +217,27 @@ DCNV3_INLINE void softmax(T* __restrict values, int64_t count, int64_t dynamic_p
     highest = high[i] > highest ? high[i] : highest;
     lowest = low[i] < lowest ? low[i] : lowest;
   }
-  if (highest - lowest < T(20)) {
-    for (int64_t i = 0; i < n; ++i) values[i] = exponential(values[i] - highest);
-  } else {
+  if (__builtin_expect(!(highest - lowest < T(20)), 0)) {
     for (int64_t g = 0; g < count; ++g) {
       T* group = values + g * points;
       T maximum = group[0];
       for (int64_t i = 1; i < points; ++i) maximum = group[i] > maximum ? group[i] : maximum;
-      for (int64_t i = 0; i < points; ++i) group[i] = exponential(group[i] - maximum);
+      for (int64_t i = 0; i < points; ++i) group[i] -= maximum;
     }
+    highest = 0;
   }
+  for (int64_t i = 0; i < n; i += L) store<T, L>(values + i, exponential<T>(load<T, L>(values + i) - highest));
   for (int64_t g = 0; g < count; ++g) {
     T* group = values + g * points;
     T sum = 0;
+#pragma GCC unroll 9
     for (int64_t i = 0; i < points; ++i) sum += group[i];
-    const T inverse = T(1) / sum;
-    for (int64_t i = 0; i < points; ++i) group[i] *= inverse;
+    const T factor = T(1) / sum;
+    if (inverse != nullptr) {
+      inverse[g] = factor;
+    } else {
+      for (int64_t i = 0; i < points; ++i) group[i] *= factor;
+    }
   }
 }
 
@@ -293,6 +296,29 @@ struct Origin {
   }
   T operator()(int64_t out) const { return T(out) * stride + start; }
 };
+
+// Positions of n points (and what follows to a full register) from their offsets, x and y in turns.
+template <class T, class S, class I>
+DCNV3_INLINE void place(const Points<T, I>& p, const S* offset, int64_t n, T origin_x, T origin_y, T scale) {
+  constexpr int L = lanes<T>;
+  typedef MaskRegister<T> M;
+  M even, odd;
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
+  for (int64_t i = 0; i < n; i += L) {
+    const S* from = offset + 2 * i;
+    S rest[2 * L];
+    if (i + L > n) {
+      __builtin_memset(rest, 0, sizeof(rest));
+      __builtin_memcpy(rest, from, 2 * (n - i) * sizeof(S));
+      from = rest;
+    }
+    const Register<T> first = load<T, L>(from), second = load<T, L>(from + L);
+    const Register<T> x = __builtin_shuffle(first, second, even), y = __builtin_shuffle(first, second, odd);
+    store<T, L>(p.x + i, (load<T, L>(p.kernel_x + i) + origin_x) + x * scale);
+    store<T, L>(p.y + i, (load<T, L>(p.kernel_y + i) + origin_y) + y * scale);
+  }
+}
 
 // Fills weights and indices of n points (and what follows to a full register) from their positions. What is not strictly
 // inside (-1, size), NaN included, has no valid corner. Forward, weights include the modulation; backward they do not, and
@@ -353,7 +379,7 @@ constexpr int accumulators(int vector_bytes) {
 
 // One group's B channels of one output pixel.
 template <class T, class S, class I, int P, int B>
-DCNV3_INLINE void gather(const Points<T, I>& p, int64_t at, int64_t dynamic_points, const S* base, T* to) {
+DCNV3_INLINE void gather(const Points<T, I>& p, int64_t at, int64_t dynamic_points, T factor, const S* base, T* to) {
   constexpr int A = accumulators(B * sizeof(T));
   const int64_t points = P ? P : dynamic_points;
   Vector<T, B> sum[A] = {};
@@ -364,19 +390,19 @@ DCNV3_INLINE void gather(const Points<T, I>& p, int64_t at, int64_t dynamic_poin
   }
   if (A == 4) sum[0] = (sum[0] + sum[1]) + (sum[2 % A] + sum[3 % A]);
   if (A == 2) sum[0] += sum[1 % A];
-  store<T, B>(to, sum[0]);
+  store<T, B>(to, sum[0] * factor);
 }
 
 template <class T, class S, class I, int P, int D>
 DCNV3_INLINE void gather_group(
-    const Points<T, I>& p, int64_t at, int64_t points, int64_t channels, const S* base, T* to) {
+    const Points<T, I>& p, int64_t at, int64_t points, int64_t channels, T factor, const S* base, T* to) {
   if constexpr (D != 0) {
-    gather<T, S, I, P, D>(p, at, points, base, to);
+    gather<T, S, I, P, D>(p, at, points, factor, base, to);
   } else {
     int64_t c = 0;
-    for (; c + 16 <= channels; c += 16) gather<T, S, I, P, 16>(p, at, points, base + c, to + c);
-    for (; c + 4 <= channels; c += 4) gather<T, S, I, P, 4>(p, at, points, base + c, to + c);
-    for (; c < channels; ++c) gather<T, S, I, P, 1>(p, at, points, base + c, to + c);
+    for (; c + 16 <= channels; c += 16) gather<T, S, I, P, 16>(p, at, points, factor, base + c, to + c);
+    for (; c + 4 <= channels; c += 4) gather<T, S, I, P, 4>(p, at, points, factor, base + c, to + c);
+    for (; c < channels; ++c) gather<T, S, I, P, 1>(p, at, points, factor, base + c, to + c);
   }
 }
 
@@ -412,6 +438,7 @@ void forward_pixels(const ForwardArguments& a, int64_t begin, int64_t end, void*
   Points<T, I> p(static_cast<char*>(scratch), at_once * points);
   T* row = reinterpret_cast<T*>(static_cast<char*>(scratch) + Points<T, I>::bytes(at_once * points));
   p.set_kernel(s, at_once);
+  T* const factors = p.by_mask;  // of the groups' softmax
   const T scale = T(s.offset_scale);
   const Origin<T> origins_x(s.stride_w, s.padding_w, s.dilation_w, s.kernel_w, s.offset_scale);
   const Origin<T> origins_y(s.stride_h, s.padding_h, s.dilation_h, s.kernel_h, s.offset_scale);
@@ -424,25 +451,22 @@ void forward_pixels(const ForwardArguments& a, int64_t begin, int64_t end, void*
     for (int64_t group = 0; group < s.groups; group += at_once) {
       const int64_t count = group + at_once <= s.groups ? at_once : s.groups - group, n = count * points;
       const int64_t first = (pixel * s.groups + group) * points;
-      const S* __restrict offset = static_cast<const S*>(a.offset) + first * 2;
-      T* __restrict x = p.x;
-      T* __restrict y = p.y;
-      for (int64_t i = 0; i < n; ++i) {
-        x[i] = (origin_x + p.kernel_x[i]) + T(widen(offset[2 * i])) * scale;
-        y[i] = (origin_y + p.kernel_y[i]) + T(widen(offset[2 * i + 1])) * scale;
-      }
+      const S* offset = static_cast<const S*>(a.offset) + first * 2;
+      place(p, offset, n, origin_x, origin_y, scale);
       widen_row(static_cast<const S*>(a.mask) + first, p.mask, n);
-      if (s.softmax) softmax<T, P>(p.mask, count, points);
+      if (s.softmax) softmax<T, P>(p.mask, count, points, factors);
       locate<false>(p, n, s.height, s.width, s.channels);
       T* to = row;
       if constexpr (sizeof(T) == sizeof(S)) to = reinterpret_cast<T*>(output + group * channels);
       const S* base = input + group * channels;
       for (int64_t g = 0; g < count; ++g) {
-        gather_group<T, S, I, P, D>(p, g * points, points, channels, base + g * channels, to + g * channels);
+        const T factor = s.softmax ? factors[g] : T(1);
+        gather_group<T, S, I, P, D>(p, g * points, points, channels, factor, base + g * channels, to + g * channels);
       }
       if (__builtin_expect(not_finite(to, count * channels), 0)) {
         locate<true>(p, n, s.height, s.width, s.channels);
         for (int64_t g = 0; g < count; ++g) {
+          for (int64_t i = g * points; s.softmax && i < (g + 1) * points; ++i) p.mask[i] *= factors[g];
           gather_exactly(p, g * points, points, channels, base + g * channels, to + g * channels);
         }
       }
@@ -583,8 +607,8 @@ DCNV3_INLINE void backward_rows(
     for (int64_t q = 0; q < count; ++q) {
       const int64_t pixel = start + q, at = q * points;
       const int64_t first = ((image_pixel + pixel) * s.groups + group) * points;
-      const S* __restrict offset = static_cast<const S*>(a.offset) + first * 2;
-      const S* __restrict mask = static_cast<const S*>(a.mask) + first;
+      const S* offset = static_cast<const S*>(a.offset) + first * 2;
+      const S* mask = static_cast<const S*>(a.mask) + first;
       const T origin_x = origins_x(x_out), origin_y = origins_y(y_out);
       if (++x_out == s.width_out) x_out = 0, ++y_out;
       for (int64_t i = 0; i < points; ++i) {
