@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST_WORKERS ?= 2
 
-.PHONY: install kernel demo test test-all style quality clean
+.PHONY: install kernel wheel demo test test-all style quality clean
 
 install: $(VENV)/.installed
 
@@ -18,6 +18,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # Compiles the DCNv3 kernel for what this machine has the tools for; without a compiler it does nothing.
 kernel: install
 	$(BIN)/python dcnv3_kernel/build.py
+
+# Two wheels in dist/: pure Python, and one with the compiled CPU kernel in it.
+wheel: kernel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	INTERNIMAGE_HF_KERNELS="$$(ls -d dcnv3_kernel/build/torch-stable-abi*-cpu-*)" $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	ls -l dist
 
 # Fine-tunes a small model on scikit-learn's digits, and uses it: under three minutes on two cores.
 demo: install

@@ -1,7 +1,10 @@
 """Finding a kernel at run time: what is taken, in which order, and that nothing that goes wrong reaches the user's model."""
 
 import json
+import os
+import platform
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -10,6 +13,7 @@ import types
 import pytest
 import torch
 from conftest import ROOT, TINY
+from test_package import bare_environment, run_python
 
 from internimage_hf import InternImageConfig, InternImageForImageClassification, dcnv3_backend_report, kernel_loader
 from internimage_hf.dcnv3 import dcnv3, use_dcnv3_backend
@@ -49,8 +53,6 @@ def variant(folder, backend="cpu", code=FAKE, name=None):
 
 
 def bundled(tmp_path, abi="211", machine=None, **options):
-    import platform
-
     name = f"torch-stable-abi{abi}-cpu-{machine or platform.machine().lower()}-{platform.system().lower()}"
     return variant(tmp_path / "package" / "_kernels" / name, **options)
 
@@ -282,3 +284,30 @@ def test_the_binary_runs_on_older_systems(real_kernel):
     binary = kernel_abi_check.ObjectFile(library)
     assert binary.check_manylinux("manylinux_2_28") == [] and binary.check_python_abi("3.9") == []
     assert str(ROOT).encode() not in library.read_bytes()
+
+
+@pytest.mark.parametrize("with_kernel", [True, False])
+def test_a_wheel_brings_the_kernel(real_kernel, tmp_path, with_kernel):
+    """Built, installed into an environment that has the dependencies alone, and asked there."""
+    pytest.importorskip("hatchling")
+    (folder,) = (ROOT / "dcnv3_kernel" / "build").glob("torch-stable-abi*-cpu-*")
+    environment = {**os.environ, "INTERNIMAGE_HF_KERNELS": str(folder) if with_kernel else ""}
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path / "dist", ROOT]
+    subprocess.run(build, check=True, env=environment)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert wheel.name.endswith(f"manylinux_2_28_{platform.machine()}.whl" if with_kernel else "py3-none-any.whl")
+    bare = bare_environment(tmp_path)
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site-packages", wheel], check=True)
+    output = run_python(
+        """
+        import internimage_hf, torch
+        report = internimage_hf.dcnv3_backend_report()["cpu"]
+        print(report["backend"], "_kernels" in report["reason"])
+        model = internimage_hf.InternImageModel(internimage_hf.InternImageConfig(depths=[1, 1, 1, 1]))
+        print(model(torch.randn(1, 3, 64, 64)).last_hidden_state.shape[1])
+        """,
+        cwd=tmp_path,
+        **bare,
+    )
+    assert output == f"{'kernel True' if with_kernel else 'torch False'}\n512\n"

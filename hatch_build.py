@@ -1,0 +1,31 @@
+"""Puts compiled kernel variants into the wheel: those that INTERNIMAGE_HF_KERNELS names, folders separated by colons.
+
+A wheel with a compiled variant is for the platform of its binaries; without the variable the wheel is pure Python.
+"""
+
+import os
+import platform
+from pathlib import Path
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+# what the binaries need, see tests/test_kernel_loader.py::test_the_binary_runs_on_older_systems
+_GLIBC = "2_28"
+
+
+class KernelVariants(BuildHookInterface):
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict) -> None:
+        for name in filter(None, os.environ.get("INTERNIMAGE_HF_KERNELS", "").split(":")):
+            folder = Path(name).resolve()
+            if not (folder / "metadata.json").is_file():
+                raise FileNotFoundError(f"INTERNIMAGE_HF_KERNELS names {folder}, which is no variant of a kernel")
+            for file in sorted(folder.rglob("*")):
+                if file.is_file() and "__pycache__" not in file.parts:
+                    target = f"internimage_hf/_kernels/{folder.name}/{file.relative_to(folder).as_posix()}"
+                    build_data["force_include"][str(file)] = target
+            if any(folder.glob("*.so")):
+                build_data["pure_python"] = False
+                build_data["tag"] = f"py3-none-manylinux_{_GLIBC}_{platform.machine().lower()}"
