@@ -10,8 +10,8 @@ On your own images, in one folder per class, starting from a checkpoint:
     python examples/image_classification.py --dataset photos/ --model OpenGVLab/internimage_t_1k_224 \
         --output_dir outputs/photos --num_train_epochs 20 --learning_rate 1e-4 --bf16 --gradient_checkpointing
 
-`--dataset` also takes the id of a dataset on the Hub. All flags of `transformers.TrainingArguments` work; a YAML file
-with flags may come first. `--resume_from_checkpoint last` goes on where an interrupted run of the same `--output_dir` was.
+`--dataset` also takes the id of a dataset on the Hub. All flags of `transformers.TrainingArguments` work, and
+`--layer_decay`, `--offset_lr_multiplier` and `--ema_decay` as the authors fine-tuned; a YAML file with flags may come first. `--resume_from_checkpoint last` goes on where an interrupted run of the same `--output_dir` was.
 """
 
 import json
@@ -31,7 +31,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     HfArgumentParser,
-    Trainer,
     TrainingArguments,
     pipeline,
     set_seed,
@@ -39,6 +38,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from internimage_hf import InternImageConfig, InternImageImageProcessor
+from internimage_hf.training import InternImageTrainer, InternImageTrainingFlags
 
 
 @dataclass
@@ -83,8 +83,8 @@ class ModelArguments:
 
 
 @dataclass
-class ClassificationTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with defaults for the embedded digits."""
+class ClassificationTrainingArguments(InternImageTrainingFlags, TrainingArguments):
+    """`TrainingArguments` with defaults for the embedded digits, and the flags of `internimage_hf.training`."""
 
     output_dir: str | None = "outputs/image_classification"
     per_device_train_batch_size: int = 32
@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     labels = train.features["label"].names
     model, processor = build_model(model_arguments, labels, data_arguments.image_size)
 
-    trainer = Trainer(
+    trainer = InternImageTrainer(
         model=model,
         args=training_arguments,
         train_dataset=train.with_transform(training_transform(processor, data_arguments)),
