@@ -448,7 +448,7 @@ def test_lesser_instruction_sets(capability):
     program = f"""
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from test_dcnv3 import *
+        from test_dcnv3_kernel import *
         kernel = load_variant(Path({str(folder)!r}))
         rng = torch.Generator().manual_seed(7)
         for case in filter(None, (random_case(rng) for _ in range(40))):
