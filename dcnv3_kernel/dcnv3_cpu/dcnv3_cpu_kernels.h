@@ -47,6 +47,19 @@ struct MaskOf<double> {
 template <class T>
 using MaskRegister = Vector<typename MaskOf<T>::type, lanes<T>>;
 
+// Elements of `a` followed by `b`, by their numbers.
+template <class V, class M>
+DCNV3_INLINE V shuffle(V a, V b, M numbers) {
+#if defined(__clang__)
+  V result;
+  constexpr int n = sizeof(V) / sizeof(a[0]);
+  for (int i = 0; i < n; ++i) result[i] = numbers[i] < n ? a[numbers[i]] : b[numbers[i] - n];
+  return result;
+#else
+  return __builtin_shuffle(a, b, numbers);
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------- 16-bit conversions
 
 DCNV3_INLINE float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
@@ -253,7 +266,7 @@ struct Points {
   int32_t* valid[4];       // whether the corner lies in the image
   T *kernel_x, *kernel_y;  // the regular grid, dilated and scaled, repeated for every group
   T* by_mask;              // the gradient of the modulation
-  T* dots[4];              // of the corners with the output's gradient
+  T* dots;                 // of the four corners with the output's gradient, (capacity, 4)
 
   static size_t bytes(int64_t capacity) { return round_up(capacity) * (16 * sizeof(T) + 4 * sizeof(I) + 16); }
   static int64_t round_up(int64_t n) { return (n + 15) / 16 * 16; }
@@ -263,9 +276,8 @@ struct Points {
     T* values = reinterpret_cast<T*>(memory);
     x = values, y = x + n, mask = y + n, fx = mask + n, fy = fx + n, kernel_x = fy + n, kernel_y = kernel_x + n;
     for (int k = 0; k < 4; ++k) weight[k] = kernel_y + (k + 1) * n;
-    by_mask = kernel_y + 5 * n;
-    for (int k = 0; k < 4; ++k) dots[k] = by_mask + (k + 1) * n;
-    I* indices = reinterpret_cast<I*>(by_mask + 5 * n);
+    by_mask = kernel_y + 5 * n, dots = by_mask + n;
+    I* indices = reinterpret_cast<I*>(dots + 4 * n);
     for (int k = 0; k < 4; ++k) index[k] = indices + k * n;
     int32_t* flags = reinterpret_cast<int32_t*>(indices + 4 * n);
     for (int k = 0; k < 4; ++k) valid[k] = flags + k * n;
@@ -314,7 +326,7 @@ DCNV3_INLINE void place(const Points<T, I>& p, const S* offset, int64_t n, T ori
       from = rest;
     }
     const Register<T> first = load<T, L>(from), second = load<T, L>(from + L);
-    const Register<T> x = __builtin_shuffle(first, second, even), y = __builtin_shuffle(first, second, odd);
+    const Register<T> x = shuffle(first, second, even), y = shuffle(first, second, odd);
     store<T, L>(p.x + i, (load<T, L>(p.kernel_x + i) + origin_x) + x * scale);
     store<T, L>(p.y + i, (load<T, L>(p.kernel_y + i) + origin_y) + y * scale);
   }
@@ -497,9 +509,30 @@ struct FourSums {
 template <class T>
 struct FourSums<T, 4> {
   static DCNV3_INLINE Vector<T, 4> of(Vector<T, 4> a, Vector<T, 4> b, Vector<T, 4> c, Vector<T, 4> d) {
-    const Vector<T, 4> ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const Vector<T, 4> cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    typedef Vector<typename MaskOf<T>::type, 4> M;
+    const Vector<T, 4> ab = shuffle(a, b, M{0, 4, 1, 5}) + shuffle(a, b, M{2, 6, 3, 7});
+    const Vector<T, 4> cd = shuffle(c, d, M{0, 4, 1, 5}) + shuffle(c, d, M{2, 6, 3, 7});
+    return shuffle(ab, cd, M{0, 1, 4, 5}) + shuffle(ab, cd, M{2, 3, 6, 7});
+  }
+};
+template <class T>
+struct FourSums<T, 16> {
+  static DCNV3_INLINE Vector<T, 4> of(Vector<T, 16> a, Vector<T, 16> b, Vector<T, 16> c, Vector<T, 16> d) {
+    typedef Vector<typename MaskOf<T>::type, 16> M;
+    const M low = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+    const Vector<T, 16> ab = shuffle(a, b, low) + shuffle(a, b, low + 8);
+    const Vector<T, 16> cd = shuffle(c, d, low) + shuffle(c, d, low + 8);
+    const M quarters = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+    Vector<T, 16> sums = shuffle(ab, cd, quarters) + shuffle(ab, cd, quarters + 4);  // four lanes of four
+    sums += shuffle(sums, sums, M{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+    sums += shuffle(sums, sums, M{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    sums = shuffle(sums, sums, M{0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12});
+    union {
+      Vector<T, 16> whole;
+      Vector<T, 4> parts[4];
+    } u;
+    u.whole = sums;
+    return u.parts[0];
   }
 };
 template <class T>
@@ -559,9 +592,7 @@ DCNV3_INLINE void scatter_block(
         to[k] = sums + index * channels;
         weight[k] = p.weight[k][i] * mask;
       }
-      const Vector<T, 4> dots = scatter_group<T, S, D>(from, to, weight, gradient, channels);
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) p.dots[k][i] = dots[k];
+      store<T, 4>(p.dots + 4 * i, scatter_group<T, S, D>(from, to, weight, gradient, channels));
     }
   }
 }
@@ -583,7 +614,7 @@ __attribute__((noinline)) void scatter_exactly(
           dot += gradient[c] * T(widen(input[index * pixel_stride + c]));
         }
       }
-      p.dots[k][i] = dot;
+      p.dots[4 * i + k] = dot;
     }
   }
 }
@@ -631,14 +662,26 @@ DCNV3_INLINE void backward_rows(
 
     constexpr int L = lanes<T>;
     typedef Register<T> V;
+    typedef MaskRegister<T> M;
+    M by_corner, halves;
+    for (int j = 0; j < L / 2; ++j) {
+      by_corner[j] = 4 * j, by_corner[L / 2 + j] = 4 * j + 1;
+      halves[j] = j, halves[L / 2 + j] = L + j;
+    }
     T* const by_x = p.x;  // positions are not needed any more
     T* const by_y = p.y;
     T* const by_mask = p.by_mask;
     for (int64_t i = 0; i < n; i += L) {
-      V d[4];  // what lies outside is 0, whatever the clamped corner holds
-      for (int k = 0; k < 4; ++k) {
-        const auto valid = __builtin_convertvector(load<int32_t, L>(p.valid[k] + i), MaskRegister<T>);
-        d[k] = valid ? load<T, L>(p.dots[k] + i) : V{};
+      V d[4], from[4];
+      for (int k = 0; k < 4; ++k) from[k] = load<T, L>(p.dots + 4 * i + k * L);
+      for (int k = 0; k < 4; k += 2) {  // from corners by points to points by corners
+        const V one = shuffle(from[0], from[1], by_corner + k), other = shuffle(from[2], from[3], by_corner + k);
+        d[k] = shuffle(one, other, halves);
+        d[k + 1] = shuffle(one, other, halves + L / 2);
+      }
+      for (int k = 0; k < 4; ++k) {  // what lies outside is 0, whatever the clamped corner holds
+        const auto valid = __builtin_convertvector(load<int32_t, L>(p.valid[k] + i), M);
+        d[k] = valid ? d[k] : V{};
       }
       const V fx = load<T, L>(p.fx + i), fy = load<T, L>(p.fy + i), gx = T(1) - fx, gy = T(1) - fy;
       const V factor = load<T, L>(p.mask + i) * scale;
