@@ -234,7 +234,11 @@ class EMACallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            self._load(Path(state.best_model_checkpoint) / EMA_FILE)
+            file = Path(state.best_model_checkpoint) / EMA_FILE
+            if file.is_file():
+                self._load(file)
+            else:  # written by a run without averaging
+                logger.warning(f"no {EMA_FILE} in {file.parent}: the model gets the last average, not the best one's")
         model.load_state_dict(self.averaged.module.state_dict())
         self.averaged = None  # the model has it
 

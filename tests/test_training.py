@@ -209,3 +209,12 @@ def test_the_best_checkpoints_average_is_what_remains(tmp_path):
         assert torch.equal(tensor, best[f"module.{name}"]), name
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-4)
+
+
+def test_going_on_from_a_run_without_average(tmp_path, caplog):
+    """The best checkpoint may have none: what there is then is used, and said."""
+    options = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "greater_is_better": True}
+    train(tmp_path, max_steps=4, **options)
+    trainer = train(tmp_path, max_steps=8, ema_decay=0.5, resume=str(tmp_path / "checkpoint-4"), **options)
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+    assert sum(EMA_FILE in record.getMessage() for record in caplog.records) == 2
