@@ -14,7 +14,7 @@ from internimage_hf.checkpoint import translate_config, translate_key, translate
 
 from . import cli
 from .conversion import Plan
-from .errors import ConversionError
+from .errors import ConversionError, first_line
 from .labels import id2label
 from .source import Source
 
@@ -125,7 +125,7 @@ def reverse(folder: str, output: Path) -> None:
     try:
         model = InternImageForImageClassification.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConversionError(f"cannot load {folder}: {str(error).strip().splitlines()[0]}") from error
+        raise ConversionError(f"cannot load {folder}: {first_line(error)}") from error
     state_dict = official_state_dict(model)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.unfinished")

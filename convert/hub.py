@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import httpx
 
-from .errors import ConversionError
+from .errors import ConversionError, first_line
 
 
 T = TypeVar("T")
@@ -63,16 +63,12 @@ def _retry(action: Callable[[], T], repository: str, pause: float) -> T:
             if status == 403:
                 raise ConversionError(f"this token may not write to {repository}") from error
             if status is not None and status < 500 and status not in (408, 409, 412, 429):
-                raise ConversionError(f"the Hub refused {repository}: {_first_line(error)}") from error
-            problem = _first_line(error)
+                raise ConversionError(f"the Hub refused {repository}: {first_line(error)}") from error
+            problem = first_line(error)
         except (httpx.TransportError, ConnectionError, TimeoutError) as error:
-            problem = _first_line(error)
+            problem = first_line(error)
         except ValueError as error:  # a repository id that cannot be one
-            raise ConversionError(f"cannot upload to {repository}: {_first_line(error)}") from error
+            raise ConversionError(f"cannot upload to {repository}: {first_line(error)}") from error
         if attempt < _ATTEMPTS:
             time.sleep(pause * 2 ** (attempt - 1))
     raise ConversionError(f"the Hub cannot be reached after {_ATTEMPTS} attempts: {problem}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

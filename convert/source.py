@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 
-from .errors import ConversionError
+from .errors import ConversionError, first_line
 from .released import RELEASED, REPOSITORY, Released
 
 
@@ -103,8 +103,7 @@ def _download(repository: str, file: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(repository, file, revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConversionError(f"cannot download {file} of {repository}: {first_line}") from error
+        raise ConversionError(f"cannot download {file} of {repository}: {first_line(error)}") from error
 
 
 def read_tensors(file: Path, ema: bool = False) -> dict[str, torch.Tensor]:
@@ -126,11 +125,12 @@ def read_tensors(file: Path, ema: bool = False) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise ConversionError(
             f"{file} holds more than tensors, and is not read because that would run code from it: "
-            + str(error).strip().splitlines()[0]
+            + first_line(error)
         ) from error
     except Exception as error:  # whatever torch's and safetensors' parsers stumble on in a wrong file
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConversionError(f"{file} cannot be read as a checkpoint, it may be truncated: {first_line}") from error
+        raise ConversionError(
+            f"{file} cannot be read as a checkpoint, it may be truncated: {first_line(error)}"
+        ) from error
 
     if ema:
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_ema"), dict):

@@ -178,6 +178,18 @@ def _has_kernel_while_compiling(device_type: str, backend: str | None) -> bool:
     return kernel is not None
 
 
+def _call_kernel(
+    kernel: ModuleType,
+    input: torch.Tensor,
+    offset: torch.Tensor,
+    mask: torch.Tensor,
+    geometry: Geometry,
+    softmax: bool,
+) -> torch.Tensor:
+    function = kernel.dcnv3_softmax if softmax else kernel.dcnv3
+    return function(input, offset, mask, **geometry._asdict())
+
+
 def _call(
     input: torch.Tensor,
     offset: torch.Tensor,
@@ -190,9 +202,7 @@ def _call(
     # standard operators alone, and so do tensors without data and those that only look like tensors.
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         if _has_kernel_while_compiling(input.device.type, backend):
-            kernel = _kernels_while_compiling[input.device.type]
-            function = kernel.dcnv3_softmax if softmax else kernel.dcnv3
-            return function(input, offset, mask, **geometry._asdict())
+            return _call_kernel(_kernels_while_compiling[input.device.type], input, offset, mask, geometry, softmax)
         if input.device.type == "cpu":
             return dcnv3_cpu_compiled(input, offset, mask, geometry, softmax)
     if (
@@ -205,8 +215,7 @@ def _call(
 
     kernel = _kernel(input.device.type, backend)
     if kernel is not None:
-        function = kernel.dcnv3_softmax if softmax else kernel.dcnv3
-        return function(input, offset, mask, **geometry._asdict())
+        return _call_kernel(kernel, input, offset, mask, geometry, softmax)
     if input.device.type == "cpu":
         return dcnv3_cpu(input, offset, mask, geometry, softmax)
     return dcnv3_plain(input, offset, mask, geometry, softmax)

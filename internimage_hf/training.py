@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
+from .configuration_internimage import InternImageConfig
 from .modeling_internimage import InternImageBackbone, InternImageModel
 
 
@@ -39,32 +40,29 @@ def layer_distances(model: nn.Module) -> dict[str, int]:
         ValueError: if there is no InternImage in the model.
     """
     result = {}
-    found = False
     for prefix, module in model.named_modules():
-        if not isinstance(module, (InternImageModel, InternImageBackbone)):
-            continue
-        found = True
-        depths = module.config.depths
-        starts = [sum(depths[:stage]) for stage in range(len(depths))]
-        total = sum(depths)
-
-        def position(name: str, starts=starts, total=total, config=module.config) -> int:
-            if name.startswith("stem."):
-                return 0
-            if match := re.match(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.", name):
-                return starts[int(match[1])] + int(match[2])
-            if match := re.match(r"encoder\.stages\.(\d+)\.post_norms\.(\d+)\.", name):
-                return starts[int(match[1])] + config.level2_post_norm_block_ids[int(match[2])]
-            match = re.match(r"encoder\.stages\.(\d+)\.norm\.|encoder\.downsamples\.(\d+)\.", name)
-            if match and int(match[1] or match[2] or 0) < len(starts) - 1:
-                return starts[int(match[1] or match[2] or 0) + 1]
-            return total - 1
-
-        for name, _ in module.named_parameters():
-            result[f"{prefix}.{name}" if prefix else name] = total - 1 - position(name)
-    if not found:
+        if isinstance(module, (InternImageModel, InternImageBackbone)):
+            for name, _ in module.named_parameters():
+                distance = sum(module.config.depths) - 1 - _position(name, module.config)
+                result[f"{prefix}.{name}" if prefix else name] = distance
+    if not result:
         raise ValueError(f"`model` holds no InternImage, it is a {type(model).__name__}")
     return result
+
+
+def _position(name: str, config: InternImageConfig) -> int:
+    """The number of the layer, counted from the first, that a parameter of the backbone belongs to."""
+    starts = [sum(config.depths[:stage]) for stage in range(len(config.depths))]
+    if name.startswith("stem."):
+        return 0
+    if match := re.match(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.", name):
+        return starts[int(match[1])] + int(match[2])
+    if match := re.match(r"encoder\.stages\.(\d+)\.post_norms\.(\d+)\.", name):
+        return starts[int(match[1])] + config.level2_post_norm_block_ids[int(match[2])]
+    match = re.match(r"encoder\.(?:stages\.(?=\d+\.norm\.)|downsamples\.)(\d+)\.", name)
+    if match and int(match[1]) + 1 < len(starts):
+        return starts[int(match[1]) + 1]
+    return sum(config.depths) - 1
 
 
 def parameter_groups(
