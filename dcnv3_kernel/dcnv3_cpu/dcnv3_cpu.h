@@ -1,26 +1,10 @@
 // DCNv3 on CPUs: what the dispatcher (dcnv3_cpu.cpp) and the kernels for each instruction set (dcnv3_cpu_*.cpp) share.
-//
-// The operator is that of InternImage (arXiv 2211.05778, section 3.1, equation 2). Tensors are channels-last and contiguous:
-// input (N, H, W, G*D), offset (N, H_out, W_out, G, P, 2) with x before y, mask (N, H_out, W_out, G, P),
-// output (N, H_out, W_out, G*D). Points run down the kernel's columns first.
 
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "../torch-ext/dcnv3_shape.h"
 
 namespace dcnv3 {
-
-enum class Dtype { float32, float64, float16, bfloat16 };
-
-struct Shape {
-  int64_t batch, height, width, channels, height_out, width_out;
-  int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-  int64_t groups, group_channels, points;
-  double offset_scale;
-  bool remove_center;
-  bool softmax;  // the mask holds logits, to be normalised over the points of each group
-};
 
 struct ForwardArguments {
   Shape shape;

@@ -3,6 +3,7 @@
 Run by kernel-builder's continuous integration (`-m kernels_ci`), by `make test`, and by hand with `pytest dcnv3_kernel/tests`.
 """
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -38,16 +39,29 @@ def built(pattern: str) -> Path | None:
     return next(iter(sorted((ROOT / "build").glob(pattern), reverse=True)), None)
 
 
-@pytest.fixture(params=["cpu", "cuda", "triton"], scope="module")
+# The patterns of the folders, and the device of the tensors. Where there is no GPU, two stand in for one: the CUDA kernels
+# run by a CPU (tests/emulation), and Triton's interpreter, which wants TRITON_INTERPRET=1 before anything imports Triton.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = {
+    "cpu": ("torch-stable-abi*-cpu-*", "cpu"),
+    "emulation": ("torch-stable-abi*-emulation-*", "cpu"),
+    "cuda": ("torch-stable-abi*-cu1*", "cuda"),
+    "triton": ("torch-cuda", "cpu" if INTERPRETED else "cuda"),
+}
+
+
+@pytest.fixture(params=BACKENDS, scope="module")
 def backend(request):
     """A kernel module and its device."""
-    if request.param != "cpu" and not torch.cuda.is_available():
+    pattern, device = BACKENDS[request.param]
+    if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    patterns = {"cpu": "torch-stable-abi*-cpu-*", "cuda": "torch-stable-abi*-cu1*", "triton": "torch-cuda"}
-    folder = built(patterns[request.param])
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    folder = built(pattern)
     if folder is None:
-        pytest.skip(f"no {request.param} variant was built: run dcnv3_kernel/build.py")
-    return load_variant(folder), "cpu" if request.param == "cpu" else "cuda"
+        pytest.skip(f"no {request.param} variant was built: run dcnv3_kernel/build.py --backend {request.param}")
+    return load_variant(folder), device
 
 
 # --------------------------------------------------------------------------------------------------- the definition
@@ -498,23 +512,122 @@ def test_bad_input(backend, change, message):
         kernel.dcnv3(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes), **{"groups": 1, **change})
 
 
-# -------------------------------------------------------------------------------------------------------------- GPUs
+@contextlib.contextmanager
+def deterministic_algorithms():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("group_channels", [5, 16])
+def test_deterministic_backward(backend, dtype, group_channels):
+    kernel, device = backend
+    torch.manual_seed(0)
+    size = 28 if device == "cuda" else 6
+    tensors = [torch.randn(2, size, size, c) for c in (4 * group_channels, 4 * 18, 4 * 9)]
+    for function, softmax in ((kernel.dcnv3_softmax, True), (kernel.dcnv3, False)):
+        for scale in (1.0, 1e-30, 1e30):  # of the gradient
+            grad_output = torch.randn(tensors[0].shape, dtype=torch.float64) * scale
+            with deterministic_algorithms():
+                arguments = [t.to(device, dtype) for t in tensors]
+                first, *others = (
+                    run_and_differentiate(function, arguments, {"groups": 4}, grad_output) for _ in range(3)
+                )
+            assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+            expected = run_and_differentiate(
+                definition,
+                [t.to(dtype).double() for t in tensors],
+                {"groups": 4, "softmax": softmax},
+                grad_output.to(dtype).double(),
+            )
+            tolerance = {torch.float32: 2e-5, torch.float64: 1e-11, torch.bfloat16: 2e-2}[dtype]
+            error = (first[1].cpu().double() - expected[1]).abs().max() / expected[1].abs().max()
+            assert error < tolerance, (softmax, scale)
+
+
+def test_deterministic_backward_of_gradients_that_are_not_finite(backend):
+    with deterministic_algorithms():
+        test_gradients_that_are_not_finite_stay_where_they_belong(backend)
+
+
+# ------------------------------------------------------------------------------------------------------ GPUs alone
+
+
+@pytest.fixture(params=["cuda", "triton"], scope="module")
+def gpu_kernel(request):
+    if not torch.cuda.is_available() or INTERPRETED:
+        pytest.skip("needs a GPU")
+    folder = built(BACKENDS[request.param][0])
+    if folder is None:
+        pytest.skip(f"no {request.param} variant was built")
+    return load_variant(folder)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["cuda", "triton"])
-def test_deterministic_backward(kind):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    folder = built("torch-stable-abi*-cu1*" if kind == "cuda" else "torch-cuda")
-    if folder is None:
-        pytest.skip(f"no {kind} variant was built")
-    kernel = load_variant(folder)
+def test_cuda_graph(gpu_kernel):
     torch.manual_seed(0)
-    tensors = [torch.randn(4, 28, 28, c, device="cuda") for c in (128, 8 * 18, 8 * 9)]
-    torch.use_deterministic_algorithms(True)
-    try:
-        first, *others = (run_and_differentiate(kernel.dcnv3_softmax, tensors, {"groups": 8}) for _ in range(4))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    tensors = [torch.randn(2, 14, 14, c, device="cuda", dtype=torch.bfloat16) for c in (64, 4 * 18, 4 * 9)]
+    options = (3, 3, 1, 1, 1, 1, 1, 1, 4, 1.0, False, True)
+
+    def work():
+        output = gpu_kernel.ops.dcnv3_forward(*tensors, *options)
+        return output, *gpu_kernel.ops.dcnv3_backward(output, *tensors, *options, True)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work()
+    for tensor in tensors:
+        tensor.normal_()
+    expected = work()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, e) for a, e in zip(captured, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_second_device(gpu_kernel):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 9, 9, c) for c in (64, 4 * 18, 4 * 9)]
+    first, second = (
+        run_and_differentiate(gpu_kernel.dcnv3_softmax, [t.to(device) for t in tensors], {"groups": 4})
+        for device in ("cuda:0", "cuda:1")
+    )
+    assert all(t.device.index == 1 for t in second)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["batch", "image"])
+def test_more_than_2_31_elements(gpu_kernel, what):
+    """Of the input, by a large batch and by one large image; compared at the far end."""
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("needs 40 GB of GPU memory")
+    torch.manual_seed(0)
+    channels = 2048
+    shape = (1100, 32, 32) if what == "batch" else (1, 1100, 1024)
+    image = torch.empty(*shape, channels, device="cuda", dtype=torch.bfloat16)
+    assert image.numel() > 2**31
+    window = torch.randn(*((2, 32, 32) if what == "batch" else (1, 20, 1024)), channels, dtype=torch.bfloat16)
+    far = (slice(-2, None),) if what == "batch" else (slice(None), slice(-20, None))
+    image.zero_()[far] = window.to("cuda")
+    offset = (torch.randint(-4, 4, (*shape, 18), device="cuda") * 0.25 + 0.125).bfloat16()
+    mask = torch.randn(*shape, 9, device="cuda", dtype=torch.bfloat16)
+    output = gpu_kernel.dcnv3_softmax(image, offset, mask, groups=1)[far]
+    expected = definition(
+        window[..., :64].double(), offset[far].cpu().double(), mask[far].cpu().double(), groups=1, softmax=True
+    )
+    keep = slice(None) if what == "batch" else slice(4, None)  # rows above reach out of the window
+    actual = output[..., :64].cpu().double()
+    assert ((actual - expected).abs()[:, keep].max() / expected.abs().max()) < 1e-2

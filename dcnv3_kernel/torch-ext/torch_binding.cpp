@@ -25,6 +25,11 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
   ops.impl("dcnv3_cpu_capability", TORCH_BOX(&dcnv3_cpu_capability));
 }
+#elif defined(EMULATION_KERNEL)
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
+  ops.impl("dcnv3_forward", TORCH_BOX(&dcnv3_forward));
+  ops.impl("dcnv3_backward", TORCH_BOX(&dcnv3_backward));
+}
 #elif defined(CUDA_KERNEL) || defined(ROCM_KERNEL)
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("dcnv3_forward", TORCH_BOX(&dcnv3_forward));

@@ -1,4 +1,4 @@
-// The operators' C++ entry points, and the checks that all backends share. Shapes are in dcnv3_cpu/dcnv3_cpu.h.
+// The operators' C++ entry points, and the checks that all backends share. Shapes are in dcnv3_shape.h.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../dcnv3_cpu/dcnv3_cpu.h"
+#include "dcnv3_shape.h"
 
 torch::stable::Tensor dcnv3_forward(
     torch::stable::Tensor input, torch::stable::Tensor offset, torch::stable::Tensor mask, int64_t kernel_h,

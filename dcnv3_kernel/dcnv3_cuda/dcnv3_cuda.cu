@@ -1,0 +1,133 @@
+// The GPU backend of the operators: memory, device and stream.
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../torch-ext/torch_binding.h"
+#include "dcnv3_cuda.h"
+#include "dcnv3_platform.h"
+
+#if !defined(DCNV3_EMULATION)
+// Declared by PyTorch's header for CUDA builds of it alone; exported by them (and by those for ROCm) all the same.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
+
+namespace {
+
+using dcnv3::Dtype;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, "dcnv3: the dtype must be float32, float64, float16 or bfloat16");
+      return Dtype::float32;
+  }
+}
+
+// Makes the tensors' device the current one while it lives.
+class OnDevice {
+ public:
+#if defined(DCNV3_EMULATION)
+  explicit OnDevice(const Tensor&) : device_{nullptr, 2} {}
+#else
+  explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()), device_{nullptr, 0} {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &device_.stream));
+#if DCNV3_HIP
+    const bool failed = hipDeviceGetAttribute(
+                            &device_.multiprocessors, hipDeviceAttributeMultiprocessorCount, tensor.get_device_index()) !=
+        hipSuccess;
+#else
+    const bool failed = cudaDeviceGetAttribute(
+                            &device_.multiprocessors, cudaDevAttrMultiProcessorCount, tensor.get_device_index()) !=
+        cudaSuccess;
+#endif
+    STD_TORCH_CHECK(!failed, "dcnv3: the number of multiprocessors of the device is unknown");
+  }
+#endif
+  const dcnv3::Device& get() const { return device_; }
+
+ private:
+#if !defined(DCNV3_EMULATION)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  dcnv3::Device device_;
+};
+
+void check(const char* error) {
+  STD_TORCH_CHECK(error == nullptr, "dcnv3: the GPU kernel cannot serve this call: ", error == nullptr ? "" : error);
+}
+
+}  // namespace
+
+Tensor dcnv3_forward(
+    Tensor input, Tensor offset, Tensor mask, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w,
+    int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t groups, double offset_scale,
+    bool remove_center, bool softmax) {
+  const dcnv3::Shape shape = dcnv3::checked_shape(
+      input, offset, mask, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups,
+      offset_scale, remove_center, softmax);
+  const OnDevice device(input);
+  input = torch::stable::contiguous(input);
+  offset = torch::stable::contiguous(offset);
+  mask = torch::stable::contiguous(mask);
+  const Dtype dtype = dtype_of(input);
+  Tensor output = torch::stable::new_empty(input, {shape.batch, shape.height_out, shape.width_out, shape.channels});
+  if (output.numel() == 0) return output;
+  check(dcnv3::launch_forward(
+      shape, dtype, input.const_data_ptr(), offset.const_data_ptr(), mask.const_data_ptr(), output.mutable_data_ptr(),
+      device.get()));
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(
+    Tensor grad_output, Tensor input, Tensor offset, Tensor mask, int64_t kernel_h, int64_t kernel_w, int64_t stride_h,
+    int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t groups,
+    double offset_scale, bool remove_center, bool softmax, bool deterministic) {
+  const dcnv3::Shape shape = dcnv3::checked_shape(
+      input, offset, mask, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups,
+      offset_scale, remove_center, softmax);
+  dcnv3::check_grad_output(grad_output, input, shape);
+  const OnDevice device(input);
+  grad_output = torch::stable::contiguous(grad_output);
+  input = torch::stable::contiguous(input);
+  offset = torch::stable::contiguous(offset);
+  mask = torch::stable::contiguous(mask);
+  const Dtype dtype = dtype_of(input);
+  Tensor grad_offset = torch::stable::new_empty(offset, offset.sizes());
+  Tensor grad_mask = torch::stable::new_empty(mask, mask.sizes());
+  if (offset.numel() == 0) return {torch::stable::new_zeros(input, input.sizes()), grad_offset, grad_mask};
+
+  const auto launch = [&](dcnv3::Sums sums, void* grad_input) {
+    check(dcnv3::launch_backward(
+        shape, dtype, grad_output.const_data_ptr(), input.const_data_ptr(), offset.const_data_ptr(),
+        mask.const_data_ptr(), sums, grad_input, grad_offset.mutable_data_ptr(), grad_mask.mutable_data_ptr(),
+        device.get()));
+  };
+  if (deterministic) {
+    Tensor grad_input = torch::stable::new_empty(input, input.sizes());
+    Tensor fixed_point = torch::stable::new_zeros(input, input.sizes(), ScalarType::Long);
+    Tensor not_finite = torch::stable::new_zeros(input, {(input.numel() + 31) / 32}, ScalarType::Int);
+    Tensor largest = torch::stable::new_zeros(input, {2}, ScalarType::Long);
+    launch(
+        {nullptr, fixed_point.mutable_data_ptr(), not_finite.mutable_data_ptr(), largest.mutable_data_ptr()},
+        grad_input.mutable_data_ptr());
+    return {grad_input, grad_offset, grad_mask};
+  }
+  const bool is_double = dtype == Dtype::float64;
+  Tensor sums = torch::stable::new_zeros(input, input.sizes(), is_double ? ScalarType::Double : ScalarType::Float);
+  launch({sums.mutable_data_ptr(), nullptr, nullptr, nullptr}, nullptr);
+  if (sums.scalar_type() == input.scalar_type()) return {sums, grad_offset, grad_mask};
+  return {torch::stable::to(sums, input.scalar_type()), grad_offset, grad_mask};
+}

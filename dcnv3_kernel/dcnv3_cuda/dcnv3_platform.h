@@ -1,0 +1,121 @@
+// What differs between CUDA, HIP and the emulation on a CPU that the tests use (tests/emulation): names of the language,
+// exchange between the lanes of a warp, conversions of 16-bit numbers, atomic additions. A warp is always 32 lanes here; on
+// AMD's GPUs with 64 it is half of one.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(DCNV3_EMULATION)
+#include "emulation.h"
+#else
+
+#if defined(USE_ROCM) || defined(__HIPCC__)
+#include <hip/hip_runtime.h>
+#define DCNV3_HIP 1
+#else
+#include <cuda_runtime.h>
+#endif
+
+#define DCNV3_DEVICE __device__ __forceinline__
+#define DCNV3_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+#define DCNV3_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  (kernel)<<<(grid), (block), (shared_bytes), static_cast<dcnv3::Stream>(stream)>>>(__VA_ARGS__)
+
+namespace dcnv3 {
+
+#if DCNV3_HIP
+typedef hipStream_t Stream;
+#else
+typedef cudaStream_t Stream;
+#endif
+
+DCNV3_DEVICE unsigned thread_number() { return threadIdx.x; }
+DCNV3_DEVICE unsigned block_size() { return blockDim.x; }
+DCNV3_DEVICE unsigned block_number() { return blockIdx.x; }
+DCNV3_DEVICE unsigned grid_size() { return gridDim.x; }
+
+DCNV3_DEVICE void* shared_memory() {
+  extern __shared__ __align__(16) unsigned char dcnv3_shared_memory[];
+  return dcnv3_shared_memory;
+}
+
+// The value of the lane whose number differs in the bits of `difference`. All lanes of a warp call it.
+template <class T>
+DCNV3_DEVICE T shuffle_xor(T value, int difference) {
+#if DCNV3_HIP
+  return __shfl_xor(value, difference, 32);
+#else
+  return __shfl_xor_sync(0xffffffffu, value, difference);
+#endif
+}
+
+// What the lanes of a warp wrote to shared memory before is seen by all of them after.
+DCNV3_DEVICE void sync_warp() {
+#if DCNV3_HIP
+  __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront");
+  __builtin_amdgcn_wave_barrier();
+#else
+  __syncwarp();
+#endif
+}
+
+// Read-only data of 16 bytes, aligned.
+DCNV3_DEVICE uint4 load_16_bytes(const void* from) {
+#if DCNV3_HIP
+  return *static_cast<const uint4*>(from);
+#else
+  return __ldg(static_cast<const uint4*>(from));
+#endif
+}
+
+DCNV3_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+DCNV3_DEVICE uint32_t bits_of_float(float value) { return __float_as_uint(value); }
+DCNV3_DEVICE double double_of_bits(uint32_t low, uint32_t high) { return __hiloint2double(high, low); }
+DCNV3_DEVICE uint64_t bits_of_double(double value) { return __double_as_longlong(value); }
+DCNV3_DEVICE long long nearest_integer(float value) { return __float2ll_rn(value); }
+DCNV3_DEVICE long long nearest_integer(double value) { return __double2ll_rn(value); }
+
+DCNV3_DEVICE float float_of_half(uint16_t bits) {
+#if DCNV3_HIP
+  return static_cast<float>(__builtin_bit_cast(_Float16, bits));
+#else
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+#endif
+}
+
+DCNV3_DEVICE uint16_t half_of_float(float value) {
+#if DCNV3_HIP
+  return __builtin_bit_cast(uint16_t, static_cast<_Float16>(value));
+#else
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+#endif
+}
+
+DCNV3_DEVICE void atomic_add(float* at, float value) { atomicAdd(at, value); }
+DCNV3_DEVICE void atomic_add(double* at, double value) { atomicAdd(at, value); }
+DCNV3_DEVICE void atomic_add(unsigned long long* at, unsigned long long value) { atomicAdd(at, value); }
+DCNV3_DEVICE void atomic_max(unsigned long long* at, unsigned long long value) { atomicMax(at, value); }
+DCNV3_DEVICE void atomic_or(unsigned* at, unsigned value) { atomicOr(at, value); }
+
+// Four neighbours, aligned to 16 bytes: one transaction from compute capability 9.0 on.
+DCNV3_DEVICE void atomic_add_4(float* at, const float* value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(at)), "f"(value[0]), "f"(value[1]), "f"(value[2]), "f"(value[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) atomicAdd(at + i, value[i]);
+#endif
+}
+
+}  // namespace dcnv3
+
+#endif

@@ -1,0 +1,161 @@
+// Runs the GPU kernels on a CPU, lane by lane, so that their arithmetic and their exchange between lanes can be tested where
+// there is no GPU: it replaces what dcnv3_platform.h offers on one. The lanes of a warp are fibers that take turns at every
+// exchange; warps and blocks run one after another. It says nothing of speed, of memory ordering beyond a warp's exchanges,
+// and of what a compiler for GPUs does.
+
+#pragma once
+
+#include <math.h>
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define DCNV3_DEVICE inline
+#define DCNV3_KERNEL(max_threads) void
+#define DCNV3_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  dcnv3::emulation::launch((grid), (block), (shared_bytes), [&] { (kernel)(__VA_ARGS__); })
+
+namespace dcnv3 {
+
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+
+namespace emulation {
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulation: %s\n", what);
+  std::abort();
+}
+
+struct Lane {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool finished;
+  int exchanges;            // how many it has come to
+  unsigned char value[2][8];  // what it offers in the last two
+};
+
+struct State {
+  unsigned grid, block, block_number, warp;
+  int lane;
+  std::vector<unsigned char> shared;
+  Lane lanes[32];
+  ucontext_t scheduler;
+  std::function<void()> kernel;
+};
+
+inline State& state() {
+  static thread_local State* value = new State();
+  return *value;
+}
+
+inline void lane_main() {
+  State& s = state();
+  s.kernel();
+  s.lanes[s.lane].finished = true;
+  swapcontext(&s.lanes[s.lane].context, &s.scheduler);
+}
+
+// All lanes of a warp come here before any goes on.
+inline void wait_for_warp() {
+  State& s = state();
+  Lane& lane = s.lanes[s.lane];
+  ++lane.exchanges;
+  swapcontext(&lane.context, &s.scheduler);
+}
+
+inline void run_warp() {
+  State& s = state();
+  constexpr size_t stack_bytes = 256 * 1024;
+  for (Lane& lane : s.lanes) {
+    if (!lane.stack) lane.stack.reset(new char[stack_bytes]);
+    getcontext(&lane.context);
+    lane.context.uc_stack.ss_sp = lane.stack.get();
+    lane.context.uc_stack.ss_size = stack_bytes;
+    lane.context.uc_link = nullptr;
+    lane.finished = false;
+    lane.exchanges = 0;
+    makecontext(&lane.context, lane_main, 0);
+  }
+  while (!s.lanes[0].finished) {
+    for (s.lane = 0; s.lane < 32; ++s.lane) swapcontext(&s.scheduler, &s.lanes[s.lane].context);
+    for (const Lane& lane : s.lanes) {
+      if (lane.finished != s.lanes[0].finished || lane.exchanges != s.lanes[0].exchanges) {
+        fail("the lanes of a warp do not come to the same exchanges");
+      }
+    }
+  }
+}
+
+inline void launch(unsigned grid, unsigned block, unsigned shared_bytes, std::function<void()> kernel) {
+  State& s = state();
+  if (grid == 0 || block == 0 || block % 32 != 0 || block > 256 || shared_bytes > 48 * 1024) fail("a launch that no GPU takes");
+  s.grid = grid, s.block = block, s.kernel = std::move(kernel);
+  for (s.block_number = 0; s.block_number < grid; ++s.block_number) {
+    s.shared.assign(shared_bytes + 16, 0xff);
+    for (s.warp = 0; s.warp < block / 32; ++s.warp) run_warp();
+    for (unsigned i = 0; i < 16; ++i) {
+      if (s.shared[shared_bytes + i] != 0xff) fail("shared memory was written behind its end");
+    }
+  }
+}
+
+}  // namespace emulation
+
+inline unsigned thread_number() { return emulation::state().warp * 32 + emulation::state().lane; }
+inline unsigned block_size() { return emulation::state().block; }
+inline unsigned block_number() { return emulation::state().block_number; }
+inline unsigned grid_size() { return emulation::state().grid; }
+inline void* shared_memory() { return emulation::state().shared.data(); }
+
+template <class T>
+T shuffle_xor(T value, int difference) {
+  static_assert(sizeof(T) <= 8);
+  emulation::State& s = emulation::state();
+  const int which = s.lanes[s.lane].exchanges % 2, lane = s.lane;
+  std::memcpy(s.lanes[lane].value[which], &value, sizeof(T));
+  emulation::wait_for_warp();
+  std::memcpy(&value, s.lanes[lane ^ difference].value[which], sizeof(T));
+  return value;
+}
+
+inline void sync_warp() { emulation::wait_for_warp(); }
+
+inline uint4 load_16_bytes(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulation::fail("a load of 16 bytes that is not aligned");
+  return *static_cast<const uint4*>(from);
+}
+
+template <class To, class From>
+To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+inline float float_of_bits(uint32_t bits) { return bits_as<float>(bits); }
+inline uint32_t bits_of_float(float value) { return bits_as<uint32_t>(value); }
+inline double double_of_bits(uint32_t low, uint32_t high) { return bits_as<double>(uint64_t(high) << 32 | low); }
+inline uint64_t bits_of_double(double value) { return bits_as<uint64_t>(value); }
+inline long long nearest_integer(float value) { return llrintf(value); }
+inline long long nearest_integer(double value) { return llrint(value); }
+inline float float_of_half(uint16_t bits) { return static_cast<float>(bits_as<_Float16>(bits)); }
+inline uint16_t half_of_float(float value) { return bits_as<uint16_t>(static_cast<_Float16>(value)); }
+
+inline void atomic_add(float* at, float value) { *at += value; }
+inline void atomic_add(double* at, double value) { *at += value; }
+inline void atomic_add(unsigned long long* at, unsigned long long value) { *at += value; }
+inline void atomic_max(unsigned long long* at, unsigned long long value) { *at = *at < value ? value : *at; }
+inline void atomic_or(unsigned* at, unsigned value) { *at |= value; }
+inline void atomic_add_4(float* at, const float* value) {
+  if (reinterpret_cast<uintptr_t>(at) % 16 != 0) emulation::fail("an addition to 16 bytes that are not aligned");
+  for (int i = 0; i < 4; ++i) at[i] += value[i];
+}
+
+}  // namespace dcnv3
