@@ -9,8 +9,9 @@ const char* launch_backward(
     typedef decltype(type) T;
     typedef Compute<T> C;
     const bool fixed_point = sums.floating == nullptr;
-    const bool aligned = is_aligned(input) && is_aligned(grad_output) && is_aligned(sums.floating);
-    const Plan plan = plan_call(shape, sizeof(T), sizeof(C), aligned, device.multiprocessors);
+    const bool aligned = is_aligned(input) && is_aligned(grad_output) && is_aligned(sums.floating) &&
+        is_aligned(offset, 2 * sizeof(T)) && is_aligned(grad_offset, 2 * sizeof(T));
+    const auto plan = plan_call<T>(shape, true, aligned, device.multiprocessors);
     if (plan.error != nullptr) return plan.error;
     const auto launch = [&](auto kernel, auto destination) {
       DCNV3_LAUNCH(

@@ -6,8 +6,8 @@ const char* launch_forward(
     const Shape& shape, Dtype dtype, const void* input, const void* offset, const void* mask, void* output, Device device) {
   return with_type(dtype, [&](auto type) -> const char* {
     typedef decltype(type) T;
-    const bool aligned = is_aligned(input) && is_aligned(output);
-    const Plan plan = plan_call(shape, sizeof(T), sizeof(Compute<T>), aligned, device.multiprocessors);
+    const bool aligned = is_aligned(input) && is_aligned(output) && is_aligned(offset, 2 * sizeof(T));
+    const auto plan = plan_call<T>(shape, false, aligned, device.multiprocessors);
     if (plan.error != nullptr) return plan.error;
     with_kernel<T, true>(plan, [&](auto vector, auto lanes, auto points, auto index) {
       DCNV3_LAUNCH(

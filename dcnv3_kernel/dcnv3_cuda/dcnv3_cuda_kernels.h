@@ -1,16 +1,15 @@
 // The arithmetic of DCNv3 on GPUs.
 //
 // A unit of work is one group of one output pixel: P points, a softmax over them, and 4 * P short rows of the input, D channels
-// each, times a weight each. A unit belongs to `lanes` neighbours of a warp. First they share its points among them: location,
-// bilinear fractions and modulation of each are computed once, and put in shared memory. Then each lane sums V channels, 16
-// bytes of the input, over all points. Nothing crosses the borders of a warp, so a block never waits.
+// each, times a weight each. A unit belongs to `lanes` neighbours of a warp. First they share its points among them: the four
+// corners of each, and their weights, are computed once and put in shared memory. Then each lane sums V channels, 16 bytes of
+// the input, over all points. Nothing crosses the borders of a warp, so a block never waits.
 //
 // Blocks take tiles of output pixels, two-dimensional ones, whose points overlap in the first-level cache; within a tile the
 // group runs fastest, so the lanes of a warp write neighbouring memory.
 //
-// A corner of a point outside the image counts as zero. The corner beside it has the same distance along the other axis, so
-// both take that one's place, with half of its weight each: no corner needs a branch, and none has weight zero (0 * inf is
-// not 0). Points outside are left out.
+// A corner outside the image is neither read nor added to: it has no number. A warp all of whose corners lie inside, as in the
+// middle of an image, does not ask.
 
 #pragma once
 
@@ -39,15 +38,29 @@ struct ComputeOf<double> {
 template <class T>
 using Compute = typename ComputeOf<T>::type;
 
-// What a kernel needs to know of a call, and how the work is laid out.
+// Divides numbers below 2^31 by one that the host knows, without a division.
+struct Divisor {
+  uint32_t divisor, factor, shift;
+
+  Divisor() = default;
+  explicit Divisor(uint32_t by) : divisor(by), shift(0) {
+    while ((uint64_t(1) << shift) < by) ++shift;
+    factor = static_cast<uint32_t>((((uint64_t(1) << shift) - by) << 32) / by + 1);
+  }
+  DCNV3_DEVICE uint32_t operator()(uint32_t number) const { return (multiply_high(number, factor) + number) >> shift; }
+};
+
+// What a kernel needs to know of a call, and how the work is laid out. C: the type of its arithmetic.
+template <class C>
 struct Problem {
   int64_t tiles;
+  Divisor by_tiles_per_image, by_tiles_x, by_groups;
   int tiles_x, tiles_per_image, tile_width_log2, tile_height_log2;
   int lanes, points;
   int height, width, height_out, width_out, channels, groups, group_channels;
   int kernel_h, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int centre;  // the number of the point that is left out, else that of no point
-  double grid_x, grid_y, offset_scale;
+  C grid_x, grid_y, offset_scale;  // of the first point without offset, but for the pixel: see `locate`
   bool softmax;
 };
 
@@ -57,12 +70,6 @@ DCNV3_DEVICE float widen(float value) { return value; }
 DCNV3_DEVICE double widen(double value) { return value; }
 DCNV3_DEVICE float widen(Half value) { return float_of_half(value.bits); }
 DCNV3_DEVICE float widen(BFloat16 value) { return float_of_bits(static_cast<uint32_t>(value.bits) << 16); }
-
-DCNV3_DEVICE uint16_t bfloat16_of_float(float value) {
-  const uint32_t bits = bits_of_float(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
 
 DCNV3_DEVICE void narrow(float value, float* to) { *to = value; }
 DCNV3_DEVICE void narrow(double value, double* to) { *to = value; }
@@ -111,12 +118,12 @@ DCNV3_DEVICE void store(const Compute<T> (&values)[V], T* to) {
     narrow(values[0], to);
   } else {
     static_assert(V * sizeof(T) == 16);
-    struct alignas(16) {
+    struct {
       T values[V];
     } packed;
 #pragma unroll
     for (int i = 0; i < V; ++i) narrow(values[i], &packed.values[i]);
-    *reinterpret_cast<decltype(packed)*>(to) = packed;
+    store_16_bytes(to, packed);
   }
 }
 
@@ -127,197 +134,299 @@ DCNV3_DEVICE C sum_of_lanes(C value, int lanes) {
   return value;
 }
 
+// Two neighbours, with one load or store; aligned where V is not 1.
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T first, second;
+};
+
 // -------------------------------------------------------------------------------------------------------------- units
 
+template <class Index>
 struct Unit {
   bool active;  // else a lane has nothing to do but takes part in the warp's exchanges
-  int64_t number, image;
+  Index number;  // in its image
   int group, x, y;
 };
 
-// Calls `work(Unit)` for all units of the block's tiles, the same number of times in all lanes of a warp.
-template <class Work>
-DCNV3_DEVICE void for_units(const Problem& q, int lanes, Work work) {
-  const unsigned units = 32 / lanes, unit_of_warp = thread_number() % 32 / lanes;
+// Where an image begins in the input, and its units in the other tensors.
+struct Origins {
+  int64_t input, units;
+  template <class C>
+  DCNV3_DEVICE Origins(const Problem<C>& q, int64_t image)
+      : input(image * (static_cast<int64_t>(q.height) * q.width * q.channels)),
+        units(image * (static_cast<int64_t>(q.height_out) * q.width_out * q.groups)) {}
+};
+
+// Calls `work(origins, unit)` for all units of the block's tiles, the same number of times in all lanes of a warp.
+template <class Index, class C, class Work>
+DCNV3_DEVICE void for_units(const Problem<C>& q, int lanes, Work work) {
+  constexpr bool wide = sizeof(Index) == 8;
+  typedef std::conditional_t<wide, int64_t, uint32_t> Tile;
+  const unsigned units = 32u / static_cast<unsigned>(lanes), unit_of_warp = thread_number() % 32 / static_cast<unsigned>(lanes);
   const unsigned warp = thread_number() / 32, warps = block_size() / 32;
   const unsigned tile_units = static_cast<unsigned>(q.groups) << (q.tile_width_log2 + q.tile_height_log2);
-  for (int64_t tile = block_number(); tile < q.tiles; tile += grid_size()) {
-    const int64_t image = tile / q.tiles_per_image;
-    const int tile_of_image = static_cast<int>(tile - image * q.tiles_per_image);
-    const int tile_y = tile_of_image / q.tiles_x, tile_x = tile_of_image - tile_y * q.tiles_x;
+  for (Tile tile = block_number(); tile < static_cast<Tile>(q.tiles); tile += grid_size()) {
+    int64_t image;
+    int tile_x, tile_y;
+    if constexpr (wide) {
+      image = tile / q.tiles_per_image;
+      const int tile_of_image = static_cast<int>(tile - image * q.tiles_per_image);
+      tile_y = tile_of_image / q.tiles_x, tile_x = tile_of_image - tile_y * q.tiles_x;
+    } else {
+      const uint32_t image_of_tile = q.by_tiles_per_image(tile);
+      const uint32_t tile_of_image = tile - image_of_tile * static_cast<uint32_t>(q.tiles_per_image);
+      tile_y = static_cast<int>(q.by_tiles_x(tile_of_image));
+      tile_x = static_cast<int>(tile_of_image) - tile_y * q.tiles_x;
+      image = image_of_tile;
+    }
+    const Origins origins(q, image);
     for (unsigned first = warp * units; first < tile_units; first += warps * units) {
       const unsigned unit_of_tile = first + unit_of_warp;
-      const unsigned pixel = unit_of_tile / static_cast<unsigned>(q.groups);
-      Unit unit;
-      unit.image = image;
+      const unsigned pixel = q.by_groups(unit_of_tile);
+      Unit<Index> unit;
       unit.group = static_cast<int>(unit_of_tile - pixel * static_cast<unsigned>(q.groups));
       unit.x = (tile_x << q.tile_width_log2) + static_cast<int>(pixel & ((1u << q.tile_width_log2) - 1u));
       unit.y = (tile_y << q.tile_height_log2) + static_cast<int>(pixel >> q.tile_width_log2);
       unit.active = unit_of_tile < tile_units && unit.x < q.width_out && unit.y < q.height_out;
       if (!unit.active) unit.group = unit.x = unit.y = 0;
-      unit.number = ((image * q.height_out + unit.y) * q.width_out + unit.x) * q.groups + unit.group;
-      work(unit);
+      unit.number = (static_cast<Index>(unit.y) * q.width_out + unit.x) * q.groups + unit.group;
+      work(origins, unit);
     }
   }
 }
 
 // ------------------------------------------------------------------------------------------------------------- points
 
-// One coordinate of a point: between pixel `low` and, if `step`, the next one; or, at the border, on `low` alone, with the
-// weight `factor`, whose derivative is `slope`.
+// How many of its unit's points a lane has at the most, where that is known when the kernel is compiled; else 1.
+template <int LANES, int POINTS>
+constexpr int own_points = LANES != 0 && POINTS != 0 ? (POINTS + LANES - 1) / LANES : 1;
+
+// Calls `work(i)` for the points of a lane, of which the first is `member`: i = 0, lanes, 2 * lanes ...
+template <int LANES, int POINTS, class Work>
+DCNV3_DEVICE void for_own_points(int lanes, int points, int member, Work work) {
+  if constexpr (LANES != 0 && POINTS != 0) {
+#pragma unroll
+    for (int i = 0; i < POINTS; i += LANES) {
+      if (i + LANES <= POINTS || member + i < POINTS) work(i);
+    }
+  } else {
+    for (int i = 0; i < points - member; i += lanes) work(i);
+  }
+}
+
+// One coordinate of a point, which lies between the pixels `low` and `low + 1`. Each of them may lie in the image or not; a
+// point must lie strictly inside (-1, size).
 template <class C>
 struct Axis {
-  bool inside, step;
+  C position;  // from `start`
   int low;
-  C fraction, factor, slope;
-};
+  C fraction;
+  int size;
 
-template <class C>
-DCNV3_DEVICE Axis<C> place_on_axis(C position, int start, int size) {
-  Axis<C> axis;
-  const bool countable = position > C(-(1 << 30)) && position < C(1 << 30);  // false for what is not a number
-  const C whole = countable ? floor(position) : C(0);
-  const C fraction = position - whole;
-  const int cell = start + static_cast<int>(whole);
-  const bool before = cell < 0, last = cell >= size - 1;
-  axis.inside = countable && cell < size && (cell >= 0 || (cell == -1 && fraction > C(0)));
-  axis.step = !before && !last;
-  axis.low = before ? 0 : cell;
-  axis.fraction = axis.step ? fraction : C(0.5);
-  axis.factor = before ? fraction : last ? C(1) - fraction : C(1);
-  axis.slope = before ? C(1) : last ? C(-1) : C(0);
-  return axis;
-}
+  DCNV3_DEVICE Axis(C at, int start, int size) : position(at), size(size) {
+    const int whole = floor_to_int(position);
+    fraction = position - static_cast<C>(whole);
+    low = static_cast<int>(static_cast<unsigned>(start) + static_cast<unsigned>(whole));
+  }
+  // Neither holds for a position that is not a number or that no int can hold.
+  DCNV3_DEVICE bool has_both() const { return static_cast<unsigned>(low) < static_cast<unsigned>(size - 1) && fraction < C(1); }
+  DCNV3_DEVICE bool is_countable() const { return fabs(position) < C(1 << 30); }
+  DCNV3_DEVICE bool has_low() const { return is_countable() && low >= 0 && low < size; }
+  DCNV3_DEVICE bool has_high() const {
+    return is_countable() && low >= -1 && low < size - 1 && (low >= 0 || fraction > C(0));
+  }
+};
 
 template <class C>
 struct Location {
   Axis<C> x, y;
-  DCNV3_DEVICE bool inside() const { return x.inside && y.inside; }
+  DCNV3_DEVICE bool has_all() const { return x.has_both() && y.has_both(); }
 };
 
-template <int POINTS, class T>
-DCNV3_DEVICE Location<Compute<T>> locate(const Problem& q, const Unit& unit, int points, int point, const T* offset) {
+// `pair` is the offset.
+template <int V, int POINTS, class T, class Index>
+DCNV3_DEVICE Location<Compute<T>> locate(
+    const Problem<Compute<T>>& q, const Unit<Index>& unit, int point, const T* pair) {
   typedef Compute<T> C;
   int column, row;
   if constexpr (POINTS != 0) {  // 3 x 3, or that without its centre
     const int cell = POINTS == 8 && point >= 4 ? point + 1 : point;
-    column = cell / 3, row = cell % 3;
+    column = cell / 3, row = cell - column * 3;
   } else {
     const int cell = point >= q.centre ? point + 1 : point;
-    column = cell / q.kernel_h, row = cell % q.kernel_h;
+    column = cell / q.kernel_h, row = cell - column * q.kernel_h;
   }
-  const T* pair = offset + (unit.number * points + point) * 2;
-  const C scale = static_cast<C>(q.offset_scale);
-  const C x = static_cast<C>(q.grid_x) + (static_cast<C>(column * q.dilation_w) + widen(pair[0])) * scale;
-  const C y = static_cast<C>(q.grid_y) + (static_cast<C>(row * q.dilation_h) + widen(pair[1])) * scale;
+  C offset_x, offset_y;
+  if constexpr (V == 1) {
+    offset_x = widen(pair[0]), offset_y = widen(pair[1]);
+  } else {
+    const Pair<T> both = *reinterpret_cast<const Pair<T>*>(pair);
+    offset_x = widen(both.first), offset_y = widen(both.second);
+  }
+  const C x = q.grid_x + (static_cast<C>(column * q.dilation_w) + offset_x) * q.offset_scale;
+  const C y = q.grid_y + (static_cast<C>(row * q.dilation_h) + offset_y) * q.offset_scale;
   return {
-      place_on_axis(x, unit.x * q.stride_w - q.padding_w, q.width),
-      place_on_axis(y, unit.y * q.stride_h - q.padding_h, q.height)};
+      Axis<C>(x, unit.x * q.stride_w - q.padding_w, q.width), Axis<C>(y, unit.y * q.stride_h - q.padding_h, q.height)};
 }
 
-// The modulation of a unit's points.
-template <class T>
+// The modulation of a lane's points. `mask` is that of its first point.
+template <class T, int LANES, int POINTS>
 struct Modulation {
   typedef Compute<T> C;
+  static constexpr bool keeps = LANES != 0 && POINTS != 0;
   const T* mask;
   bool softmax;
   C largest, scale;
+  C kept[keeps ? (POINTS + LANES - 1) / LANES : 1];
 
-  template <int POINTS>
-  DCNV3_DEVICE static Modulation of(const Problem& q, const Unit& unit, int lanes, int member, int points, const T* mask) {
-    Modulation m{mask + unit.number * points, q.softmax, C(0), C(1)};
-    if (!q.softmax) return m;
-    m.largest = C(-INFINITY);
-#pragma unroll
-    for (int point = member; point < points; point += lanes) m.largest = fmax(m.largest, widen(m.mask[point]));
-    for (int d = lanes / 2; d > 0; d /= 2) m.largest = fmax(m.largest, shuffle_xor(m.largest, d));
+  DCNV3_DEVICE Modulation(const Problem<C>& q, int lanes, int points, int member, const T* own_mask)
+      : mask(own_mask), softmax(q.softmax), largest(C(0)), scale(C(1)) {
+    const auto for_own = [&](auto work) { for_own_points<LANES, POINTS>(lanes, points, member, work); };
+    if constexpr (keeps) {
+      for_own([&](int i) { kept[i / LANES] = widen(mask[i]); });
+    }
+    if (!softmax) return;
+    largest = C(-INFINITY);
+    for_own([&](int i) { largest = fmax(largest, logit(i)); });
+    for (int d = lanes / 2; d > 0; d /= 2) largest = fmax(largest, shuffle_xor(largest, d));
     C sum = C(0);
-#pragma unroll
-    for (int point = member; point < points; point += lanes) sum += exp(widen(m.mask[point]) - m.largest);
-    m.scale = C(1) / sum_of_lanes(sum, lanes);
-    return m;
+    for_own([&](int i) {
+      const C power = exponential(logit(i) - largest);
+      if constexpr (keeps) kept[i / LANES] = power;
+      sum += power;
+    });
+    scale = reciprocal(sum_of_lanes(sum, lanes));
   }
 
-  DCNV3_DEVICE C operator[](int point) const {
-    const C value = widen(mask[point]);
-    return softmax ? exp(value - largest) * scale : value;
+  DCNV3_DEVICE C operator()(int i) const {
+    if constexpr (keeps) return kept[i / LANES] * scale;
+    const C value = widen(mask[i]);
+    return softmax ? exponential(value - largest) * scale : value;
+  }
+
+ private:
+  DCNV3_DEVICE C logit(int i) const {
+    if constexpr (keeps) return kept[i / LANES];
+    return widen(mask[i]);
   }
 };
 
-// What the lanes of a unit tell each other of a point. `index` is the pixel at its upper left times 4, plus 1 if there is one
-// to the right, plus 2 if there is one below; negative if the point lies outside.
-template <class C, class Index>
-struct alignas(4 * sizeof(Index) > 16 ? 8 : 16) Point {
-  Index index;
-  C fraction_x, fraction_y, weight;
+// What the lanes of a unit tell each other of a point, in shared memory: its corners as numbers of bytes from the image's
+// first, -1 outside; upper left, upper right, lower left, lower right.
+template <class Number>
+struct alignas(16) Four {
+  Number of[4];
+};
+template <class C>
+struct Fractions {
+  C x, y;
 };
 
 template <class C, class Index>
-DCNV3_DEVICE Point<C, Index> point_of(const Problem& q, const Location<C>& at, C modulation) {
-  if (!at.inside()) return {Index(-1), C(0), C(0), C(0)};
-  const Index pixel = static_cast<Index>(at.y.low) * q.width + at.x.low;
-  return {
-      pixel * 4 + (at.x.step ? 1 : 0) + (at.y.step ? 2 : 0), at.x.fraction, at.y.fraction,
-      modulation * at.x.factor * at.y.factor};
+struct Shared {
+  Four<C>* weights;  // with the modulation
+  Four<Index>* corners;
+  Fractions<C>* fractions;  // backward
+
+  static constexpr int bytes(bool backward) {
+    return static_cast<int>(sizeof(Four<C>) + sizeof(Four<Index>) + (backward ? sizeof(Fractions<C>) : 0));
+  }
+  // The memory of this lane's unit: of point i at [i * units].
+  DCNV3_DEVICE Shared(int lanes, int points, bool backward) {
+    const int units = 32 / lanes, count = points * units, unit = static_cast<int>(thread_number()) % 32 / lanes;
+    char* memory = static_cast<char*>(shared_memory()) + static_cast<int>(thread_number() / 32) * (count * bytes(backward));
+    weights = reinterpret_cast<Four<C>*>(memory) + unit;
+    corners = reinterpret_cast<Four<Index>*>(memory + count * sizeof(Four<C>)) + unit;
+    fractions = reinterpret_cast<Fractions<C>*>(memory + count * (sizeof(Four<C>) + sizeof(Four<Index>))) + unit;
+  }
+};
+
+template <class T, class C, class Index>
+DCNV3_DEVICE Four<Index> corners_of(const Problem<C>& q, const Location<C>& at, int group) {
+  constexpr Index size = sizeof(T);
+  const Index first = ((static_cast<Index>(at.y.low) * q.width + at.x.low) * q.channels +
+                       static_cast<Index>(group) * q.group_channels) * size;
+  const Index right = q.channels * size, below = q.width * right;
+  Four<Index> corners{{first, first + right, first + below, first + right + below}};
+  if (!at.has_all()) [[unlikely]] {
+    if (!at.x.has_low() || !at.y.has_low()) corners.of[0] = -1;
+    if (!at.x.has_high() || !at.y.has_low()) corners.of[1] = -1;
+    if (!at.x.has_low() || !at.y.has_high()) corners.of[2] = -1;
+    if (!at.x.has_high() || !at.y.has_high()) corners.of[3] = -1;
+  }
+  return corners;
 }
 
-// The four corners of a point, from the first channel of a lane.
-template <class C, class Index>
-struct Corners {
-  Index first, right, below;
-  C weight[4];
+// The channels of a corner; `image` is that of these channels.
+template <class T, class Index>
+DCNV3_DEVICE const T* at_corner(const T* image, Index corner) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(image) + static_cast<std::make_unsigned_t<Index>>(corner));
+}
 
-  DCNV3_DEVICE Corners(const Problem& q, const Point<C, Index>& point) {
-    first = (point.index >> 2) * q.channels;
-    right = point.index & 1 ? q.channels : 0;
-    below = point.index & 2 ? static_cast<Index>(q.width) * q.channels : 0;
-    const C top = point.weight * (C(1) - point.fraction_y), bottom = point.weight * point.fraction_y;
-    weight[0] = top * (C(1) - point.fraction_x), weight[1] = top * point.fraction_x;
-    weight[2] = bottom * (C(1) - point.fraction_x), weight[3] = bottom * point.fraction_x;
-  }
-  DCNV3_DEVICE Index operator[](int corner) const { return first + (corner & 1 ? right : 0) + (corner & 2 ? below : 0); }
-};
+template <class C>
+DCNV3_DEVICE Four<C> weights_of(const Location<C>& at, C modulation) {
+  const C bottom = modulation * at.y.fraction, top = modulation * (C(1) - at.y.fraction), left = C(1) - at.x.fraction;
+  return {{top * left, top * at.x.fraction, bottom * left, bottom * at.x.fraction}};
+}
 
 // ------------------------------------------------------------------------------------------------------------ forward
 
+// Adds V channels of all points of a unit to `sum`; `image` is that of these channels. `has_all`: all corners are inside.
+template <bool has_all, int V, int POINTS, class T, class C, class Index>
+DCNV3_DEVICE void sum_points(const T* image, const Shared<C, Index>& shared, int points, int units, C (&sum)[V]) {
+#pragma unroll(POINTS ? (POINTS + 2) / 3 : 1)
+  for (int i = 0; i < points; ++i) {
+    const Four<Index> corners = shared.corners[i * units];
+    const Four<C> weights = shared.weights[i * units];
+    C values[4][V] = {};
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      if (has_all || corners.of[corner] >= 0) load<V>(at_corner(image, corners.of[corner]), values[corner]);
+    }
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      const C weight = has_all || corners.of[corner] >= 0 ? weights.of[corner] : C(0);  // which may be anything outside
+#pragma unroll
+      for (int v = 0; v < V; ++v) sum[v] += weight * values[corner][v];
+    }
+  }
+}
+
 // LANES and POINTS are 0 where they are known at run time only. With LANES, D = LANES * V.
 template <class T, int V, int LANES, int POINTS, class Index>
-DCNV3_KERNEL(256) forward_kernel(
-    const Problem q, const T* __restrict__ input, const T* __restrict__ offset, const T* __restrict__ mask,
+DCNV3_KERNEL(256, sizeof(T) == 8 ? 2 : sizeof(T) == 4 || sizeof(Index) == 8 ? 3 : 4) forward_kernel(
+    const Problem<Compute<T>> q, const T* __restrict__ input, const T* __restrict__ offset, const T* __restrict__ mask,
     T* __restrict__ output) {
   typedef Compute<T> C;
   const int lanes = LANES ? LANES : q.lanes, points = POINTS ? POINTS : q.points, units = 32 / lanes;
-  const int member = thread_number() % lanes;
-  Point<C, Index>* shared = static_cast<Point<C, Index>*>(shared_memory()) + thread_number() / 32 * (points * units) +
-      thread_number() % 32 / lanes;
+  const int channels = LANES ? LANES * V : q.group_channels;
+  const int member = static_cast<int>(thread_number()) % lanes;
+  const Shared<C, Index> shared(lanes, points, false);
 
-  for_units(q, lanes, [&](const Unit& unit) {
-    const auto modulation = Modulation<T>::template of<POINTS>(q, unit, lanes, member, points, mask);
-#pragma unroll
-    for (int point = member; point < points; point += lanes) {
-      shared[point * units] =
-          point_of<C, Index>(q, locate<POINTS>(q, unit, points, point, offset), modulation[point]);
-    }
-    sync_warp();
+  for_units<Index>(q, lanes, [&](const Origins& origins, const Unit<Index>& unit) {
+    // of the lane's first point
+    const T* own_offset = offset + origins.units * points * 2 + (unit.number * points + member) * 2;
+    const T* own_mask = mask + origins.units * points + (unit.number * points + member);
+    const Modulation<T, LANES, POINTS> modulation(q, lanes, points, member, own_mask);
+    bool has_all = true;
+    for_own_points<LANES, POINTS>(lanes, points, member, [&](int i) {
+      const auto at = locate<V, POINTS>(q, unit, member + i, own_offset + 2 * i);
+      has_all = has_all && at.has_all();
+      shared.corners[(member + i) * units] = corners_of<T, C, Index>(q, at, unit.group);
+      shared.weights[(member + i) * units] = weights_of(at, modulation(i));
+    });
+    has_all = all_lanes(has_all);  // and what they wrote to shared memory is seen by all
     if (unit.active) {
-      const T* image = input + unit.image * q.height * q.width * q.channels + static_cast<Index>(unit.group) * q.group_channels;
-      for (int channel = member * V; channel < (LANES ? LANES * V : q.group_channels); channel += lanes * V) {
+      for (int channel = member * V; channel < channels; channel += lanes * V) {
+        const T* from = input + origins.input + channel;
         C sum[V] = {};
-#pragma unroll
-        for (int i = 0; i < points; ++i) {
-          const Point<C, Index> point = shared[i * units];
-          if (point.index < 0) continue;
-          const Corners<C, Index> corners(q, point);
-          C values[4][V];
-#pragma unroll
-          for (int corner = 0; corner < 4; ++corner) load<V>(image + corners[corner] + channel, values[corner]);
-#pragma unroll
-          for (int corner = 0; corner < 4; ++corner) {
-#pragma unroll
-            for (int v = 0; v < V; ++v) sum[v] += corners.weight[corner] * values[corner][v];
-          }
+        if (POINTS != 0 && has_all) {
+          sum_points<true, V, POINTS>(from, shared, points, units, sum);
+        } else {
+          sum_points<false, V, 0>(from, shared, points, units, sum);
         }
-        store<V>(sum, output + unit.number * q.group_channels + channel);
+        store<V>(sum, output + origins.units * channels + (unit.number * channels + channel));
       }
     }
     sync_warp();
@@ -331,8 +440,10 @@ template <class C>
 struct FloatingSums {
   C* sums;
 
+  DCNV3_DEVICE const FloatingSums& adder() const { return *this; }
+
   template <int V>
-  DCNV3_DEVICE void add(int64_t at, C weight, const C (&values)[V]) const {
+  DCNV3_DEVICE void operator()(int64_t at, C weight, const C (&values)[V]) const {
     C products[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) products[v] = weight * values[v];
@@ -375,114 +486,120 @@ struct FixedPointSums {
     }
   }
 
-  template <int V>
-  DCNV3_DEVICE void add(int64_t at, C weight, const C (&values)[V], C scale) const {
+  struct Adder {
+    unsigned long long* sums;
+    unsigned* not_finite;
+    C scale;
+
+    template <int V>
+    DCNV3_DEVICE void operator()(int64_t at, C weight, const C (&values)[V]) const {
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      const C product = weight * values[v];
-      if (product - product == C(0)) {
-        atomic_add(sums + at + v, static_cast<unsigned long long>(nearest_integer(product * scale)));
-      } else {
-        atomic_or(not_finite + (at + v) / 32, 1u << ((at + v) % 32));
+      for (int v = 0; v < V; ++v) {
+        const C product = weight * values[v];
+        if (product - product == C(0)) {
+          atomic_add(sums + at + v, static_cast<unsigned long long>(nearest_integer(product * scale)));
+        } else {
+          atomic_or(not_finite + (at + v) / 32, 1u << ((at + v) % 32));
+        }
       }
     }
-  }
+  };
+  DCNV3_DEVICE Adder adder() const { return {sums, not_finite, power_of_two(exponent())}; }
 };
 
 // S: where the gradient of the input goes.
 template <class T, int V, int LANES, int POINTS, class Index, class S>
-DCNV3_KERNEL(256) backward_kernel(
-    const Problem q, const T* __restrict__ grad_output, const T* __restrict__ input, const T* __restrict__ offset,
+DCNV3_KERNEL(256, 2) backward_kernel(
+    const Problem<Compute<T>> q, const T* __restrict__ grad_output, const T* __restrict__ input, const T* __restrict__ offset,
     const T* __restrict__ mask, const S grad_input, T* __restrict__ grad_offset, T* __restrict__ grad_mask) {
   typedef Compute<T> C;
   const int lanes = LANES ? LANES : q.lanes, points = POINTS ? POINTS : q.points, units = 32 / lanes;
-  const int member = thread_number() % lanes;
-  Point<C, Index>* shared = static_cast<Point<C, Index>*>(shared_memory()) + thread_number() / 32 * (points * units) +
-      thread_number() % 32 / lanes;
-  constexpr bool fixed_point = !std::is_same_v<S, FloatingSums<C>>;
-  [[maybe_unused]] C scale = C(1);
-  if constexpr (fixed_point) scale = grad_input.power_of_two(grad_input.exponent());
+  const int channels = LANES ? LANES * V : q.group_channels;
+  const int member = static_cast<int>(thread_number()) % lanes;
+  const Shared<C, Index> shared(lanes, points, true);
+  const auto add = grad_input.adder();
 
-  for_units(q, lanes, [&](const Unit& unit) {
-    const auto modulation = Modulation<T>::template of<POINTS>(q, unit, lanes, member, points, mask);
-#pragma unroll
-    for (int point = member; point < points; point += lanes) {
-      shared[point * units] =
-          point_of<C, Index>(q, locate<POINTS>(q, unit, points, point, offset), modulation[point]);
-    }
+  for_units<Index>(q, lanes, [&](const Origins& origins, const Unit<Index>& unit) {
+    // of the lane's first point
+    const int64_t at_mask = origins.units * points + (unit.number * points + member);
+    const T* own_offset = offset + at_mask * 2;
+    T* own_grad_offset = grad_offset + at_mask * 2;
+    T* own_grad_mask = grad_mask + at_mask;
+    const Modulation<T, LANES, POINTS> modulation(q, lanes, points, member, mask + at_mask);
+    for_own_points<LANES, POINTS>(lanes, points, member, [&](int i) {
+      const auto at = locate<V, POINTS>(q, unit, member + i, own_offset + 2 * i);
+      shared.corners[(member + i) * units] = corners_of<T, C, Index>(q, at, unit.group);
+      shared.weights[(member + i) * units] = weights_of(at, modulation(i));
+      shared.fractions[(member + i) * units] = {at.x.fraction, at.y.fraction};
+    });
     sync_warp();
 
     // For each point: what grad_output times its bilinear sample is, and how it changes with the fractions. These go where
-    // the point was.
-    const int64_t image = unit.image * q.height * q.width * q.channels + static_cast<Index>(unit.group) * q.group_channels;
-    const int channels = LANES ? LANES * V : q.group_channels;
-    const T* grad = grad_output + unit.number * q.group_channels;
+    // the weights were.
+    const T* grad = grad_output + origins.units * channels + unit.number * channels;
     C grads[V] = {};
     if (LANES) load<V>(grad + member * V, grads);
 #pragma unroll(POINTS ? 3 : 1)
     for (int i = 0; i < points; ++i) {
-      const Point<C, Index> point = shared[i * units];
-      C sample = C(0), change_x = C(0), change_y = C(0);
-      if (unit.active && point.index >= 0) {
-        const Corners<C, Index> corners(q, point);
-        C products[4] = {};
+      C products[4] = {};
+      if (unit.active) {
+        const Four<Index> corners = shared.corners[i * units];
+        const Four<C> weights = shared.weights[i * units];
         for (int channel = member * V; channel < channels; channel += lanes * V) {
           if (!LANES) load<V>(grad + channel, grads);
+          const T* from = input + origins.input + channel;
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
+            if (corners.of[corner] < 0) continue;
             C values[V];
-            load<V>(input + image + corners[corner] + channel, values);
+            load<V>(at_corner(from, corners.of[corner]), values);
 #pragma unroll
             for (int v = 0; v < V; ++v) products[corner] += grads[v] * values[v];
-            if constexpr (fixed_point) {
-              grad_input.template add<V>(image + corners[corner] + channel, corners.weight[corner], grads, scale);
-            } else {
-              grad_input.template add<V>(image + corners[corner] + channel, corners.weight[corner], grads);
-            }
+            const Index element = corners.of[corner] / static_cast<Index>(sizeof(T));
+            add.template operator()<V>(origins.input + channel + element, weights.of[corner], grads);
           }
         }
-        const C left = C(1) - point.fraction_x, top = C(1) - point.fraction_y;
-        const C upper = left * products[0] + point.fraction_x * products[1];
-        const C lower = left * products[2] + point.fraction_x * products[3];
-        sample = top * upper + point.fraction_y * lower;
-        change_x = top * (products[1] - products[0]) + point.fraction_y * (products[3] - products[2]);
-        change_y = lower - upper;
       }
-      sample = sum_of_lanes(sample, lanes);
-      change_x = sum_of_lanes(change_x, lanes);
-      change_y = sum_of_lanes(change_y, lanes);
+      const Fractions<C> fraction = shared.fractions[i * units];
+      const C left = C(1) - fraction.x, top = C(1) - fraction.y;
+      const C upper = left * products[0] + fraction.x * products[1];
+      const C lower = left * products[2] + fraction.x * products[3];
+      const C sample = sum_of_lanes(top * upper + fraction.y * lower, lanes);
+      const C change_x =
+          sum_of_lanes(top * (products[1] - products[0]) + fraction.y * (products[3] - products[2]), lanes);
+      const C change_y = sum_of_lanes(lower - upper, lanes);
       sync_warp();
-      if (member == 0) shared[i * units] = {point.index, change_x, change_y, sample};
+      if (member == 0) shared.weights[i * units] = {{sample, change_x, change_y, C(0)}};
     }
     sync_warp();
 
     C dot = C(0);
-#pragma unroll
-    for (int i = member; i < points; i += lanes) {
-      const Point<C, Index> point = shared[i * units];
-      const C weight = modulation[i];
-      C grad_modulation = C(0), grad_x = C(0), grad_y = C(0);
-      if (point.index >= 0) {
-        const auto at = locate<POINTS>(q, unit, points, i, offset);
-        const C scaled = weight * static_cast<C>(q.offset_scale);
-        grad_modulation = at.x.factor * at.y.factor * point.weight;
-        grad_x = scaled * at.y.factor * (at.x.step ? point.fraction_x : at.x.slope * point.weight);
-        grad_y = scaled * at.x.factor * (at.y.step ? point.fraction_y : at.y.slope * point.weight);
-      }
+    for_own_points<LANES, POINTS>(lanes, points, member, [&](int i) {
+      Four<C>& sums = shared.weights[(member + i) * units];
+      const Four<Index> corners = shared.corners[(member + i) * units];
+      const bool inside = (corners.of[0] & corners.of[1] & corners.of[2] & corners.of[3]) >= 0;  // else its fraction may be NaN
+      const C grad_modulation = inside ? sums.of[0] : C(0);
+      const C scaled = modulation(i) * q.offset_scale;
+      Pair<T> pair;
+      narrow(inside ? scaled * sums.of[1] : C(0), &pair.first);
+      narrow(inside ? scaled * sums.of[2] : C(0), &pair.second);
       if (unit.active) {
-        narrow(grad_x, grad_offset + (unit.number * points + i) * 2);
-        narrow(grad_y, grad_offset + (unit.number * points + i) * 2 + 1);
-        if (!q.softmax) narrow(grad_modulation, grad_mask + unit.number * points + i);
+        if constexpr (V == 1) {
+          own_grad_offset[2 * i] = pair.first, own_grad_offset[2 * i + 1] = pair.second;
+        } else {
+          *reinterpret_cast<Pair<T>*>(own_grad_offset + 2 * i) = pair;
+        }
+        if (!q.softmax) narrow(grad_modulation, own_grad_mask + i);
       }
-      shared[i * units].weight = grad_modulation;  // this lane alone reads it
-      dot += weight * grad_modulation;
-    }
+      sums.of[0] = grad_modulation;  // this lane alone reads it
+      dot += modulation(i) * grad_modulation;
+    });
     if (q.softmax) {
       dot = sum_of_lanes(dot, lanes);
-#pragma unroll
-      for (int i = member; i < points; i += lanes) {
-        if (unit.active) narrow(modulation[i] * (shared[i * units].weight - dot), grad_mask + unit.number * points + i);
-      }
+      for_own_points<LANES, POINTS>(lanes, points, member, [&](int i) {
+        const C grad_logit = modulation(i) * (shared.weights[(member + i) * units].of[0] - dot);
+        if (unit.active) narrow(grad_logit, own_grad_mask + i);
+      });
     }
     sync_warp();
   });
@@ -490,7 +607,7 @@ DCNV3_KERNEL(256) backward_kernel(
 
 // The bits, as double, of the largest finite absolute value.
 template <class T>
-DCNV3_KERNEL(256) largest_kernel(const T* __restrict__ values, int64_t count, unsigned long long* result) {
+DCNV3_KERNEL(256, 4) largest_kernel(const T* __restrict__ values, int64_t count, unsigned long long* result) {
   typedef Compute<T> C;
   C largest = C(0);
   for (int64_t i = static_cast<int64_t>(block_number()) * block_size() + thread_number(); i < count;
@@ -503,7 +620,7 @@ DCNV3_KERNEL(256) largest_kernel(const T* __restrict__ values, int64_t count, un
 }
 
 template <class T>
-DCNV3_KERNEL(256) fixed_point_to_floating_kernel(FixedPointSums<Compute<T>> from, int64_t count, T* __restrict__ to) {
+DCNV3_KERNEL(256, 4) fixed_point_to_floating_kernel(FixedPointSums<Compute<T>> from, int64_t count, T* __restrict__ to) {
   typedef Compute<T> C;
   const int exponent = -from.exponent();
   for (int64_t i = static_cast<int64_t>(block_number()) * block_size() + thread_number(); i < count;
@@ -518,8 +635,9 @@ DCNV3_KERNEL(256) fixed_point_to_floating_kernel(FixedPointSums<Compute<T>> from
 
 constexpr int shared_limit = 48 * 1024;
 
+template <class C>
 struct Plan {
-  Problem problem;
+  Problem<C> problem;
   int vector;  // channels per lane, 1 or 16 bytes of them
   bool wide;   // 64-bit numbers of the elements of an image
   bool small_kernel;  // 3 x 3
@@ -533,10 +651,12 @@ inline int log2_ceil(int64_t value) {
   return log2;
 }
 
-// How a call is laid out on a device. `aligned`: all tensors begin at multiples of 16 bytes.
-inline Plan plan_call(const Shape& s, int element_size, int compute_size, bool aligned, int multiprocessors) {
-  Plan plan{};
-  Problem& q = plan.problem;
+// How a call is laid out on a device, in a type T of its tensors. `aligned`: 16 bytes of them can be loaded at once.
+template <class T>
+Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int multiprocessors) {
+  typedef Compute<T> C;
+  Plan<C> plan{};
+  Problem<C>& q = plan.problem;
   const int64_t limit = int64_t(1) << 29;
   if (s.height + 2 * s.padding_h > limit || s.width + 2 * s.padding_w > limit || s.channels > limit ||
       s.points > limit || s.dilation_h > limit || s.dilation_w > limit || s.stride_h > limit || s.stride_w > limit) {
@@ -553,21 +673,23 @@ inline Plan plan_call(const Shape& s, int element_size, int compute_size, bool a
   q.padding_h = static_cast<int>(s.padding_h), q.padding_w = static_cast<int>(s.padding_w);
   q.dilation_h = static_cast<int>(s.dilation_h), q.dilation_w = static_cast<int>(s.dilation_w);
   q.centre = s.remove_center ? q.points / 2 : q.points;
-  q.grid_x = static_cast<double>(s.dilation_w * (s.kernel_w - 1) / 2) * (1 - s.offset_scale);
-  q.grid_y = static_cast<double>(s.dilation_h * (s.kernel_h - 1) / 2) * (1 - s.offset_scale);
-  q.offset_scale = s.offset_scale;
+  q.grid_x = static_cast<C>(static_cast<double>(s.dilation_w * (s.kernel_w - 1) / 2) * (1 - s.offset_scale));
+  q.grid_y = static_cast<C>(static_cast<double>(s.dilation_h * (s.kernel_h - 1) / 2) * (1 - s.offset_scale));
+  q.offset_scale = static_cast<C>(s.offset_scale);
   q.softmax = s.softmax;
 
-  const int full = 16 / element_size;
-  plan.wide = s.height * s.width >= limit || s.height * s.width * s.channels > INT32_MAX;
+  const int full = 16 / sizeof(T);
+  const int64_t pixels_out = s.height_out * s.width_out;
+  plan.wide = s.height * s.width * s.channels * static_cast<int64_t>(sizeof(T)) > INT32_MAX || s.batch * pixels_out > INT32_MAX ||
+      pixels_out * s.channels > INT32_MAX || pixels_out * s.groups * s.points * 2 > INT32_MAX;
   plan.vector = aligned && !plan.wide && s.group_channels % full == 0 ? full : 1;
   plan.small_kernel = s.kernel_h == 3 && s.kernel_w == 3;
   q.lanes = 1 << log2_ceil((s.group_channels + plan.vector - 1) / plan.vector);
   if (q.lanes > 32) q.lanes = 32;
 
   // A warp's shared memory holds the points of its units.
-  const int64_t point_size = compute_size == 8 ? 32 : plan.wide ? 24 : 16;
-  int warps = point_size == 16 ? 8 : 4;
+  const int64_t point_size = plan.wide ? Shared<C, int64_t>::bytes(backward) : Shared<C, int32_t>::bytes(backward);
+  int warps = 8;
   const auto shared = [&] { return warps * (32 / q.lanes) * s.points * point_size; };
   while (warps > 1 && shared() > shared_limit) warps /= 2;
   while (q.lanes < 32 && shared() > shared_limit) q.lanes *= 2;
@@ -599,13 +721,16 @@ inline Plan plan_call(const Shape& s, int element_size, int compute_size, bool a
   }
   q.tiles_per_image = static_cast<int>(tiles_per_image);
   q.tiles = all_tiles();
+  q.by_tiles_per_image = Divisor(static_cast<uint32_t>(q.tiles_per_image));
+  q.by_tiles_x = Divisor(static_cast<uint32_t>(q.tiles_x));
+  q.by_groups = Divisor(static_cast<uint32_t>(q.groups));
   plan.grid = static_cast<unsigned>(q.tiles < INT32_MAX ? q.tiles : INT32_MAX);
   plan.block = static_cast<unsigned>(32 * warps);
   plan.shared_bytes = static_cast<unsigned>(shared());
   return plan;
 }
 
-inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+inline bool is_aligned(const void* pointer, size_t bytes = 16) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 // Calls `run` with a value of the type that stands for the dtype.
 template <class Run>
@@ -630,7 +755,7 @@ struct Constant {
 // Calls `run(vector, lanes, points, index)`, constants all but the last, which is of the index' type: those of a
 // specialised kernel where there is one for the plan. `specialise`: else general ones only.
 template <class T, bool specialise, class Run>
-void with_kernel(const Plan& plan, Run run) {
+void with_kernel(const Plan<Compute<T>>& plan, Run run) {
   constexpr int full = 16 / sizeof(T);
   if constexpr (specialise && sizeof(T) < 8) {
     if (plan.vector == full && plan.small_kernel && !plan.wide) {

@@ -19,7 +19,7 @@
 #endif
 
 #define DCNV3_DEVICE __device__ __forceinline__
-#define DCNV3_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+#define DCNV3_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
 #define DCNV3_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (kernel)<<<(grid), (block), (shared_bytes), static_cast<dcnv3::Stream>(stream)>>>(__VA_ARGS__)
 
@@ -61,6 +61,16 @@ DCNV3_DEVICE void sync_warp() {
 #endif
 }
 
+// Whether `value` is true in all lanes of a warp; synchronises as `sync_warp` does. (AMD's warps of 64 answer for both halves.)
+DCNV3_DEVICE bool all_lanes(bool value) {
+  sync_warp();
+#if DCNV3_HIP
+  return __all(value);
+#else
+  return __all_sync(0xffffffffu, value);
+#endif
+}
+
 // Read-only data of 16 bytes, aligned.
 DCNV3_DEVICE uint4 load_16_bytes(const void* from) {
 #if DCNV3_HIP
@@ -70,10 +80,24 @@ DCNV3_DEVICE uint4 load_16_bytes(const void* from) {
 #endif
 }
 
+template <class Bytes>
+DCNV3_DEVICE void store_16_bytes(void* to, const Bytes& bytes) {
+  static_assert(sizeof(Bytes) == 16);
+  *static_cast<uint4*>(to) = __builtin_bit_cast(uint4, bytes);
+}
+
 DCNV3_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 DCNV3_DEVICE uint32_t bits_of_float(float value) { return __float_as_uint(value); }
+DCNV3_DEVICE uint16_t bfloat16_by_rounding(float value) {
+  const uint32_t bits = bits_of_float(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
 DCNV3_DEVICE double double_of_bits(uint32_t low, uint32_t high) { return __hiloint2double(high, low); }
 DCNV3_DEVICE uint64_t bits_of_double(double value) { return __double_as_longlong(value); }
+// Any number for what an int cannot hold.
+DCNV3_DEVICE int floor_to_int(float value) { return __float2int_rd(value); }
+DCNV3_DEVICE int floor_to_int(double value) { return __double2int_rd(value); }
 DCNV3_DEVICE long long nearest_integer(float value) { return __float2ll_rn(value); }
 DCNV3_DEVICE long long nearest_integer(double value) { return __double2ll_rn(value); }
 
@@ -96,6 +120,40 @@ DCNV3_DEVICE uint16_t half_of_float(float value) {
   return bits;
 #endif
 }
+
+DCNV3_DEVICE uint16_t bfloat16_of_float(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+#else
+  return bfloat16_by_rounding(value);
+#endif
+}
+
+DCNV3_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
+// To a few units in the last place.
+DCNV3_DEVICE float exponential(float value) {
+#if DCNV3_HIP
+  return __expf(value);
+#else
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value * 1.4426950408889634f));
+  return power;
+#endif
+}
+DCNV3_DEVICE double exponential(double value) { return exp(value); }
+DCNV3_DEVICE float reciprocal(float value) {
+#if DCNV3_HIP
+  return __frcp_rn(value);
+#else
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+#endif
+}
+DCNV3_DEVICE double reciprocal(double value) { return 1.0 / value; }
 
 DCNV3_DEVICE void atomic_add(float* at, float value) { atomicAdd(at, value); }
 DCNV3_DEVICE void atomic_add(double* at, double value) { atomicAdd(at, value); }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <math.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdio>
@@ -16,7 +17,7 @@
 #include <vector>
 
 #define DCNV3_DEVICE inline
-#define DCNV3_KERNEL(max_threads) void
+#define DCNV3_KERNEL(max_threads, min_blocks) void
 #define DCNV3_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   dcnv3::emulation::launch((grid), (block), (shared_bytes), [&] { (kernel)(__VA_ARGS__); })
 
@@ -34,7 +35,8 @@ namespace emulation {
 }
 
 struct Lane {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf place;  // where it waits; much faster to go to than a ucontext_t, which costs a call of the system
   std::unique_ptr<char[]> stack;
   bool finished;
   int exchanges;            // how many it has come to
@@ -46,7 +48,7 @@ struct State {
   int lane;
   std::vector<unsigned char> shared;
   Lane lanes[32];
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::function<void()> kernel;
 };
 
@@ -59,7 +61,14 @@ inline void lane_main() {
   State& s = state();
   s.kernel();
   s.lanes[s.lane].finished = true;
-  swapcontext(&s.lanes[s.lane].context, &s.scheduler);
+  _longjmp(s.scheduler, 1);
+}
+
+inline void resume(bool first) {
+  State& s = state();
+  if (_setjmp(s.scheduler) != 0) return;
+  if (first) setcontext(&s.lanes[s.lane].start);
+  _longjmp(s.lanes[s.lane].place, 1);
 }
 
 // All lanes of a warp come here before any goes on.
@@ -67,7 +76,7 @@ inline void wait_for_warp() {
   State& s = state();
   Lane& lane = s.lanes[s.lane];
   ++lane.exchanges;
-  swapcontext(&lane.context, &s.scheduler);
+  if (_setjmp(lane.place) == 0) _longjmp(s.scheduler, 1);
 }
 
 inline void run_warp() {
@@ -75,16 +84,16 @@ inline void run_warp() {
   constexpr size_t stack_bytes = 256 * 1024;
   for (Lane& lane : s.lanes) {
     if (!lane.stack) lane.stack.reset(new char[stack_bytes]);
-    getcontext(&lane.context);
-    lane.context.uc_stack.ss_sp = lane.stack.get();
-    lane.context.uc_stack.ss_size = stack_bytes;
-    lane.context.uc_link = nullptr;
+    getcontext(&lane.start);
+    lane.start.uc_stack.ss_sp = lane.stack.get();
+    lane.start.uc_stack.ss_size = stack_bytes;
+    lane.start.uc_link = nullptr;
     lane.finished = false;
     lane.exchanges = 0;
-    makecontext(&lane.context, lane_main, 0);
+    makecontext(&lane.start, lane_main, 0);
   }
-  while (!s.lanes[0].finished) {
-    for (s.lane = 0; s.lane < 32; ++s.lane) swapcontext(&s.scheduler, &s.lanes[s.lane].context);
+  for (bool first = true; !s.lanes[0].finished; first = false) {
+    for (s.lane = 0; s.lane < 32; ++s.lane) resume(first);
     for (const Lane& lane : s.lanes) {
       if (lane.finished != s.lanes[0].finished || lane.exchanges != s.lanes[0].exchanges) {
         fail("the lanes of a warp do not come to the same exchanges");
@@ -127,9 +136,21 @@ T shuffle_xor(T value, int difference) {
 
 inline void sync_warp() { emulation::wait_for_warp(); }
 
+inline bool all_lanes(bool value) {
+  for (int d = 16; d > 0; d /= 2) value = shuffle_xor(value, d) && value;
+  return value;
+}
+
 inline uint4 load_16_bytes(const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulation::fail("a load of 16 bytes that is not aligned");
   return *static_cast<const uint4*>(from);
+}
+
+template <class Bytes>
+void store_16_bytes(void* to, const Bytes& bytes) {
+  static_assert(sizeof(Bytes) == 16);
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulation::fail("a store of 16 bytes that is not aligned");
+  std::memcpy(to, &bytes, 16);
 }
 
 template <class To, class From>
@@ -143,10 +164,27 @@ inline float float_of_bits(uint32_t bits) { return bits_as<float>(bits); }
 inline uint32_t bits_of_float(float value) { return bits_as<uint32_t>(value); }
 inline double double_of_bits(uint32_t low, uint32_t high) { return bits_as<double>(uint64_t(high) << 32 | low); }
 inline uint64_t bits_of_double(double value) { return bits_as<uint64_t>(value); }
+template <class T>
+int floor_to_int(T value) {  // saturating, as on a GPU
+  return value >= T(INT32_MAX) ? INT32_MAX : value <= T(INT32_MIN) ? INT32_MIN : value == value ? int(floor(value)) : 0;
+}
 inline long long nearest_integer(float value) { return llrintf(value); }
 inline long long nearest_integer(double value) { return llrint(value); }
 inline float float_of_half(uint16_t bits) { return static_cast<float>(bits_as<_Float16>(bits)); }
 inline uint16_t half_of_float(float value) { return bits_as<uint16_t>(static_cast<_Float16>(value)); }
+
+inline uint16_t bfloat16_of_float(float value) {
+  const uint32_t bits = bits_of_float(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+inline uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t(a) * b >> 32); }
+inline float exponential(float value) { return expf(value); }
+inline double exponential(double value) { return exp(value); }
+template <class T>
+T reciprocal(T value) {
+  return T(1) / value;
+}
 
 inline void atomic_add(float* at, float value) { *at += value; }
 inline void atomic_add(double* at, double value) { *at += value; }
