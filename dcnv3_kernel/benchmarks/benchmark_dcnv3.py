@@ -1,0 +1,83 @@
+"""For `kernels benchmark`: the calls of InternImage-T for images of 224 x 224, beside `grid_sample` of all points.
+
+pip install 'kernels[benchmark]'
+kernels benchmark ./dcnv3_kernel        # or a repository on the Hub, with --version 1
+"""
+
+import torch
+import torch.nn.functional as F
+from kernels.benchmark import Benchmark
+
+
+POINTS = 9
+
+
+def reference(input, offset, mask_logits, groups):
+    """DCNv3 with 3 x 3 points, stride 1 and padding 1, by one `grid_sample`; float32 inside."""
+    dtype = input.dtype
+    input, offset, mask_logits = (t.float() for t in (input, offset, mask_logits))
+    batch, height, width, channels = input.shape
+    offset = offset.unflatten(-1, (groups, POINTS, 2))
+    cells = torch.arange(3, device=input.device) - 1
+    x = torch.arange(width, device=input.device).view(-1, 1, 1) + cells.repeat_interleave(3) + offset[..., 0]
+    y = torch.arange(height, device=input.device).view(-1, 1, 1, 1) + cells.repeat(3) + offset[..., 1]
+    grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), -1)  # (N, H, W, G, P, 2)
+    grid = grid.permute(0, 3, 1, 2, 4, 5).reshape(batch * groups, height * width, POINTS, 2)
+    value = input.unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)
+    samples = F.grid_sample(value, grid, align_corners=False)  # (N*G, D, H*W, P)
+    mask = mask_logits.unflatten(-1, (groups, POINTS)).softmax(-1)
+    mask = mask.permute(0, 3, 1, 2, 4).reshape(batch * groups, 1, height * width, POINTS)
+    output = (samples * mask).sum(-1)
+    return output.reshape(batch, channels, height, width).permute(0, 2, 3, 1).to(dtype)
+
+
+class DCNv3Benchmark(Benchmark):
+    """Forward passes in bfloat16 on a GPU and float32 elsewhere."""
+
+    seed = 0
+
+    def prepare(self, size, channels):
+        self.groups = channels // 16
+        batch, dtype = (1, torch.float32) if self.device == "cpu" else (32, torch.bfloat16)
+        widths = (channels, self.groups * POINTS * 2, self.groups * POINTS)
+        # small values: the results are compared with an absolute tolerance
+        self.tensors = [(torch.randn(batch, size, size, w) / 4).to(self.device, dtype) for w in widths]
+
+    def forward(self):
+        with torch.no_grad():
+            self.out = self.kernel.dcnv3_softmax(*self.tensors, groups=self.groups)
+
+    def verify(self):
+        return reference(*self.tensors, self.groups)
+
+    def setup_stage1(self):
+        self.prepare(56, 64)
+
+    def setup_stage2(self):
+        self.prepare(28, 128)
+
+    def setup_stage3(self):
+        self.prepare(14, 256)
+
+    def setup_stage4(self):
+        self.prepare(7, 512)
+
+    benchmark_stage1 = benchmark_stage2 = benchmark_stage3 = benchmark_stage4 = forward
+    verify_stage1 = verify_stage2 = verify_stage3 = verify_stage4 = verify
+
+
+class DCNv3BackwardBenchmark(DCNv3Benchmark):
+    """Forward and backward pass; what is compared is the gradient of the input."""
+
+    def forward(self):
+        leaves = [t.detach().requires_grad_() for t in self.tensors]
+        output = self.kernel.dcnv3_softmax(*leaves, groups=self.groups)
+        self.out = torch.autograd.grad(output, leaves, torch.full_like(output, 0.25))[0]
+
+    def verify(self):
+        leaves = [t.detach().requires_grad_() for t in self.tensors]
+        output = reference(*leaves, self.groups)
+        return torch.autograd.grad(output, leaves, torch.full_like(output, 0.25))[0]
+
+    benchmark_stage1 = benchmark_stage2 = benchmark_stage3 = benchmark_stage4 = forward
+    verify_stage1 = verify_stage2 = verify_stage3 = verify_stage4 = verify
