@@ -165,6 +165,7 @@ def compile_library(
     ]
     host_flags = [
         f"-ffile-prefix-map={ROOT}=.",  # no path of this machine in the binary
+        f"-ffile-prefix-map={Path(torch.__file__).parent}=torch",
         "-fPIC",
         "-fvisibility=hidden",
         "-Wno-psabi",

@@ -47,6 +47,33 @@ def forget_kernels() -> None:
         _found.clear()
 
 
+def offer_kernel_layer(layer_name: str, device_type: str) -> None:
+    """Tells the `kernels` library which layer of our kernel stands for the layer of that name in `kernelize`.
+
+    Where there is no kernel, and where the user told it another (`kernels.register_kernel_mapping`), nothing changes.
+    """
+    if importlib.util.find_spec("kernels") is None:
+        return
+    from kernels import register_kernel_mapping
+    from kernels.layer.globals import _KERNEL_MAPPING  # there is no public way to ask
+
+    if device_type in _KERNEL_MAPPING.get().get(layer_name, {}):
+        return
+    kernel, _ = get_dcnv3_kernel(device_type)
+    if kernel is not None:
+        register_kernel_mapping({layer_name: {device_type: _LoadedLayer(getattr(kernel.layers, layer_name))}})
+
+
+class _LoadedLayer:
+    """A layer of a kernel that is loaded already: loaded by `kernels` once more, it would register its operators twice."""
+
+    def __init__(self, layer: type[torch.nn.Module]):
+        self.layer = layer
+
+    def load(self) -> type[torch.nn.Module]:
+        return self.layer
+
+
 def _find(device_type: str) -> tuple[ModuleType | None, str]:
     if device_type not in ("cpu", "cuda", "xpu"):
         return None, f"there is no kernel for devices of the type {device_type!r}"

@@ -32,6 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .checkpoint import OfficialNames
 from .configuration_internimage import InternImageConfig
 from .dcnv3 import dcnv3_softmax
+from .kernel_loader import offer_kernel_layer
 
 
 class InternImageDropPath(nn.Module):
@@ -445,6 +446,11 @@ class InternImagePreTrainedModel(PreTrainedModel):
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
+
+    def set_use_kernels(self, use_kernels: bool, *args, **kwargs) -> None:
+        if use_kernels:
+            offer_kernel_layer("DCNv3", self.device.type)
+        super().set_use_kernels(use_kernels, *args, **kwargs)
 
     def _stem(self) -> InternImageStem:
         base_model = getattr(self, self.base_model_prefix, self)

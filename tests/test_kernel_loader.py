@@ -267,6 +267,45 @@ def test_use_kernels_of_from_pretrained(real_kernel, tmp_path):
         assert sampling.forward.__func__.__code__.co_filename.startswith(str(folder))
 
 
+def test_use_kernels_needs_no_registration(real_kernel, tmp_path):
+    """And what the user registered comes first: in a process of its own, as the registration is global."""
+    pytest.importorskip("kernels")
+    from transformers.integrations import hub_kernels
+
+    if not hub_kernels.is_kernels_available():
+        pytest.skip("this transformers does not take the installed kernels")
+    model = InternImageForImageClassification(InternImageConfig(**TINY)).eval()
+    model.save_pretrained(tmp_path / "model")
+    program = """
+        import warnings
+        import torch
+        from kernels import register_kernel_mapping
+        from internimage_hf import InternImageForImageClassification
+
+        def load():
+            model = InternImageForImageClassification.from_pretrained("model", use_kernels=True)
+            return model, model.internimage.encoder.stages[0].layers[0].dcn.sampling.forward.__func__.__globals__
+
+        warnings.simplefilter("error")
+        model, where = load()
+        print(where["__file__"].endswith("layers.py") and "dcnv3_kernel" in where["__file__"])
+        print(model(torch.zeros(1, 3, 64, 64)).logits.shape[0])
+
+        class Mine(torch.nn.Module):
+            has_backward = can_torch_compile = True
+            def forward(self, input, offset, mask, groups, offset_scale=1.0, remove_center=False):
+                return input
+
+        class Layer:
+            def load(self):
+                return Mine
+
+        register_kernel_mapping({"DCNv3": {"cpu": Layer()}})
+        print(load()[1]["__name__"])
+    """
+    assert run_python(program, cwd=tmp_path) == "True\n1\n__main__\n"
+
+
 def test_a_copied_build_is_the_same_kernel(real_kernel, tmp_path, monkeypatch):
     """Through LOCAL_KERNELS, from a folder elsewhere."""
     source = next((ROOT / "dcnv3_kernel" / "build").glob("torch-stable-abi*-cpu-*"))
