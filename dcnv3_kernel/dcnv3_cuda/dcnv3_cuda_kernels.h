@@ -375,7 +375,8 @@ DCNV3_DEVICE Four<C> weights_of(const Location<C>& at, C modulation) {
 // Adds V channels of all points of a unit to `sum`; `image` is that of these channels. `has_all`: all corners are inside.
 template <bool has_all, int V, int POINTS, class T, class C, class Index>
 DCNV3_DEVICE void sum_points(const T* image, const Shared<C, Index>& shared, int points, int units, C (&sum)[V]) {
-#pragma unroll(POINTS ? (POINTS + 2) / 3 : 1)
+  constexpr int at_once = POINTS ? (POINTS + 2) / 3 : 1;
+#pragma unroll at_once
   for (int i = 0; i < points; ++i) {
     const Four<Index> corners = shared.corners[i * units];
     const Four<C> weights = shared.weights[i * units];
@@ -539,7 +540,8 @@ DCNV3_KERNEL(256, 2) backward_kernel(
     const T* grad = grad_output + origins.units * channels + unit.number * channels;
     C grads[V] = {};
     if (LANES) load<V>(grad + member * V, grads);
-#pragma unroll(POINTS ? 3 : 1)
+    constexpr int at_once = POINTS ? 3 : 1;
+#pragma unroll at_once
     for (int i = 0; i < points; ++i) {
       C products[4] = {};
       if (unit.active) {

@@ -83,7 +83,9 @@ DCNV3_DEVICE uint4 load_16_bytes(const void* from) {
 template <class Bytes>
 DCNV3_DEVICE void store_16_bytes(void* to, const Bytes& bytes) {
   static_assert(sizeof(Bytes) == 16);
-  *static_cast<uint4*>(to) = __builtin_bit_cast(uint4, bytes);
+  uint32_t words[4];
+  __builtin_memcpy(words, &bytes, 16);
+  *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 DCNV3_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }

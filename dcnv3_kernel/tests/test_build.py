@@ -1,0 +1,94 @@
+"""What build.py makes: CUDA's and HIP's compilers take the sources, and the binaries ask for nothing that users lack."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+pytestmark = pytest.mark.kernels_ci
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "build.py", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def test_unknown_architecture_and_backend():
+    result = build("--backend", "cuda", "--arch", "ninety")
+    assert result.returncode != 0 and ("compute capability" in result.stderr or "no nvcc" in result.stderr)
+    result = build("--backend", "metal")
+    assert result.returncode != 0 and "--backend" in result.stderr
+
+
+def test_build_toml_names_every_source():
+    """kernel-builder copies what build.toml lists and nothing else."""
+    tomllib = pytest.importorskip("tomllib")
+    content = tomllib.loads((ROOT / "build.toml").read_text())
+    assert content["general"]["edition"] == 5
+    assert content["torch"]["stable-abi"] == dict.fromkeys(content["general"]["backends"], "2.11")
+    for kernel in content["kernel"].values():
+        folder = (ROOT / kernel["src"][0]).parent
+        assert {ROOT / name for name in kernel["src"]} == {f for f in folder.iterdir() if f.is_file()}
+    listed = {ROOT / name for name in content["torch"]["src"]}
+    assert listed == {f for f in (ROOT / "torch-ext").iterdir() if f.is_file()}
+    assert {kernel["backend"] for kernel in content["kernel"].values()} == set(content["general"]["backends"])
+
+
+def test_cuda_compiles_without_warnings_or_spills(tmp_path):
+    """For sm_80, sm_90 and sm_120. A GPU is not needed, and a torch for CUDA neither."""
+    if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").is_file():
+        pytest.skip("no nvcc")
+    result = build("--backend", "cuda", "--arch", "8.0", "9.0", "12.0", "--verbose", "--output", tmp_path)
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output
+    assert not re.findall(r"^.*\bwarning\b.*$", output, re.MULTILINE)
+
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes spill stores", output, re.DOTALL
+    )
+    assert {architecture for _, architecture, _ in kernels} == {"sm_80", "sm_90", "sm_120"}
+    # The main paths: group widths of 16 and 32, 9 points, or 8 without the centre.
+    main = [
+        (name, a, int(spilled)) for name, a, spilled in kernels if re.search(r"_kernelI\w+?ELi[248]ELi[89]E", name)
+    ]
+    assert len(main) == 3 * (3 * 2 * 2) * 2  # architectures; dtypes, widths, points; forward and backward
+    assert [kernel for kernel in main if kernel[2]] == []
+
+    (folder,) = tmp_path.iterdir()
+    metadata = json.loads((folder / "metadata.json").read_text())
+    assert metadata["backend"] == {"type": "cuda"} and re.fullmatch(
+        r"torch-stable-abi211-cu\d+-\w+-linux", folder.name
+    )
+    (library,) = folder.glob("*.so")
+    # Everything is found in torch, CUDA's run-time library and the system, but for what torch has with CUDA alone.
+    paths = [str(Path(torch.__file__).parent / "lib"), "/usr/local/cuda/lib64", os.environ.get("LD_LIBRARY_PATH", "")]
+    environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths))}
+    ldd = subprocess.run(["ldd", "-r", library], capture_output=True, text=True, env=environment, check=False)
+    missing = set(re.findall(r"undefined symbol: (\w+)", ldd.stdout + ldd.stderr))
+    assert missing <= {"aoti_torch_get_current_cuda_stream"}
+    kernel_abi_check = pytest.importorskip("kernel_abi_check")
+    binary = kernel_abi_check.ObjectFile(library)
+    assert binary.check_manylinux("manylinux_2_28") == [] and binary.check_python_abi("3.9") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["dcnv3_cuda_forward.cu", "dcnv3_cuda_backward.cu"])
+def test_hip_compiles(tmp_path, source):
+    """The kernels alone: torch's headers for ROCm are in its ROCm builds only."""
+    if shutil.which("hipcc") is None:
+        pytest.skip("no hipcc")
+    command = ["hipcc", "--offload-arch=gfx90a", "-std=c++20", "-O3", "-Wall", "-x", "hip", "-DUSE_ROCM"]
+    command += ["-c", ROOT / "dcnv3_cuda" / source, "-o", tmp_path / "kernel.o"]
+    environment = {**os.environ, "HIP_PLATFORM": "amd"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
