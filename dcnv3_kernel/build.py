@@ -204,8 +204,15 @@ def compile_library(
     torch_lib = Path(torch.__file__).parent / "lib"
     libraries = ["-Wl,--as-needed", f"-L{torch_lib}", "-ltorch_cpu", "-ltorch", "-lc10"]
     if backend == "cuda":
-        # The C function that gives torch's current stream is in its CUDA library, which a torch for CPUs lacks: it is
-        # looked up when the kernel is loaded.
+        # What gives torch's current stream is in its library for CUDA. A torch for CPUs lacks it; one that has the name and
+        # the function does for linking.
+        if not (torch_lib / "libtorch_cuda.so").is_file():
+            stub = work / "stub.cpp"
+            stub.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }')
+            soname = ["-Wl,-soname,libtorch_cuda.so", "-o", str(work / "libtorch_cuda.so")]
+            run([compiler, "-shared", "-fPIC", str(stub), *soname], "making a stand-in for libtorch_cuda.so")
+            libraries.append(f"-L{work}")
+        libraries.append("-ltorch_cuda")
         libraries += [f"-L{Path(find_nvcc()).resolve().parents[1] / 'lib64'}", "-lcudart"]
     run([compiler, "-shared", *objects, "-o", str(library), *libraries], "linking")
 

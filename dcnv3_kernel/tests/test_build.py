@@ -70,7 +70,11 @@ def test_cuda_compiles_without_warnings_or_spills(tmp_path):
         r"torch-stable-abi211-cu\d+-\w+-linux", folder.name
     )
     (library,) = folder.glob("*.so")
-    # Everything is found in torch, CUDA's run-time library and the system, but for what torch has with CUDA alone.
+    # The libraries it asks for by name are loaded with torch, and have all it needs.
+    dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.*?)\]", dynamic))
+    assert {"libtorch_cuda.so", "libtorch_cpu.so"} <= needed
+    assert all(re.match(r"lib(torch|torch_cpu|torch_cuda|c10|cudart|stdc\+\+|gcc_s|m|c)\.so", name) for name in needed)
     paths = [str(Path(torch.__file__).parent / "lib"), "/usr/local/cuda/lib64", os.environ.get("LD_LIBRARY_PATH", "")]
     environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths))}
     ldd = subprocess.run(["ldd", "-r", library], capture_output=True, text=True, env=environment, check=False)
