@@ -74,6 +74,9 @@ ops = torch.ops.{id}
 
 def add_op_namespace_prefix(op_name: str) -> str:
     return f"{id}::{{op_name}}"
+
+
+from . import triton_kernels  # noqa: E402, F401 (it defines the operators, by the names that are made above)
 '''
 REGISTRATION = """#pragma once
 #define STABLE_TORCH_LIBRARY_EXPAND(NAME, MODULE) STABLE_TORCH_LIBRARY(NAME, MODULE)
