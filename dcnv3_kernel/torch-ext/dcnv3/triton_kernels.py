@@ -344,11 +344,11 @@ def _backward_of_corners(
 
 @triton.jit
 def _backward_of_point(
-    grad_input, not_finite, grad_offset, image, grad_output, grads, at, modulation, active, unit, point_of_unit,
-    group_start, row, line, group_channels, scale, fixed_scale,
+    grad_input, not_finite, image, grad_output, grads, at, modulation, active, unit, group_start, row, line,
+    group_channels, scale, fixed_scale,
     FIXED: tl.constexpr, WHOLE: tl.constexpr, CHANNELS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Adds to the input's gradient, writes the offset's, returns the modulation's.
+    """Adds to the input's gradient, returns those of both offsets and of the modulation.
 
     grads: the gradient of the output, (UNITS, CHANNELS), if these are all channels of a group (WHOLE).
     """
@@ -380,12 +380,31 @@ def _backward_of_point(
     lower = (1.0 - fraction_x) * c + fraction_x * d
     grad_x = modulation * scale * ((1.0 - fraction_y) * (b - a) + fraction_y * (d - c))
     grad_y = modulation * scale * (lower - upper)
-    # a point outside has no gradient, whatever its modulation
     inside = (at[3] | at[4]) & (at[5] | at[6])
-    T: tl.constexpr = grad_offset.dtype.element_ty
-    tl.store(grad_offset + 2 * point_of_unit, tl.where(inside, grad_x, 0.0).to(T), mask=active)
-    tl.store(grad_offset + 2 * point_of_unit + 1, tl.where(inside, grad_y, 0.0).to(T), mask=active)
-    return (1.0 - fraction_y) * upper + fraction_y * lower
+    grad_modulation = (1.0 - fraction_y) * upper + fraction_y * lower
+    # a point outside has no gradient, whatever its modulation
+    return tl.where(inside, grad_x, 0.0), tl.where(inside, grad_y, 0.0), grad_modulation
+
+
+@triton.jit
+def _stacked(values, POINTS: tl.constexpr, T: tl.constexpr):
+    """One vector for each of 8 or 9 points, side by side: (UNITS, 8) or, with zeros at the end, (UNITS, 16).
+
+    To be stored at once, in whole lines of memory.
+    """
+    SIZE: tl.constexpr = 8 if POINTS == 8 else 16
+    stack = ()
+    for i in tl.static_range(SIZE):
+        if i < POINTS:
+            stack = stack + (values[i].to(T),)
+        else:
+            stack = stack + (tl.zeros_like(values[0]).to(T),)
+    for level in tl.static_range(3 if POINTS == 8 else 4):
+        joined = ()
+        for i in tl.static_range(SIZE >> (level + 1)):
+            joined = joined + (tl.join(stack[i], stack[i + (SIZE >> (level + 1))]),)
+        stack = joined
+    return tl.reshape(stack[0], (values[0].shape[0], SIZE))
 
 
 @triton.jit
@@ -444,27 +463,40 @@ def _backward_kernel(
             grads = _grads(grad_output, unit, active, channel, channel < group_channels, group_channels, C)
         if POINTS:
             modulations = _modulations(mask, unit, active, POINTS, SOFTMAX, C)
-            grad_modulations = ()
+            grads_x = ()
+            grads_y = ()
+            grads_m = ()
             for point in tl.static_range(POINTS):
                 at = _locate(
                     offset, unit, active, x, y, point, POINTS, kernel_h, centre, dilation_h, dilation_w, height, width,
                     scale, grid_x, grid_y, POINTS, WIDE, C,
                 )  # fmt: skip
-                grad_modulation = _backward_of_point(
-                    grad_input, not_finite, grad_offset, image, grad_output, grads, at, modulations[point], active, unit,
-                    unit * POINTS + point, group_start, row, line, group_channels, scale, fixed_scale,
-                    FIXED, WHOLE, CHANNELS, C,
+                grad_x, grad_y, grad_m = _backward_of_point(
+                    grad_input, not_finite, image, grad_output, grads, at, modulations[point], active, unit, group_start,
+                    row, line, group_channels, scale, fixed_scale, FIXED, WHOLE, CHANNELS, C,
                 )  # fmt: skip
-                grad_modulations = grad_modulations + (grad_modulation,)
+                grads_x = grads_x + (grad_x,)
+                grads_y = grads_y + (grad_y,)
+                grads_m = grads_m + (grad_m,)
             if SOFTMAX:
                 mean = tl.zeros_like(modulations[0])
                 for point in tl.static_range(POINTS):
-                    mean += modulations[point] * grad_modulations[point]
-            for point in tl.static_range(POINTS):
-                grad = grad_modulations[point]
-                if SOFTMAX:
-                    grad = modulations[point] * (grad - mean)
-                tl.store(grad_mask + unit * POINTS + point, grad.to(T), mask=active)
+                    mean += modulations[point] * grads_m[point]
+                grads_of_logits = ()
+                for point in tl.static_range(POINTS):
+                    grads_of_logits = grads_of_logits + (modulations[point] * (grads_m[point] - mean),)
+                grads_m = grads_of_logits
+            stack_m = _stacked(grads_m, POINTS, T)
+            stack_x = _stacked(grads_x, POINTS, T)
+            stack_y = _stacked(grads_y, POINTS, T)
+            SIZE: tl.constexpr = 2 * stack_m.shape[1]
+            pairs = tl.reshape(tl.join(stack_x, stack_y), (UNITS, SIZE))
+            column = tl.arange(0, SIZE)
+            there = active[:, None] & (column < 2 * POINTS)[None, :]
+            tl.store(grad_offset + (unit * (2 * POINTS))[:, None] + column[None, :], pairs, mask=there)
+            column = tl.arange(0, SIZE // 2)
+            there = active[:, None] & (column < POINTS)[None, :]
+            tl.store(grad_mask + (unit * POINTS)[:, None] + column[None, :], stack_m, mask=there)
         else:
             if SOFTMAX:
                 largest, reciprocal = _softmax(mask, unit, active, points, C)
@@ -476,12 +508,14 @@ def _backward_kernel(
                 modulation = tl.load(mask + unit * points + point, mask=active, other=0.0).to(C)
                 if SOFTMAX:
                     modulation = tl.exp(modulation - largest) * reciprocal
-                grad = _backward_of_point(
-                    grad_input, not_finite, grad_offset, image, grad_output, grads, at, modulation, active, unit,
-                    unit * points + point, group_start, row, line, group_channels, scale, fixed_scale,
-                    FIXED, WHOLE, CHANNELS, C,
+                grad_x, grad_y, grad_m = _backward_of_point(
+                    grad_input, not_finite, image, grad_output, grads, at, modulation, active, unit, group_start, row, line,
+                    group_channels, scale, fixed_scale, FIXED, WHOLE, CHANNELS, C,
                 )  # fmt: skip
-                tl.store(grad_mask + unit * points + point, grad.to(T), mask=active)
+                here = unit * points + point
+                tl.store(grad_offset + 2 * here, grad_x.to(grad_offset.dtype.element_ty), mask=active)
+                tl.store(grad_offset + 2 * here + 1, grad_y.to(grad_offset.dtype.element_ty), mask=active)
+                tl.store(grad_mask + here, grad_m.to(T), mask=active)
 
 
 @triton.jit
@@ -503,6 +537,9 @@ def _fixed_to_floating_kernel(
 _MOST_CHANNELS = 64  # of a group at once
 _CANNOT = "the GPU kernel cannot serve this call: "
 INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)  # TRITON_INTERPRET=1: on a CPU, for tests
+# The interpreter takes long for a step, however many units it is for.
+_LARGEST_TILE_LOG2 = 4 if INTERPRETED else 3
+_INTERPRETED_UNITS = 1024
 
 
 def _require(condition: bool, message: str) -> None:
@@ -565,7 +602,7 @@ class _Plan(NamedTuple):
 
     numbers: tuple[int, ...]  # _NUMBERS, the tiles aside
     constants: tuple[tuple[str, object], ...]
-    lanes: int  # threads that share a unit
+    dtype: torch.dtype
     batch: int
     height_out: int
     width_out: int
@@ -607,8 +644,7 @@ def _plan(
         "MULTIPLE": multiple,
         "CHANNELS": block,
     }
-    lanes = max(1, block // min(multiple, 16 // dtype.itemsize))
-    return _Plan(numbers, tuple(constants.items()), lanes, batch, height_out, width_out, groups)
+    return _Plan(numbers, tuple(constants.items()), dtype, batch, height_out, width_out, groups)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -617,7 +653,7 @@ def _tiles(
 ) -> tuple[int, ...]:
     """The number of tiles, and of those in a row and a column of an image, and the logarithms of their width and height:
     as large as the work allows that a program takes few steps and all multiprocessors get several."""
-    width_log2 = height_log2 = 3
+    width_log2 = height_log2 = _LARGEST_TILE_LOG2
     while True:
         tiles_x, tiles_y = -(-width_out >> width_log2), -(-height_out >> height_log2)
         tiles = batch * tiles_x * tiles_y
@@ -640,7 +676,7 @@ class _Device(NamedTuple):
 @functools.lru_cache
 def _properties(device: torch.device) -> _Device:
     if device.type == "cpu":
-        return _Device("interpreter", 1, 32)
+        return _Device("interpreter", 0, 32)
     properties = torch.get_device_module(device).get_device_properties(device)
     multiprocessors = getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
     return _Device(properties.name, multiprocessors, getattr(properties, "warp_size", 32))
@@ -652,29 +688,30 @@ def _on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.get_device_module(tensor.device).device(tensor.device)
 
 
+def _lanes(kernel, plan: _Plan) -> int:
+    """The threads that share a unit: each has 16 bytes of what is read, in backward of the sums that are added to."""
+    constants = dict(plan.constants)
+    dtype = _COMPUTE[plan.dtype] if kernel is _backward_kernel else plan.dtype
+    return max(1, constants["CHANNELS"] // min(constants["MULTIPLE"], 16 // dtype.itemsize))
+
+
 def _launch(kernel, plan: _Plan, device: torch.device, config: tuple[int, int], tensors: tuple, **constants) -> None:
-    """config: rows of units to a thread, and warps."""
-    rows, warps = config
+    """config: units to a thread, and warps of a program."""
+    per_thread, warps = config
     properties = _properties(device)
-    units = max(1, rows * warps * properties.warp_size // plan.lanes)
+    units = max(1, per_thread * warps * properties.warp_size // _lanes(kernel, plan))
     if INTERPRETED:
-        units = 256  # each step is slow, however many units it is for
+        units = _INTERPRETED_UNITS
     tiles, *shape = _tiles(plan.batch, plan.height_out, plan.width_out, plan.groups, units, properties.multiprocessors)
     kernel[(tiles,)](
-        *tensors,
-        *plan.numbers,
-        *shape,
-        **dict(plan.constants),
-        **constants,
-        UNITS=units,
-        num_warps=warps,
-        num_stages=1,
-    )
+        *tensors, *plan.numbers, *shape, **dict(plan.constants), **constants, UNITS=units,
+        num_warps=warps, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 # ---- tuning
 
-# Rows of units to a thread, and warps of a program; the first is taken where nothing is measured.
+# Units to a thread, and warps of a program; the first is taken where nothing is measured.
 _CONFIGS = ((1, 4), (1, 2), (2, 4), (1, 8))
 _tuned: dict[tuple, tuple[int, int]] = {}
 
@@ -728,6 +765,10 @@ def _measured_config(kernel, constants: dict, dtype: torch.dtype, device: torch.
         return _CONFIGS[0]
     times = {}
     for config in _CONFIGS:
+        # With fewer threads than units would take, Triton computes locations where it read the offsets, once for all lanes,
+        # and sends them around.
+        if config[0] > 1 and config[0] >= _lanes(kernel, plan):
+            continue
         # what a device cannot run (its registers or memory are too few), or no memory to measure it
         with contextlib.suppress(RuntimeError, triton.TritonError):
             run = functools.partial(_launch, kernel, plan, device, config, tensors, **more)
