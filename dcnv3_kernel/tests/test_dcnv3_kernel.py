@@ -88,8 +88,8 @@ def definition(
     output = 0
     for i, (ix, iy) in enumerate(points):
         half_x, half_y = dw * (kw - 1) // 2, dh * (kh - 1) // 2
-        x = torch.arange(out_w).view(1, 1, -1, 1) * sw - pw + half_x - half_x * offset_scale
-        y = torch.arange(out_h).view(1, -1, 1, 1) * sh - ph + half_y - half_y * offset_scale
+        x = torch.arange(out_w, dtype=offset.dtype).view(1, 1, -1, 1) * sw - pw + half_x - half_x * offset_scale
+        y = torch.arange(out_h, dtype=offset.dtype).view(1, -1, 1, 1) * sh - ph + half_y - half_y * offset_scale
         x = x + (ix * dw + offset[..., i, 0]) * offset_scale
         y = y + (iy * dh + offset[..., i, 1]) * offset_scale
         inside = (x > -1) & (x < width) & (y > -1) & (y < height)

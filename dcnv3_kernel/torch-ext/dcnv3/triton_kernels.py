@@ -535,6 +535,7 @@ def _fixed_to_floating_kernel(
 # ----------------------------------------------------------------------------------------------------------------- host
 
 _MOST_CHANNELS = 64  # of a group at once
+_WIDE_FROM = 2**31  # elements of an image: numbered by 64 bits
 _CANNOT = "the GPU kernel cannot serve this call: "
 INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)  # TRITON_INTERPRET=1: on a CPU, for tests
 # The interpreter takes long for a step, however many units it is for.
@@ -619,7 +620,7 @@ def _plan(
         height + 2 * padding_h, width + 2 * padding_w, channels, points, dilation_h, dilation_w, stride_h, stride_w
     )  # fmt: skip
     _require(max(sizes) <= 2**29, _CANNOT + "a height, width, number of channels or hyper-parameter above 2^29")
-    wide = max(height * width * channels, height_out * width_out * max(channels, 2 * groups * points)) >= 2**31
+    wide = max(height * width * channels, height_out * width_out * max(channels, 2 * groups * points)) >= _WIDE_FROM
     group_channels = channels // groups
     multiple = min(group_channels & -group_channels, _MOST_CHANNELS)
     block = min(1 << (group_channels - 1).bit_length(), _MOST_CHANNELS)
@@ -712,7 +713,7 @@ def _launch(kernel, plan: _Plan, device: torch.device, config: tuple[int, int], 
 # ---- tuning
 
 # Units to a thread, and warps of a program; the first is taken where nothing is measured.
-_CONFIGS = ((1, 4), (1, 2), (2, 4), (1, 8))
+_CONFIGS = ((1, 2), (1, 4), (2, 4), (1, 8))
 _tuned: dict[tuple, tuple[int, int]] = {}
 
 
