@@ -654,7 +654,8 @@ def _tiles(
 ) -> tuple[int, ...]:
     """The number of tiles, and of those in a row and a column of an image, and the logarithms of their width and height:
     as large as the work allows that a program takes few steps and all multiprocessors get several."""
-    width_log2 = height_log2 = _LARGEST_TILE_LOG2
+    width_log2 = min(_LARGEST_TILE_LOG2, (width_out - 1).bit_length())
+    height_log2 = min(2 * _LARGEST_TILE_LOG2 - width_log2, (height_out - 1).bit_length())
     while True:
         tiles_x, tiles_y = -(-width_out >> width_log2), -(-height_out >> height_log2)
         tiles = batch * tiles_x * tiles_y
