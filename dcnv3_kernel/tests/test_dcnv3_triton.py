@@ -81,7 +81,8 @@ def test_tiles_steps_and_64_bit_numbers(folder):
             # tile's largest log2, units, 64-bit from, groups, group channels, options
             (1, 8, 2**31, 3, 4, {{}}),
             (2, 32, 0, 2, 80, {{"remove_center": True, "offset_scale": 1.3}}),
-            (1, 4, 0, 3, 3, {{"kernel_size": (1, 2), "padding": 0}}),
+            (1, 4, 2**31, 3, 3, {{"kernel_size": (1, 2), "padding": 0}}),
+            (2, 32, 0, 1, 128, {{"kernel_size": (1, 2), "padding": 0}}),
         ]
         for case, (tile, units, wide, groups, channels, options) in enumerate(cases):
             triton_kernels._LARGEST_TILE_LOG2, triton_kernels._INTERPRETED_UNITS = tile, units
@@ -295,6 +296,20 @@ def test_tiles_cover_the_image(kernels, batch, height, width, groups, units):
 def test_more_than_2_31_elements_have_64_bit_numbers(kernels):
     for size, wide in (((1, 1100, 1024, 2048), True), ((5000, 32, 32, 2048), False), ((1, 11000, 11000, 16), True)):
         assert dict(plan_of(kernels, size, groups=1).constants)["WIDE"] == wide
+
+
+@pytest.mark.parametrize("group_channels", [1, 2, 3, 12, 16, 24, 48, 64, 65, 80, 96, 128, 192, 2048])
+def test_channels_of_a_group_are_all_there(kernels, group_channels):
+    plan = plan_of(kernels, (1, 4, 4, 2 * group_channels), groups=2)
+    constants = dict(plan.constants)
+    # equal: the kernels take it for the number of channels, else for a divisor
+    if constants["MULTIPLE"] == constants["CHANNELS"]:
+        assert constants["CHANNELS"] == group_channels
+    else:
+        assert plan.numbers[0] * constants["MULTIPLE"] == group_channels
+
+
+def test_sizes_that_no_kernel_has_numbers_for(kernels):
     with pytest.raises(RuntimeError, match=r"above 2\^29"):
         plan_of(kernels, (1, 1, 2**30, 1), groups=1)
 

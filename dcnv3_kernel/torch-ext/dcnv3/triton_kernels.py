@@ -622,8 +622,8 @@ def _plan(
     _require(max(sizes) <= 2**29, _CANNOT + "a height, width, number of channels or hyper-parameter above 2^29")
     wide = max(height * width * channels, height_out * width_out * max(channels, 2 * groups * points)) >= _WIDE_FROM
     group_channels = channels // groups
-    multiple = min(group_channels & -group_channels, _MOST_CHANNELS)
     block = min(1 << (group_channels - 1).bit_length(), _MOST_CHANNELS)
+    multiple = block if block == group_channels else min(group_channels & -group_channels, 16)
     small = kernel_h == kernel_w == 3
     is_double = dtype == torch.float64
 
