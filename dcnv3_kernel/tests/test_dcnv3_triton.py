@@ -62,10 +62,10 @@ def run_tests_of_all_backends(selection: str) -> str:
 @interpreted
 def test_the_tests_of_all_backends_that_take_seconds(folder):
     summary = run_tests_of_all_backends(
-        "(official and float32) or (16_bit_tensors and 16-bfloat16) or (infinite and 16) or not_finite or mixed or bad_input"
-        " or (deterministic and 16-float32) or (tiny and not 9-16) or double_backward or autocast"
+        "(official and dtype1) or (16_bit_tensors and 16-dtype0) or (infinite and 16) or not_finite or tiny or bad_input"
+        " or double_backward or autocast"
     )
-    assert re.match(r"2\d passed", summary), summary
+    assert summary.startswith("22 passed"), summary
 
 
 @interpreted
@@ -114,6 +114,9 @@ def test_tiles_steps_and_64_bit_numbers(folder):
                 actual = run_and_differentiate(function, tensors, options)
                 errors = [relative_error(a, e) for a, e in zip(actual, expected, strict=True)]
                 assert max(errors) < 1e-11, (options, softmax, errors)
+                if softmax and not case:
+                    again = run_and_differentiate(function, tensors, options)
+                    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
         print("right")
     """
     result = subprocess.run(
