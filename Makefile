@@ -23,7 +23,7 @@ kernel: install
 emulation: install
 	$(BIN)/python dcnv3_kernel/build.py --backend emulation
 
-# Two wheels in dist/: pure Python, and one with the compiled CPU kernel in it.
+# Two wheels in dist/, both with the Triton kernels: pure Python, and one with the compiled CPU kernel in it as well.
 wheel: kernel
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	INTERNIMAGE_HF_KERNELS="$$(ls -d dcnv3_kernel/build/torch-stable-abi*-cpu-*)" $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -1,10 +1,13 @@
-"""Puts compiled kernel variants into the wheel: those that INTERNIMAGE_HF_KERNELS names, folders separated by colons.
+"""Puts kernel variants into the wheel: those of Triton, and the compiled ones that INTERNIMAGE_HF_KERNELS names (folders
+separated by colons).
 
 A wheel with a compiled variant is for the platform of its binaries; without the variable the wheel is pure Python.
 """
 
+import importlib.util
 import os
 import platform
+import tempfile
 from pathlib import Path
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -18,8 +21,13 @@ class KernelVariants(BuildHookInterface):
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict) -> None:
+        if version == "editable":  # a checkout has its variants in dcnv3_kernel/build
+            return
+        self._temporary = tempfile.TemporaryDirectory()
+        folders = self._triton_variants(Path(self._temporary.name))
         for name in filter(None, os.environ.get("INTERNIMAGE_HF_KERNELS", "").split(":")):
-            folder = Path(name).resolve()
+            folders.append(Path(name).resolve())
+        for folder in folders:
             if not (folder / "metadata.json").is_file():
                 raise FileNotFoundError(f"INTERNIMAGE_HF_KERNELS names {folder}, which is no variant of a kernel")
             for file in sorted(folder.rglob("*")):
@@ -29,3 +37,16 @@ class KernelVariants(BuildHookInterface):
             if any(folder.glob("*.so")):
                 build_data["pure_python"] = False
                 build_data["tag"] = f"py3-none-manylinux_{_GLIBC}_{platform.machine().lower()}"
+
+    def finalize(self, version: str, build_data: dict, artifact_path: str) -> None:
+        if version != "editable":
+            self._temporary.cleanup()
+
+    def _triton_variants(self, output: Path) -> list[Path]:
+        """Text alone: no torch and no compiler is needed to make them."""
+        spec = importlib.util.spec_from_file_location(
+            "build_dcnv3_kernel", Path(self.root) / "dcnv3_kernel" / "build.py"
+        )
+        builder = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(builder)
+        return builder.build("triton", output)

@@ -1,7 +1,8 @@
 """Builds the kernel on this machine, without kernel-builder: `python build.py [--backend cpu|cuda|triton] [--arch 9.0 ...]`.
 
-Writes `build/<variant>/` in the layout that the `kernels` library loads. Needs torch in the running Python and a C++20
-compiler (Python's headers are not needed), for CUDA nvcc 12.8 or newer too; no GPU. Without `--backend` it builds what it
+Writes `build/<variant>/` in the layout that the `kernels` library loads. What is compiled needs torch in the running Python
+and a C++20 compiler (Python's headers are not needed), for CUDA nvcc 12.8 or newer too; no GPU. The Triton variants need
+nothing: hatch_build.py makes them where there is no torch. Without `--backend` it builds what it
 finds the tools and the use for: CUDA where torch was built for it. What is up to date is not built again.
 """
 
@@ -19,8 +20,6 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-import torch
 
 
 ROOT = Path(__file__).resolve().parent
@@ -74,6 +73,9 @@ ops = torch.ops.{id}
 
 def add_op_namespace_prefix(op_name: str) -> str:
     return f"{id}::{{op_name}}"
+
+
+from . import triton_kernels  # noqa: E402, F401 (it defines the operators, by the names that are made above)
 '''
 REGISTRATION = """#pragma once
 #define STABLE_TORCH_LIBRARY_EXPAND(NAME, MODULE) STABLE_TORCH_LIBRARY(NAME, MODULE)
@@ -111,6 +113,8 @@ def cuda_version(nvcc: str) -> tuple[int, int]:
 
 def gpu_architectures() -> list[str]:
     """Of the GPUs in this machine; all that CUDA 13 has, if there is none."""
+    import torch
+
     if not torch.cuda.is_available():
         return CUDA_ARCHITECTURES
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
@@ -150,6 +154,8 @@ def compile_library(
     backend: str, library: Path, unique_id: str, work: Path, architectures: list[str], verbose: bool
 ) -> None:
     """Compiles and links `library`, the sources in parallel."""
+    import torch
+
     compiler = find_compiler()
     (work / "registration.h").write_text(REGISTRATION)
     torch_include = Path(torch.__file__).parent / "include"
@@ -304,6 +310,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     backends = arguments.backend
     if backends is None:
+        import torch
+
         backends = ["triton"]
         if find_compiler() and platform.system() == "Linux":
             backends.append("cpu")

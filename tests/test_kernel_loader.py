@@ -326,18 +326,27 @@ def test_the_binary_runs_on_older_systems(real_kernel):
 
 
 @pytest.mark.parametrize("with_kernel", [True, False])
-def test_a_wheel_brings_the_kernel(real_kernel, tmp_path, with_kernel):
+def test_a_wheel_brings_the_kernel(request, tmp_path, with_kernel):
     """Built, installed into an environment that has the dependencies alone, and asked there."""
     pytest.importorskip("hatchling")
-    (folder,) = (ROOT / "dcnv3_kernel" / "build").glob("torch-stable-abi*-cpu-*")
-    environment = {**os.environ, "INTERNIMAGE_HF_KERNELS": str(folder) if with_kernel else ""}
+    compiled = ""
+    if with_kernel:
+        request.getfixturevalue("real_kernel")
+        (compiled,) = (ROOT / "dcnv3_kernel" / "build").glob("torch-stable-abi*-cpu-*")
+    environment = {**os.environ, "INTERNIMAGE_HF_KERNELS": str(compiled)}
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path / "dist", ROOT]
     subprocess.run(build, check=True, env=environment)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert wheel.name.endswith(f"manylinux_2_28_{platform.machine()}.whl" if with_kernel else "py3-none-any.whl")
     bare = bare_environment(tmp_path)
-    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site-packages", wheel], check=True)
+    site = tmp_path / "site-packages"
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    variants = {folder.name for folder in (site / "internimage_hf" / "_kernels").iterdir()}
+    triton_variants = {"torch-cuda", "torch-rocm", "torch-xpu"}
+    assert variants == triton_variants | ({compiled.name} if with_kernel else set())
+    for name in triton_variants:
+        assert (site / "internimage_hf" / "_kernels" / name / "triton_kernels.py").is_file()
     output = run_python(
         """
         import internimage_hf, torch
@@ -350,3 +359,36 @@ def test_a_wheel_brings_the_kernel(real_kernel, tmp_path, with_kernel):
         **bare,
     )
     assert output == f"{'kernel True' if with_kernel else 'torch False'}\n512\n"
+
+    # What a machine with a GPU would take; no GPU is needed to import it. Nobody asks the Hub: HF_HUB_OFFLINE is set.
+    has_triton = not with_kernel
+    if has_triton:
+        triton = pytest.importorskip("triton")
+        if not (site / "triton").exists():
+            (site / "triton").symlink_to(os.path.dirname(triton.__file__))
+    elif (site / "triton").exists():
+        (site / "triton").unlink()
+    output = run_python(
+        """
+        import sys
+        import torch
+        from internimage_hf import dcnv3_backend_report, kernel_loader
+
+        assert not any(name.endswith("triton_kernels") for name in sys.modules)
+        torch.cuda.is_available = lambda: True
+        messages = []
+        kernel_loader.logger.addFilter(lambda record: messages.append(record.getMessage()))
+        for _ in range(2):
+            report = dcnv3_backend_report()["cuda"]
+        of_cuda = [message for message in messages if "No DCNv3 kernel for cuda" in message]
+        print(report["backend"], "torch-cuda" in report["reason"], len(of_cuda), "No module named 'triton'" in str(of_cuda))
+        if report["backend"] == "kernel":
+            kernel, _ = kernel_loader.get_dcnv3_kernel("cuda")
+            tensors = [torch.empty(1, 4, 4, c, device="meta") for c in (8, 18, 9)]
+            print(tuple(kernel.dcnv3_softmax(*tensors, groups=1).shape))
+        """,
+        cwd=tmp_path,
+        **bare,
+        HF_HUB_OFFLINE="1",
+    )
+    assert output == ("kernel True 0 False\n(1, 4, 4, 8)\n" if has_triton else "torch True 1 True\n")

@@ -1,0 +1,375 @@
+"""The Triton variant without a GPU: run by Triton's interpreter, compiled for GPUs, and what chooses its launch shapes.
+
+Triton decides at import whether it interprets, so what is interpreted runs in a process of its own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from test_dcnv3_kernel import built, load_variant
+
+
+pytestmark = pytest.mark.kernels_ci
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+TESTS = Path(__file__).parent
+INTERPRETER = {
+    **os.environ,
+    "TRITON_INTERPRET": "1",
+    "PYTHONWARNINGS": "ignore",
+}  # NumPy's, of numbers that are not finite
+
+
+# The interpreter of Triton 3.6 fails with NumPy 2.4: it converts arrays of one number to Python's numbers.
+interpreted = pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7), reason="the interpreter of this Triton is too old"
+)
+
+
+@pytest.fixture(scope="module")
+def folder():
+    if (folder := built("torch-cuda")) is None:
+        pytest.skip("no triton variant was built: run dcnv3_kernel/build.py --backend triton")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kernels(folder):
+    """The module of the kernels; what compiles them is left alone."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the kernels are interpreted in this process")
+    return sys.modules[load_variant(folder).__name__ + ".triton_kernels"]
+
+
+# ------------------------------------------------------------------------------------------------------ interpreted
+
+
+def run_tests_of_all_backends(selection: str) -> str:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"triton and ({selection})"]
+    result = subprocess.run(
+        [*command, str(TESTS / "test_dcnv3_kernel.py")], capture_output=True, text=True, env=INTERPRETER
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout.strip().splitlines()[-1]
+
+
+@interpreted
+def test_the_tests_of_all_backends_that_take_seconds(folder):
+    summary = run_tests_of_all_backends(
+        "(official and dtype1) or (16_bit_tensors and 16-dtype0) or (infinite and 16) or not_finite or tiny or bad_input"
+        " or double_backward or autocast"
+    )
+    assert summary.startswith("22 passed"), summary
+
+
+@interpreted
+@pytest.mark.slow
+def test_the_tests_of_all_backends(folder):
+    """All of them, two hundred random shapes included: some twenty minutes."""
+    summary = run_tests_of_all_backends("not cuda")
+    assert re.match(r"\d{2} passed", summary), summary
+
+
+@interpreted
+def test_tiles_steps_and_64_bit_numbers(folder):
+    """With tiles that do not divide the image, several steps in each, and the general kernels too, as on a GPU."""
+    program = f"""
+        import sys
+        sys.path.insert(0, {str(TESTS)!r})
+        from test_dcnv3_kernel import *
+        kernel = load_variant(Path({str(folder)!r}))
+        triton_kernels = sys.modules[kernel.__name__ + ".triton_kernels"]
+        torch.manual_seed(0)
+        cases = [
+            # tile's largest log2, units, 64-bit from, groups, group channels, options
+            (1, 8, 2**31, 3, 4, {{}}),
+            (2, 32, 0, 2, 80, {{"remove_center": True, "offset_scale": 1.3}}),
+            (1, 4, 2**31, 3, 3, {{"kernel_size": (1, 2), "padding": 0}}),
+            (2, 32, 0, 1, 128, {{"kernel_size": (1, 2), "padding": 0}}),
+        ]
+        for case, (tile, units, wide, groups, channels, options) in enumerate(cases):
+            triton_kernels._LARGEST_TILE_LOG2, triton_kernels._INTERPRETED_UNITS = tile, units
+            triton_kernels._WIDE_FROM = wide
+            triton_kernels._plan.cache_clear()
+            triton_kernels._tiles.cache_clear()
+            kernel_size = options.get("kernel_size", (3, 3))
+            points = groups * (kernel_size[0] * kernel_size[1] - options.get("remove_center", False))
+            width = 4 - (kernel_size[1] - 1 if "padding" in options else 0)
+            tensors = [
+                torch.randn(1, 3, 4, groups * channels, dtype=torch.float64),
+                torch.randn(1, 3, width, 2 * points, dtype=torch.float64),
+                torch.randn(1, 3, width, points, dtype=torch.float64),
+            ]
+            options["groups"] = groups
+            for softmax in (True, False)[: 1 if case == 1 else 2]:
+                expected = run_and_differentiate(definition, tensors, {{**options, "softmax": softmax}})
+                function = kernel.dcnv3_softmax if softmax else kernel.dcnv3
+                torch.use_deterministic_algorithms(softmax)
+                actual = run_and_differentiate(function, tensors, options)
+                errors = [relative_error(a, e) for a, e in zip(actual, expected, strict=True)]
+                assert max(errors) < 1e-11, (options, softmax, errors)
+                if softmax and not case:
+                    again = run_and_differentiate(function, tensors, options)
+                    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+        print("right")
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, env=INTERPRETER
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "right\n"
+
+
+# --------------------------------------------------------------------------------------------------------- compiled
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def compile_kernel(kernels, kernel, target, dtype, group_channels, *, size=56, fixed=False, softmax=True, **options):
+    """As a launch would, for images of `size`; without a GPU. Returns what Triton's compiler made."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {"kernel": 3, "groups": 4, "points": 9, **options}
+    plan = kernels._plan(
+        8, size, size, options["groups"] * group_channels, size, size, dtype, options["kernel"], options["kernel"],
+        1, 1, options["kernel"] // 2, options["kernel"] // 2, 1, 1, options["groups"], 1.0, options["points"] == 8,
+        softmax,
+    )  # fmt: skip
+    backward = kernel is kernels._backward_kernel
+    warps, warp_size = kernels._CONFIGS[0][1], TARGETS[target][2]
+    units = max(1, warps * warp_size // kernels._lanes(kernel, plan))
+    constants = {**dict(plan.constants), "UNITS": units}
+    if backward:
+        constants.update(WHOLE=group_channels <= constants["CHANNELS"], FIXED=fixed)
+    sums = TYPES[kernels._COMPUTE[dtype]]
+    special = {"grad_input": "*i64" if fixed else f"*{sums}", "not_finite": "*i8", "fixed_exponent": "*i64"}
+    numbers = dict.fromkeys(kernels._NUMBERS, "i32")
+    if sums == "fp64":
+        numbers |= dict.fromkeys(("offset_scale", "grid_x", "grid_y"), "i64")
+    signature = {
+        name: "constexpr" if name in constants else numbers.get(name) or special.get(name) or f"*{TYPES[dtype]}"
+        for name in kernel.arg_names
+    }
+    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i in pointers},
+    )
+    launch = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=launch)
+
+
+def spilled(compiled, target, tmp_path) -> int:
+    """Bytes of the stack of a thread, or registers that AMD's compiler spilled."""
+    if target.startswith("gfx"):
+        found = re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])
+        assert len(found) == 2
+        return sum(map(int, found))
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.is_file():
+        pytest.skip("this Triton has no cuobjdump")
+    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run([tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True)
+    (stack,) = re.findall(r"STACK:(\d+)", usage.stdout)
+    return int(stack)
+
+
+@pytest.fixture
+def compiler_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+
+FULL = [
+    (target, dtype, width)
+    for target in TARGETS
+    for dtype in (torch.bfloat16, torch.float32)
+    for width in (16, 32)
+    if (target, dtype, width) != ("sm_90", torch.bfloat16, 16)
+]
+
+
+@pytest.mark.parametrize(
+    "target, dtype, group_channels",
+    [("sm_90", torch.bfloat16, 16), *(pytest.param(*case, marks=pytest.mark.slow) for case in FULL)],
+)
+def test_compiles_without_a_gpu(kernels, compiler_cache, tmp_path, target, dtype, group_channels):
+    """Nothing spills; a corner is one load of 16 bytes, and nothing crosses threads in forward."""
+    forward = compile_kernel(kernels, kernels._forward_kernel, target, dtype, group_channels)
+    assert spilled(forward, target, tmp_path) == 0
+    backward = compile_kernel(kernels, kernels._backward_kernel, target, dtype, group_channels)
+    assert spilled(backward, target, tmp_path) == 0
+    if target.startswith("sm"):
+        assert forward.asm["ptx"].count("ld.global.v4") == 4 * 9 and "bar.sync" not in forward.asm["ptx"]
+    if target == "sm_90":  # which has vectorised atomics
+        assert len(re.findall(r"(?:red|atom)\.global\.gpu\.relaxed\.add\.v4\.f32", backward.asm["ptx"])) == 4 * 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "dtype, group_channels, options",
+    [
+        (torch.float16, 16, {"points": 8, "fixed": True}),
+        (torch.float64, 16, {"softmax": False}),
+        (torch.float32, 5, {"groups": 3}),
+        (torch.float32, 80, {"kernel": 5, "points": 25, "fixed": True}),
+        (torch.bfloat16, 2048, {"groups": 1, "size": 1100}),  # 64-bit numbers of elements
+    ],
+)
+def test_the_other_kernels_compile_too(kernels, compiler_cache, target, dtype, group_channels, options):
+    for kernel in (kernels._forward_kernel, kernels._backward_kernel):
+        chosen = options if kernel is kernels._backward_kernel else {k: v for k, v in options.items() if k != "fixed"}
+        assert compile_kernel(kernels, kernel, target, dtype, group_channels, **chosen).asm
+
+
+# --------------------------------------------------------------------------------------------- choice of launch shapes
+
+
+def plan_of(kernels, size=(2, 56, 56, 64), dtype=torch.bfloat16, groups=4):
+    return kernels._plan(*size, *size[1:3], dtype, 3, 3, 1, 1, 1, 1, 1, 1, groups, 1.0, False, True)
+
+
+def test_the_fastest_configuration_is_measured_once(kernels, monkeypatch):
+    """For each dtype and group width, and not for each batch or image size; what a device cannot run is left out."""
+    launched, milliseconds = [], {(1, 2): 3.0, (1, 4): 2.0, (2, 4): 5.0}
+
+    def launch(kernel, plan, device, config, tensors, **constants):
+        if config == (1, 8):
+            raise triton.runtime.errors.OutOfResources(300, 256, "registers")
+        launched.append((kernel, config))
+
+    def do_bench(run, **_):
+        run()
+        return milliseconds[launched[-1][1]]
+
+    monkeypatch.setattr(kernels, "_launch", launch)
+    monkeypatch.setattr(kernels, "do_bench", do_bench)
+    monkeypatch.setattr(kernels, "_tuned", {})
+    before = torch.get_rng_state()
+    for size in ((2, 56, 56, 64), (9, 14, 20, 64), (1, 7, 7, 16 * 32)):
+        for kernel in (kernels._forward_kernel, kernels._backward_kernel):
+            plan = plan_of(kernels, size, groups=size[3] // 16)
+            assert kernels._config(kernel, plan, torch.empty(0, dtype=torch.bfloat16)) == (1, 4)
+    assert len(kernels._tuned) == 2
+    assert torch.equal(before, torch.get_rng_state()), "the user's random numbers"
+
+    del launched[:]
+    for width, groups in ((5, 2), (48, 2), (3, 1)):  # no time is spent on odd ones
+        plan = plan_of(kernels, (1, 8, 8, width * groups), groups=groups)
+        assert kernels._config(kernels._forward_kernel, plan, torch.empty(0, dtype=torch.bfloat16)) == (1, 2)
+    assert not launched
+    monkeypatch.setitem(milliseconds, (1, 4), 4.0)
+    plan = plan_of(kernels, (1, 8, 8, 64), groups=2)
+    assert kernels._config(kernels._forward_kernel, plan, torch.empty(0, dtype=torch.bfloat16)) == (1, 2)
+
+
+def test_nothing_is_measured_where_nothing_can_run(kernels, monkeypatch):
+    def launch(*_, **__):
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    monkeypatch.setattr(kernels, "_launch", launch)
+    monkeypatch.setattr(kernels, "do_bench", lambda run, **_: run())
+    monkeypatch.setattr(kernels, "_tuned", {})
+    config = kernels._config(kernels._backward_kernel, plan_of(kernels), torch.empty(0, dtype=torch.bfloat16))
+    assert config == kernels._CONFIGS[0]
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(kernels, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "is_current_stream_capturing", lambda: True, raising=False)
+    monkeypatch.setattr(kernels, "_measured_config", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(kernels, "_tuned", {})
+    config = kernels._config(kernels._forward_kernel, plan_of(kernels), torch.empty(0, dtype=torch.bfloat16))
+    assert config == kernels._CONFIGS[0] and not kernels._tuned
+
+
+@pytest.mark.parametrize("batch, height, width", [(1, 1, 1), (1, 7, 7), (3, 56, 57), (64, 28, 28), (1, 1, 999)])
+@pytest.mark.parametrize("groups, units", [(1, 64), (4, 64), (40, 8), (7, 1)])
+def test_tiles_cover_the_image(kernels, batch, height, width, groups, units):
+    for multiprocessors in (1, 132):
+        tiles, tiles_x, tiles_y, width_log2, height_log2 = kernels._tiles(
+            batch, height, width, groups, units, multiprocessors
+        )
+        assert tiles == batch * tiles_x * tiles_y
+        assert 0 <= (tiles_x << width_log2) - width < 1 << width_log2
+        assert 0 <= (tiles_y << height_log2) - height < 1 << height_log2
+        assert groups << (width_log2 + height_log2) <= max(4 * units, groups)
+
+
+def test_more_than_2_31_elements_have_64_bit_numbers(kernels):
+    for size, wide in (((1, 1100, 1024, 2048), True), ((5000, 32, 32, 2048), False), ((1, 11000, 11000, 16), True)):
+        assert dict(plan_of(kernels, size, groups=1).constants)["WIDE"] == wide
+
+
+@pytest.mark.parametrize("group_channels", [1, 2, 3, 12, 16, 24, 48, 64, 65, 80, 96, 128, 192, 2048])
+def test_channels_of_a_group_are_all_there(kernels, group_channels):
+    plan = plan_of(kernels, (1, 4, 4, 2 * group_channels), groups=2)
+    constants = dict(plan.constants)
+    # equal: the kernels take it for the number of channels, else for a divisor
+    if constants["MULTIPLE"] == constants["CHANNELS"]:
+        assert constants["CHANNELS"] == group_channels
+    else:
+        assert plan.numbers[0] * constants["MULTIPLE"] == group_channels
+
+
+def test_sizes_that_no_kernel_has_numbers_for(kernels):
+    with pytest.raises(RuntimeError, match=r"above 2\^29"):
+        plan_of(kernels, (1, 1, 2**30, 1), groups=1)
+
+
+# ----------------------------------------------------------------------------------------------------------- interface
+
+
+def test_the_checks_are_those_of_the_compiled_kernels(kernels):
+    """Word for word."""
+    if (cpu := built("torch-stable-abi*-cpu-*")) is None:
+        pytest.skip("no cpu variant was built: run dcnv3_kernel/build.py")
+    compiled = load_variant(cpu)
+    ours = load_variant(built("torch-cuda"))
+    right = {"input": (1, 5, 5, 16), "offset": (1, 5, 5, 18), "mask": (1, 5, 5, 9)}
+    for change in (
+        {"offset": (1, 5, 5, 17)}, {"mask": (2, 5, 4, 9)}, {"input": (5, 5, 16)}, {"groups": 3}, {"groups": 0},
+        {"kernel_size": 7, "padding": 0}, {"stride": 0}, {"dilation": (1, 0)}, {"padding": -1}, {"input": (1, 0, 5, 16)},
+        {"offset_scale": float("inf")}, {"offset_scale": float("nan")}, {"kernel_size": 2, "remove_center": True},
+        {"kernel_size": (3, 5), "remove_center": True}, {"input": (1, 5, 5, 0)},
+    ):  # fmt: skip
+        tensors = [torch.zeros(change.get(name, shape)) for name, shape in right.items()]
+        options = {"groups": 1, **{k: v for k, v in change.items() if k not in right}}
+        with pytest.raises(RuntimeError) as wanted:
+            compiled.dcnv3(*tensors, **options)
+        pairs = [
+            options.pop(name, default)
+            for name, default in (("kernel_size", 3), ("stride", 1), ("padding", 1), ("dilation", 1))
+        ]
+        numbers = [n for pair in pairs for n in (pair if isinstance(pair, tuple) else (pair, pair))]
+        more = (options["groups"], options.get("offset_scale", 1.0), options.get("remove_center", False))
+        with pytest.raises(RuntimeError) as actual:
+            kernels._checked_size(*tensors, *numbers, *more)
+        assert str(wanted.value).splitlines()[0].endswith(str(actual.value)), change
+    for name in ("dcnv3_forward", "dcnv3_backward"):
+        schemas = [str(getattr(module.ops, name).default._schema).split("::")[1] for module in (ours, compiled)]
+        assert schemas[0] == schemas[1]
+
+
+def test_compiled_variants_have_nothing_of_triton():
+    if (cpu := built("torch-stable-abi*-cpu-*")) is None:
+        pytest.skip("no cpu variant was built: run dcnv3_kernel/build.py")
+    assert not any("triton" in file.name or b"triton" in file.read_bytes() for file in cpu.glob("*.py"))
+    program = f"""
+        import sys
+        sys.path.insert(0, {str(TESTS)!r})
+        from test_dcnv3_kernel import *
+        kernel = load_variant(Path({str(cpu)!r}))
+        run_and_differentiate(kernel.dcnv3_softmax, [torch.randn(1, 4, 4, c) for c in (16, 18, 9)], {{"groups": 1}})
+        print([name for name in sys.modules if name.endswith("triton_kernels")])
+    """
+    assert subprocess.check_output([sys.executable, "-c", textwrap.dedent(program)], text=True) == "[]\n"
