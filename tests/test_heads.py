@@ -84,7 +84,7 @@ class Head:
         auto: names of the Auto classes that load it.
         backbone_fields: of the backbone's configuration.
         wrap: makes the configuration from the backbone's, where `fields` do not do.
-        broken: what transformers itself does wrong, by the check ("training", "files") that shows it.
+        broken: what transformers itself does wrong, by the check of `CHECKS` that shows it.
         fast: whether it is in the fast suite.
     """
 
@@ -279,18 +279,17 @@ def oneformer_inputs() -> dict:
     }
 
 
-def tvp_inputs() -> dict:
-    # one video: transformers' TVP views its column embeddings as if each video had its own, and fails for two
-    ids = torch.tensor([[1, 10, 11, 12, 2]])
+def tvp_inputs(videos: int = 1) -> dict:
+    ids = torch.tensor([[1, 10, 11, 12, 2]] * videos)
     return {
-        "pixel_values": torch.rand(1, 2, 3, 64, 64),
+        "pixel_values": torch.rand(videos, 2, 3, 64, 64),
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
     }
 
 
-def tvp_labels() -> dict:
-    return {"labels": (torch.tensor([10.0]), torch.tensor([1.0]), torch.tensor([5.0]))}
+def tvp_labels(videos: int = 1) -> dict:
+    return {"labels": tuple(torch.tensor([seconds] * videos) for seconds in (10.0, 1.0, 5.0))}
 
 
 def maskformer(backbone_config: PreTrainedConfig) -> PreTrainedConfig:
@@ -323,6 +322,7 @@ def doclayout_v2(backbone_config: PreTrainedConfig) -> PreTrainedConfig:
     )
 
 
+CHECKS = ("training", "files")
 DETECTION = ("AutoModelForObjectDetection",)
 ZERO_SHOT = ("AutoModelForZeroShotObjectDetection",)
 SEMANTIC = ("AutoModelForSemanticSegmentation",)
@@ -464,6 +464,14 @@ HEADS = {
         inputs=lambda: {"pixel_values": torch.rand(BATCH, 4, HEIGHT, WIDTH)},
     ),
     "tvp": Head("TvpForVideoGrounding", TVP, ("stage4",), inputs=tvp_inputs, targets=tvp_labels),
+    "tvp_two_videos": Head(
+        "TvpForVideoGrounding",
+        TVP,
+        ("stage4",),
+        inputs=lambda: tvp_inputs(2),
+        targets=lambda: tvp_labels(2),
+        broken=dict.fromkeys(CHECKS, "views one set of column embeddings as if each video had its own"),
+    ),
 }
 
 
@@ -627,10 +635,13 @@ def with_control(head: Head, check: str, run: Callable[[Callable], None]) -> Non
     if check not in head.broken:
         run(internimage)
         return
+    errors = []
     for backbone in (internimage, convnextv2):
-        with pytest.raises(Exception) as caught:
+        with pytest.raises(RuntimeError) as caught:
             run(backbone)
-        assert not isinstance(caught.value, pytest.skip.Exception)
+        errors.append(caught)
+    assert errors[0].traceback[-1].path == errors[1].traceback[-1].path
+    assert errors[0].traceback[-1].lineno == errors[1].traceback[-1].lineno
     pytest.xfail(f"transformers, with ConvNextV2 too: {head.broken[check]}")
 
 
