@@ -11,26 +11,30 @@ On your own images, in one folder per class, starting from a checkpoint:
         --output_dir outputs/photos --num_train_epochs 20 --learning_rate 1e-4 --bf16 --gradient_checkpointing
 
 `--dataset` also takes the id of a dataset on the Hub. All flags of `transformers.TrainingArguments` work, and
-`--layer_decay`, `--offset_lr_multiplier` and `--ema_decay` as the authors fine-tuned; a YAML file with flags may come first. `--resume_from_checkpoint last` goes on where an interrupted run of the same `--output_dir` was.
+`--layer_decay`, `--offset_lr_multiplier` and `--ema_decay` as the authors fine-tuned. A YAML file with flags may come first,
+such as one of the authors' recipes, and flags after it override it:
+
+    python examples/image_classification.py examples/recipes/imagenet1k_t.yaml --per_device_train_batch_size 64
+
+`--resume_from_checkpoint last` goes on where an interrupted run of the same `--output_dir` was.
 """
 
-import json
 import random
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-import yaml
+from augmentation import Mix, rand_augment, random_erasing
+from flags import parse_flags
 from PIL import Image
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
-    HfArgumentParser,
     TrainingArguments,
     pipeline,
     set_seed,
@@ -66,6 +70,26 @@ class DataArguments:
     random_flip: bool | None = field(
         default=None, metadata={"help": "mirror half of the training images; by default all but digits"}
     )
+    rand_augment: float | None = field(
+        default=None, metadata={"help": "magnitude of RandAugment, 0 to 10: two operations on each training image"}
+    )
+    random_erasing: float = field(
+        default=0.0, metadata={"help": "probability that a part of a training image is replaced by noise"}
+    )
+    mixup_alpha: float = field(default=0.0, metadata={"help": "mixup: alpha of the weights' distribution; 0 for none"})
+    cutmix_alpha: float = field(default=0.0, metadata={"help": "cutmix: alpha of the areas' distribution; 0 for none"})
+    mixup_prob: float = field(default=1.0, metadata={"help": "probability that a batch is mixed at all"})
+    mixup_switch_prob: float = field(
+        default=0.5, metadata={"help": "probability of cutmix, where mixup and cutmix are on"}
+    )
+
+    def __post_init__(self):
+        if self.rand_augment is not None and not 0 <= self.rand_augment <= 10:
+            raise ValueError(f"--rand_augment must be from 0 to 10, got {self.rand_augment}")
+        if not 0 <= self.random_erasing <= 1:
+            raise ValueError(f"--random_erasing must be from 0 to 1, got {self.random_erasing}")
+        if not 0 < self.random_crop_scale <= 1:
+            raise ValueError(f"--random_crop_scale must be above 0 and at most 1, got {self.random_crop_scale}")
 
 
 @dataclass
@@ -106,22 +130,26 @@ class ClassificationTrainingArguments(InternImageTrainingFlags, TrainingArgument
     seed: int = 0
 
 
-def flags_from_yaml(argv: list[str]) -> list[str]:
-    """Writes out a YAML file of flags, where `argv` begins with one; what follows it comes later and so wins."""
-    if not argv or not argv[0].endswith((".yaml", ".yml")):
-        return argv
-    flags = []
-    for name, value in yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")).items():
-        if value is not None:
-            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            flags += [f"--{name}", *map(str, values)]
-    return [*flags, *argv[1:]]
-
-
-def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, ClassificationTrainingArguments]:
+def parse_arguments(argv: list[str] | None) -> tuple[DataArguments, ModelArguments, ClassificationTrainingArguments]:
     """Flags, optionally after a YAML file with flags, which they override."""
-    parser = HfArgumentParser((DataArguments, ModelArguments, ClassificationTrainingArguments))
-    return parser.parse_args_into_dataclasses(args=flags_from_yaml(argv))
+    return parse_flags(argv, DataArguments, ModelArguments, ClassificationTrainingArguments)
+
+
+class ClassificationTrainer(InternImageTrainer):
+    """Cross-entropy with soft targets: in training, batches are mixed and labels smoothed."""
+
+    def __init__(self, *args, mix: Mix, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mix = mix
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        pixel_values, targets = inputs["pixel_values"], inputs["labels"]
+        if model.training:
+            pixel_values, targets = self.mix(pixel_values, targets)
+        outputs = model(pixel_values=pixel_values)
+        smoothing = self.args.label_smoothing_factor if model.training else 0.0
+        loss = cross_entropy(outputs.logits.float(), targets, label_smoothing=smoothing)
+        return (loss, outputs) if return_outputs else loss
 
 
 def load_digits() -> datasets.DatasetDict:
@@ -232,7 +260,7 @@ def random_resized_crop(image: Image.Image, height: int, width: int, min_scale: 
 
 
 def training_transform(processor, arguments: DataArguments):
-    """What a batch of training examples goes through: random crop, random mirroring, the image processor."""
+    """What a batch of training examples goes through: random crop, mirroring, RandAugment, image processor, erasing."""
     height, width = processor.crop_size["height"], processor.crop_size["width"]
     flip = arguments.random_flip if arguments.random_flip is not None else arguments.dataset != "digits"
 
@@ -245,7 +273,12 @@ def training_transform(processor, arguments: DataArguments):
                 image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else image
                 for image in images
             ]
-        return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": batch["label"]}
+        if arguments.rand_augment is not None:
+            images = [rand_augment(image, arguments.rand_augment) for image in images]
+        pixel_values = processor(images, return_tensors="pt")["pixel_values"]
+        if arguments.random_erasing:
+            pixel_values = torch.stack([random_erasing(image, arguments.random_erasing) for image in pixel_values])
+        return {"pixel_values": pixel_values, "labels": batch["label"]}
 
     return transform
 
@@ -320,14 +353,22 @@ def use_model(folder: Path, samples: datasets.Dataset, labels: list[str]) -> dic
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Runs the program; returns the evaluation's metrics."""
-    data_arguments, model_arguments, training_arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    data_arguments, model_arguments, training_arguments = parse_arguments(argv)
     set_seed(training_arguments.seed)
 
     train, evaluation = load_splits(data_arguments, training_arguments.seed)
     labels = train.features["label"].names
     model, processor = build_model(model_arguments, labels, data_arguments.image_size)
 
-    trainer = InternImageTrainer(
+    mix = Mix(
+        len(labels),
+        data_arguments.mixup_alpha,
+        data_arguments.cutmix_alpha,
+        data_arguments.mixup_prob,
+        data_arguments.mixup_switch_prob,
+    )
+    trainer = ClassificationTrainer(
+        mix=mix,
         model=model,
         args=training_arguments,
         train_dataset=train.with_transform(training_transform(processor, data_arguments)),
