@@ -15,9 +15,10 @@ import torch
 import yaml
 from conftest import ROOT
 from distributed_worker import GLOBAL_BATCH, IMAGES, make_stream, train
+from PIL import Image
 from safetensors.torch import load_file
 
-from internimage_hf import InternImageForImageClassification
+from internimage_hf import InternImageForImageClassification, InternImageImageProcessor
 from internimage_hf.training import EMA_FILE, last_checkpoint
 
 
@@ -87,8 +88,18 @@ def difference(one: Path, other: Path, statistics: bool = True) -> float:
     """The largest difference of two models' weights."""
     one, other = load_file(one), load_file(other)
     assert one.keys() == other.keys()
-    names = [n for n in one if statistics or not n.endswith(("running_mean", "running_var"))]
+    own = ("running_mean", "running_var", "num_batches_tracked")
+    names = [name for name in one if statistics or not name.endswith(own)]
     return max((one[name].double() - other[name].double()).abs().max().item() for name in names)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As in the processes that the tests start: sums are then of the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +297,68 @@ def test_a_stream_in_workers():
     iterator = iter(loader)
     indices = [next(iterator)["index"] for _ in range(2 * IMAGES)]
     assert set(Counter(indices).values()) <= {1, 2, 3} and set(indices) == set(range(IMAGES))
+
+
+# --------------------------------------------------------------------------------------- the classification example
+
+
+@pytest.fixture
+def classification(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import image_classification
+
+    return image_classification
+
+
+STEPWISE = [
+    "--eval_strategy", "steps", "--save_strategy", "steps", "--logging_strategy", "no", "--dataloader_pin_memory", "false", "--use_cpu",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine, flags", [("ddp", ["--streaming"]), ("fsdp2", [])])
+def test_the_classification_example_in_two_processes(engine, flags, tmp_path, classification):
+    folder = tmp_path / "model"
+    flags = ["--output_dir", folder, *STEPWISE, "--ema_decay", 0.9, "--layer_decay", 0.95, *flags]
+    output = launch(
+        engine, ROOT / "examples" / "image_classification.py", *flags, "--max_steps", 60, "--eval_steps", 30, "--save_steps", 30
+    )  # fmt: skip
+    assert ("streamed" if "--streaming" in flags else "1437 images to train, 360 to evaluate") in output
+    accuracy = json.loads((folder / "all_results.json").read_text())["eval_accuracy"]
+    evaluation = classification.load_digits()["test"]
+    processor = InternImageImageProcessor.from_pretrained(folder)
+    batch = classification.evaluation_transform(processor)(evaluation[:])
+    with torch.no_grad():
+        logits = InternImageForImageClassification.from_pretrained(folder).eval()(batch["pixel_values"]).logits
+    assert accuracy == pytest.approx(
+        (logits.argmax(-1) == torch.tensor(batch["labels"])).float().mean().item(), abs=1e-6
+    )
+    assert accuracy > 0.8
+    # one more start of the same goes on from the last checkpoint
+    output = launch(
+        engine, ROOT / "examples" / "image_classification.py", *flags, "--max_steps", 64, "--eval_steps", 4, "--save_steps", 4,
+        "--resume_from_checkpoint", "last",
+    )  # fmt: skip
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 64
+
+
+def test_the_classification_example_streams_a_folder(tmp_path, classification):
+    photos = tmp_path / "photos"
+    for split, count in (("train", 10), ("test", 4)):
+        for label, colour in (("dark", 40), ("bright", 200)):
+            (photos / split / label).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40, 40), (colour + 5 * i,) * 3).save(photos / split / label / f"{i}.png")
+    flags = ["--streaming", "--dataset", str(photos), "--output_dir", str(tmp_path / "model"), *STEPWISE]
+    with pytest.raises(ValueError, match="max_steps"):
+        classification.main(flags)
+    steps = ["--max_steps", "4", "--eval_steps", "2", "--save_steps", "2", "--per_device_train_batch_size", "8"]
+    metrics = classification.main([*flags, *steps])
+    assert set(metrics) >= {"eval_accuracy", "eval_loss"}
+    assert (tmp_path / "model" / "checkpoint-2").is_dir()
+    (photos / "test").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="validation"):
+        classification.main([*flags, *steps])
 
 
 # ------------------------------------------------------------------------------------------------ configurations
