@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import ROOT
 from distributed_worker import GLOBAL_BATCH, IMAGES, make_stream, train
 from PIL import Image
@@ -364,14 +363,45 @@ def test_the_classification_example_streams_a_folder(tmp_path, classification):
 # ------------------------------------------------------------------------------------------------ configurations
 
 
-def test_the_configurations_say_what_they_should():
-    """accelerate's own reading of each file; DeepSpeed's plugin, where it is installed."""
-    from accelerate.commands.config.config_args import load_config_from_file
+def launched_with(engine: str) -> dict[str, str]:
+    """The environment that `accelerate launch` gives the processes, by its own reading of the configuration."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-    found = {file.stem: load_config_from_file(str(file)) for file in CONFIGURATIONS.glob("*.yaml")}
-    kinds = {name: config.distributed_type.value for name, config in found.items()}
-    assert kinds == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero3": "DEEPSPEED"}
-    assert found["fsdp2"].fsdp_config["fsdp_version"] == 2
-    assert found["deepspeed_zero3"].deepspeed_config["zero_stage"] == 3
-    for file in CONFIGURATIONS.glob("*.yaml"):
-        assert yaml.safe_load(file.read_text())["mixed_precision"] == "no"  # left to `--bf16` of the examples
+    arguments = ["--config_file", str(CONFIGURATIONS / f"{engine}.yaml"), "program.py"]
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    if not arguments.use_deepspeed:
+        assert arguments.multi_gpu or arguments.use_fsdp
+        return prepare_multi_gpu_env(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    return prepare_deepspeed_cmd_env(arguments)[1]
+
+
+@pytest.mark.parametrize("engine", sorted(file.stem for file in CONFIGURATIONS.glob("*.yaml")))
+def test_the_configurations_say_what_they_should(engine, monkeypatch):
+    environment = launched_with(engine)
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no"  # left to `--bf16` of the examples
+    expected = {
+        "ddp": {},
+        "fsdp2": {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        },
+        "deepspeed_zero3": {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+            "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto",
+            "ACCELERATE_GRADIENT_CLIPPING": "auto",
+        },
+    }[engine]
+    assert {name: environment.get(name) for name in expected} == expected
+    if engine == "deepspeed_zero3":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: its own reading is not checked")
+        from accelerate.utils import DeepSpeedPlugin
+
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert DeepSpeedPlugin().deepspeed_config["zero_optimization"]["stage"] == 3
