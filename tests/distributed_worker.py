@@ -38,12 +38,15 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def make_model(head: str, drop_path_rate: float) -> InternImageForImageClassification:
+def make_model(frozen_statistics: bool, drop_path_rate: float) -> InternImageForImageClassification:
     config = InternImageConfig(
-        channels=8, depths=[1, 1, 2, 1], groups=[1, 2, 4, 8], mlp_ratio=2.0, num_labels=5,
-        use_clip_projector=head == "clip", drop_path_rate=drop_path_rate,
+        channels=8, depths=[1, 1, 2, 1], groups=[1, 2, 4, 8], mlp_ratio=2.0, num_labels=5, drop_path_rate=drop_path_rate
     )  # fmt: skip
-    return InternImageForImageClassification(config)
+    model = InternImageForImageClassification(config)
+    if frozen_statistics:
+        norm = model.internimage.pooler.norm.eval()
+        norm.train = lambda mode=True: norm
+    return model
 
 
 def image(index: int) -> torch.Tensor:
@@ -83,7 +86,7 @@ def make_stream() -> EndlessStream:
 
 def train(
     folder: str,
-    head: str = "clip",
+    frozen_statistics: bool = True,
     resume: str | None = None,
     kill_at: int | None = None,
     stream: bool = False,
@@ -91,14 +94,17 @@ def train(
     micro_batches: int = 1,
     **options,
 ) -> InternImageTrainer:
-    """Trains for 9 steps of 8 images, 6 to an epoch, with a checkpoint after each fourth, and saves the model in `folder`."""
+    """Trains for 9 steps of 8 images, 6 to an epoch, with a checkpoint after each fourth, and saves the model in `folder`.
+
+    With `frozen_statistics` the head's BatchNorm does not depend on the batch, and so not on the number of processes.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     set_seed(0)
-    model = make_model(head, drop_path_rate)
+    model = make_model(frozen_statistics, drop_path_rate)
     collate = Collate()
     options = {
         "max_steps": 9, "save_steps": 4, "logging_steps": 1, "learning_rate": 3e-4, "layer_decay": 0.9,
-        # Gradients that are zero but for rounding (a bias under a softmax) must not become steps of the learning rate.
+        # Gradients that are zero but for rounding (a bias before a norm) must not become steps of the learning rate.
         "offset_lr_multiplier": 0.1, "adam_epsilon": 1e-4, "seed": 3, **options,
     }  # fmt: skip
     arguments = Arguments(
