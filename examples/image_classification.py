@@ -14,28 +14,24 @@ On your own images, in one folder per class, starting from a checkpoint:
 `--layer_decay`, `--offset_lr_multiplier` and `--ema_decay` as the authors fine-tuned; a YAML file with flags may come first. `--resume_from_checkpoint last` goes on where an interrupted run of the same `--output_dir` was.
 """
 
-import json
 import random
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-import yaml
+from common import last_checkpoint, parse_flags
 from PIL import Image
 from transformers import (
     AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
-    HfArgumentParser,
     TrainingArguments,
     pipeline,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from internimage_hf import InternImageConfig, InternImageImageProcessor
 from internimage_hf.training import InternImageTrainer, InternImageTrainingFlags
@@ -104,24 +100,6 @@ class ClassificationTrainingArguments(InternImageTrainingFlags, TrainingArgument
     dataloader_pin_memory: bool = torch.cuda.is_available()
     report_to: None | str | list[str] = "none"  # noqa: RUF036 (HfArgumentParser wants this order)
     seed: int = 0
-
-
-def flags_from_yaml(argv: list[str]) -> list[str]:
-    """Writes out a YAML file of flags, where `argv` begins with one; what follows it comes later and so wins."""
-    if not argv or not argv[0].endswith((".yaml", ".yml")):
-        return argv
-    flags = []
-    for name, value in yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")).items():
-        if value is not None:
-            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            flags += [f"--{name}", *map(str, values)]
-    return [*flags, *argv[1:]]
-
-
-def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, ClassificationTrainingArguments]:
-    """Flags, optionally after a YAML file with flags, which they override."""
-    parser = HfArgumentParser((DataArguments, ModelArguments, ClassificationTrainingArguments))
-    return parser.parse_args_into_dataclasses(args=flags_from_yaml(argv))
 
 
 def load_digits() -> datasets.DatasetDict:
@@ -320,7 +298,9 @@ def use_model(folder: Path, samples: datasets.Dataset, labels: list[str]) -> dic
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Runs the program; returns the evaluation's metrics."""
-    data_arguments, model_arguments, training_arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    data_arguments, model_arguments, training_arguments = parse_flags(
+        argv, DataArguments, ModelArguments, ClassificationTrainingArguments
+    )
     set_seed(training_arguments.seed)
 
     train, evaluation = load_splits(data_arguments, training_arguments.seed)
@@ -336,10 +316,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         compute_metrics=accuracy,
         processing_class=processor,
     )
-    resume = training_arguments.resume_from_checkpoint
-    if resume == "last":
-        resume = get_last_checkpoint(training_arguments.output_dir)
-    result = trainer.train(resume_from_checkpoint=resume)
+    result = trainer.train(resume_from_checkpoint=last_checkpoint(training_arguments))
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_metrics("all", {**result.metrics, **metrics})
