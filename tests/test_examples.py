@@ -167,10 +167,10 @@ def mask_folder(scenes, tmp_path_factory) -> Path:
 SMALL_DETECTOR = {"decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16}
 SMALL_HEADS = {
     "rt_detr": {**SMALL_DETECTOR, "encoder_hidden_dim": 16, "decoder_in_channels": [16] * 3, "num_queries": 10},
-    "deformable_detr": {**SMALL_DETECTOR, "two_stage_num_proposals": 10},
+    "deformable_detr": {**SMALL_DETECTOR, "d_model": 32, "two_stage_num_proposals": 10},
     "detr": SMALL_DETECTOR,
     "upernet": {"hidden_size": 16, "auxiliary_channels": 8},
-    "mask2former": {"hidden_dim": 16, "feature_size": 16, "mask_feature_size": 16, "decoder_layers": 2, "train_num_points": 64},
+    "mask2former": {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "decoder_layers": 2, "train_num_points": 64},
 }  # fmt: skip
 FEW_STEPS = [
     "--per_device_train_batch_size", 4, "--per_device_eval_batch_size", 2, "--max_steps", 4, "--warmup_steps", 0,
@@ -217,8 +217,7 @@ def test_detection_on_a_coco_folder(programs, coco_folder, tmp_path, head):
     check_outputs(tmp_path, metrics, "eval_map")
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["id2label"] == {str(i): f"the {i}" for i in range(10)}
-    if head == "rt_detr":
-        check_resume(programs.object_detection, flags, tmp_path)
+    check_resume(programs.object_detection, flags, tmp_path)
     again = run_main(
         programs.object_detection, *flags[:2], "--model", tmp_path, "--output_dir", tmp_path / "again", *FEW_STEPS,
         "--learning_rate", 0, "--remote_code",
@@ -239,8 +238,7 @@ def test_segmentation_on_folders(programs, mask_folder, tmp_path, head):
     check_outputs(tmp_path, metrics, "eval_mean_iou")
     assert json.loads((tmp_path / "config.json").read_text())["id2label"]["10"] == "the 9"
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["do_reduce_labels"] is True
-    if head == "upernet":
-        check_resume(programs.semantic_segmentation, flags, tmp_path)
+    check_resume(programs.semantic_segmentation, flags, tmp_path)
     again = run_main(
         programs.semantic_segmentation, *flags[:3], "--model", tmp_path, "--output_dir", tmp_path / "again", *FEW_STEPS,
         "--learning_rate", 0, "--remote_code",
