@@ -21,23 +21,20 @@ On several devices, by the files in `examples/accelerate/` (with `--use_cpu` in 
 `--max_steps`, and `--eval_strategy steps --save_strategy steps --eval_steps 1000 --save_steps 1000` to evaluate and save.
 """
 
-import json
 import random
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-import yaml
+from common import parse_flags
 from PIL import Image
 from transformers import (
     AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
-    HfArgumentParser,
     TrainingArguments,
     pipeline,
     set_seed,
@@ -116,24 +113,6 @@ class ClassificationTrainingArguments(InternImageTrainingFlags, TrainingArgument
     dataloader_pin_memory: bool = torch.cuda.is_available()
     report_to: None | str | list[str] = "none"  # noqa: RUF036 (HfArgumentParser wants this order)
     seed: int = 0
-
-
-def flags_from_yaml(argv: list[str]) -> list[str]:
-    """Writes out a YAML file of flags, where `argv` begins with one; what follows it comes later and so wins."""
-    if not argv or not argv[0].endswith((".yaml", ".yml")):
-        return argv
-    flags = []
-    for name, value in yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")).items():
-        if value is not None:
-            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            flags += [f"--{name}", *map(str, values)]
-    return [*flags, *argv[1:]]
-
-
-def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, ClassificationTrainingArguments]:
-    """Flags, optionally after a YAML file with flags, which they override."""
-    parser = HfArgumentParser((DataArguments, ModelArguments, ClassificationTrainingArguments))
-    return parser.parse_args_into_dataclasses(args=flags_from_yaml(argv))
 
 
 def load_digits() -> datasets.DatasetDict:
@@ -344,7 +323,9 @@ def use_model(folder: Path, samples: datasets.Dataset, labels: list[str]) -> dic
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Runs the program; returns the evaluation's metrics."""
-    data_arguments, model_arguments, training_arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    data_arguments, model_arguments, training_arguments = parse_flags(
+        argv, DataArguments, ModelArguments, ClassificationTrainingArguments
+    )
     set_seed(training_arguments.seed)
     if data_arguments.streaming and training_arguments.max_steps <= 0:
         raise ValueError(f"--streaming needs --max_steps of at least 1, got {training_arguments.max_steps}")
