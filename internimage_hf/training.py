@@ -286,7 +286,7 @@ class InternImageTrainerMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         if resume_from_checkpoint is True:  # no checkpoint at all: `Trainer` says so
             resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
-        if self.ema is not None and isinstance(resume_from_checkpoint, str):
+        if self.ema is not None and isinstance(resume_from_checkpoint, (str, os.PathLike)):
             self.ema.resume_from = Path(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -403,7 +403,7 @@ class EMACallback(TrainerCallback):
             raise ValueError("`ema_decay` is not possible with DeepSpeed ZeRO-3; FSDP2 is")
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             raise ValueError("`ema_decay` needs version 2 of FSDP (`fsdp_version: 2`), this is version 1")
-        self.averaged = None
+        self.averaged = self._saved_in = None
         if state.global_step == 0:
             return
         folders = [Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"]

@@ -218,3 +218,21 @@ def test_going_on_from_a_run_without_average(tmp_path, caplog):
     trainer = train(tmp_path, max_steps=8, ema_decay=0.5, resume=str(tmp_path / "checkpoint-4"), **options)
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
     assert sum(EMA_FILE in record.getMessage() for record in caplog.records) == 2
+
+
+def test_what_cannot_be_averaged(tmp_path):
+    state = type("State", (), {"global_step": 0})
+    model = classifier()
+    model.classifier.weight.ds_id = 0  # DeepSpeed's mark of a parameter that is elsewhere
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        EMACallback(0.5).on_train_begin(flags(tmp_path), state, None, model=model)
+    ema = EMACallback(0.5)
+    ema.update(classifier(num_labels=7))
+    ema.save(tmp_path)
+    with pytest.raises(ValueError, match="another model"):
+        ema.load(tmp_path / EMA_FILE, classifier())
+
+
+def test_synchronised_batch_norm_needs_gpus(tmp_path):
+    with pytest.raises(ValueError, match="sync_batch_norm"):
+        InternImageTrainer(model=classifier(), args=flags(tmp_path, sync_batch_norm=True))
