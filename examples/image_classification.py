@@ -17,6 +17,13 @@ such as one of the authors' recipes, and flags after it override it:
     python examples/image_classification.py examples/recipes/imagenet1k_t.yaml --per_device_train_batch_size 64
 
 `--resume_from_checkpoint last` goes on where an interrupted run of the same `--output_dir` was.
+
+On several devices, by the files in `examples/accelerate/` (with `--use_cpu` in several processes on CPUs):
+
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 8 examples/image_classification.py ...
+
+`--streaming` reads the training images while it trains, nothing is downloaded first. The stream has no end: it needs
+`--max_steps`, and `--eval_strategy steps --save_strategy steps --eval_steps 1000 --save_steps 1000` to evaluate and save.
 """
 
 import random
@@ -39,10 +46,9 @@ from transformers import (
     pipeline,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from internimage_hf import InternImageConfig, InternImageImageProcessor
-from internimage_hf.training import InternImageTrainer, InternImageTrainingFlags
+from internimage_hf.training import EndlessStream, InternImageTrainer, InternImageTrainingFlags, last_checkpoint
 
 
 @dataclass
@@ -66,6 +72,12 @@ class DataArguments:
     random_crop_scale: float = field(
         default=0.6,
         metadata={"help": "smallest part of an image's area that a random training crop has; 1 for no crops"},
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "read the images during training instead of downloading the dataset first"}
+    )
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "with --streaming: draw each image at random from this many read ahead"}
     )
     random_flip: bool | None = field(
         default=None, metadata={"help": "mirror half of the training images; by default all but digits"}
@@ -130,11 +142,6 @@ class ClassificationTrainingArguments(InternImageTrainingFlags, TrainingArgument
     seed: int = 0
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[DataArguments, ModelArguments, ClassificationTrainingArguments]:
-    """Flags, optionally after a YAML file with flags, which they override."""
-    return parse_flags(argv, DataArguments, ModelArguments, ClassificationTrainingArguments)
-
-
 class ClassificationTrainer(InternImageTrainer):
     """Cross-entropy with soft targets: in training, batches are mixed and labels smoothed."""
 
@@ -171,22 +178,24 @@ def load_digits() -> datasets.DatasetDict:
 
 
 def load_splits(arguments: DataArguments, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """The training and the evaluation split, with the columns `image` and `label`.
+    """The training and the evaluation split, with the columns `image` and `label`; with `--streaming` they are iterable.
 
     Raises:
         ValueError: if the dataset has no images, no classes or no training split.
     """
     if arguments.dataset == "digits":
         splits = load_digits()
+        if arguments.streaming:
+            splits = datasets.IterableDatasetDict({name: s.to_iterable_dataset(8) for name, s in splits.items()})
     elif Path(arguments.dataset).is_dir():
-        splits = datasets.load_dataset("imagefolder", data_dir=arguments.dataset)
+        splits = datasets.load_dataset("imagefolder", data_dir=arguments.dataset, streaming=arguments.streaming)
     else:
-        splits = datasets.load_dataset(arguments.dataset)
+        splits = datasets.load_dataset(arguments.dataset, streaming=arguments.streaming)
     if "train" not in splits:
         raise ValueError(f"--dataset {arguments.dataset} has no split `train`, only {', '.join(splits)}")
 
     def column_of_type(given: str | None, feature_type: type, flag: str) -> str:
-        features = splits["train"].features
+        features = splits["train"].features or {}
         if given is not None:
             if given not in features:
                 raise ValueError(f"--{flag} {given} is not a column of the dataset, which has {', '.join(features)}")
@@ -202,10 +211,20 @@ def load_splits(arguments: DataArguments, seed: int) -> tuple[datasets.Dataset, 
     splits = splits.rename_columns(
         {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
     )
+    held_out = next((name for name in ("validation", "test") if name in splits), None)
+    if arguments.streaming:
+        if not isinstance(splits["train"].features["label"], datasets.ClassLabel):
+            raise ValueError(
+                f"--streaming: the column {label_column} of {arguments.dataset} does not name its classes"
+            )
+        if held_out is None:
+            raise ValueError(f"--streaming: {arguments.dataset} has no split `validation` or `test` to evaluate on")
+        limits = {"train": arguments.max_train_samples, held_out: arguments.max_eval_samples}
+        train, evaluation = (splits[name].take(n) if n is not None else splits[name] for name, n in limits.items())
+        return train, evaluation
     if not isinstance(splits["train"].features["label"], datasets.ClassLabel):
         splits = splits.class_encode_column("label")
 
-    held_out = next((name for name in ("validation", "test") if name in splits), None)
     if held_out is None:
         splits = splits["train"].train_test_split(
             test_size=arguments.eval_fraction, stratify_by_column="label", seed=seed
@@ -353,13 +372,33 @@ def use_model(folder: Path, samples: datasets.Dataset, labels: list[str]) -> dic
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Runs the program; returns the evaluation's metrics."""
-    data_arguments, model_arguments, training_arguments = parse_arguments(argv)
+    data_arguments, model_arguments, training_arguments = parse_flags(
+        argv, DataArguments, ModelArguments, ClassificationTrainingArguments
+    )
     set_seed(training_arguments.seed)
+    if data_arguments.streaming and training_arguments.max_steps <= 0:
+        raise ValueError(f"--streaming needs --max_steps of at least 1, got {training_arguments.max_steps}")
 
     train, evaluation = load_splits(data_arguments, training_arguments.seed)
     labels = train.features["label"].names
     model, processor = build_model(model_arguments, labels, data_arguments.image_size)
 
+    if data_arguments.streaming:
+        train_dataset = EndlessStream(
+            train,
+            training_transform(processor, data_arguments),
+            seed=training_arguments.seed,
+            buffer_size=data_arguments.shuffle_buffer_size,
+        )
+        eval_dataset = evaluation.map(
+            evaluation_transform(processor),
+            batched=True,
+            batch_size=training_arguments.per_device_eval_batch_size,
+            remove_columns=["image", "label"],
+        )
+    else:
+        train_dataset = train.with_transform(training_transform(processor, data_arguments))
+        eval_dataset = evaluation.with_transform(evaluation_transform(processor))
     mix = Mix(
         len(labels),
         data_arguments.mixup_alpha,
@@ -371,34 +410,38 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         mix=mix,
         model=model,
         args=training_arguments,
-        train_dataset=train.with_transform(training_transform(processor, data_arguments)),
-        eval_dataset=evaluation.with_transform(evaluation_transform(processor)),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         data_collator=collate,
         compute_metrics=accuracy,
         processing_class=processor,
     )
     resume = training_arguments.resume_from_checkpoint
     if resume == "last":
-        resume = get_last_checkpoint(training_arguments.output_dir)
+        resume = last_checkpoint(training_arguments.output_dir)
     result = trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_metrics("all", {**result.metrics, **metrics})
     trainer.save_state()
-    if not trainer.is_world_process_zero():
-        return metrics
-
-    folder = Path(training_arguments.output_dir)
-    summary = use_model(folder, evaluation.shuffle(seed=0).select(range(min(12, len(evaluation)))), labels)
-    summary = {
-        "dataset": f"{data_arguments.dataset}: {len(train)} images to train, {len(evaluation)} to evaluate, {len(labels)} classes",
-        "model": f"{model.num_parameters():,} parameters, saved in {folder}",
-        "accuracy": f"{metrics['eval_accuracy']:.1%} of the held-out images",
-        "training": f"{result.metrics['train_runtime']:.0f} s",
-        **summary,
-    }
-    print("\n" + "\n".join(f"{name:>9}  {value}" for name, value in summary.items()))
-    if training_arguments.push_to_hub:
+    if trainer.is_world_process_zero():
+        folder = Path(training_arguments.output_dir)
+        if data_arguments.streaming:
+            samples = datasets.Dataset.from_list(list(evaluation.take(12)), features=evaluation.features)
+            sizes = "streamed"
+        else:
+            samples = evaluation.shuffle(seed=0).select(range(min(12, len(evaluation))))
+            sizes = f"{len(train)} images to train, {len(evaluation)} to evaluate"
+        summary = use_model(folder, samples, labels)
+        summary = {
+            "dataset": f"{data_arguments.dataset}: {sizes}, {len(labels)} classes",
+            "model": f"{model.num_parameters():,} parameters, saved in {folder}",
+            "accuracy": f"{metrics['eval_accuracy']:.1%} of the held-out images",
+            "training": f"{result.metrics['train_runtime']:.0f} s",
+            **summary,
+        }
+        print("\n" + "\n".join(f"{name:>9}  {value}" for name, value in summary.items()))
+    if training_arguments.push_to_hub:  # by all processes: each may hold a part of the model
         trainer.push_to_hub()
     return metrics
 

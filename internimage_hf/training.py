@@ -5,21 +5,29 @@ After `set_weight_decay_and_lr` (classification/optimizer.py) and `lr_decay_keyw
 of OpenGVLab/InternImage. Works for the classifier and for every model that holds an InternImage backbone.
 """
 
+import itertools
+import json
+import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, seed_worker
 from transformers.utils import logging
 
 from .configuration_internimage import InternImageConfig
-from .modeling_internimage import InternImageBackbone, InternImageModel
+from .modeling_internimage import InternImageBackbone, InternImageModel, InternImageTokenBatchNorm
 
 
 logger = logging.get_logger(__name__)
@@ -120,6 +128,71 @@ def parameter_groups(
     return list(groups.values())
 
 
+def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest complete checkpoint of a `Trainer` in its output folder; None if there is none, or no folder.
+
+    `Trainer` writes `trainer_state.json` last: a checkpoint in whose writing the process was killed has none that can be
+    read, and is passed over. `transformers.trainer_utils.get_last_checkpoint` returns it.
+    """
+    found = {}
+    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if (step := folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal():
+            found[int(step)] = folder
+    for _, folder in sorted(found.items(), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning(f"{folder} is not complete, it is passed over")
+        else:
+            return str(folder)
+    return None
+
+
+class EndlessStream(torch.utils.data.IterableDataset):
+    """A streamed dataset as training data: epoch after epoch without an end, each in an order of its own.
+
+    Over several processes, and workers of a data loader, each example comes exactly once per epoch; a process starts its
+    next epoch when its part is through, so parts of different sizes do not keep the others waiting. The order depends on
+    the seed and the epoch alone, and a resumed run skips what it has seen (which reads it again). A `Trainer` needs
+    `max_steps`, and the mix-in below if there are several processes.
+
+    Args:
+        dataset: a `datasets.IterableDataset`. Shards (files) are shuffled as a whole and go to the processes whole if their
+            number is a multiple of that of the processes; otherwise each process reads all and keeps its part.
+        transform: from a batch, a dictionary of lists, to another, as for `Dataset.with_transform`. It gets batches of one.
+        seed: of the order; the same on all processes.
+        buffer_size: examples are drawn at random from this many that were read ahead.
+    """
+
+    def __init__(
+        self, dataset, transform: Callable[[dict], dict] | None = None, seed: int = 0, buffer_size: int = 1000
+    ):
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+        self.buffer_size = buffer_size
+
+    def part(self, process: int, processes: int) -> "EndlessStream":
+        """What one of several processes reads."""
+        from datasets.distributed import split_dataset_by_node
+
+        dataset = split_dataset_by_node(self.dataset, rank=process, world_size=processes)
+        return EndlessStream(dataset, self.transform, self.seed, self.buffer_size)
+
+    def __iter__(self) -> Iterator[dict]:
+        for epoch in itertools.count():
+            is_empty = True
+            # A dataset of its own for each epoch: `set_epoch` is shared by the workers, which need not be in the same one.
+            for example in self.dataset.shuffle(seed=self.seed + epoch, buffer_size=self.buffer_size):
+                is_empty = False
+                if self.transform is not None:
+                    batch = self.transform({name: [value] for name, value in example.items()})
+                    example = {name: values[0] for name, values in batch.items()}
+                yield example
+            if is_empty:  # a worker more than there are shards
+                return
+
+
 @dataclass
 class InternImageTrainingFlags:
     """Flags to mix into a `TrainingArguments` class, read by `InternImageTrainerMixin`."""
@@ -133,13 +206,26 @@ class InternImageTrainingFlags:
     ema_decay: float | None = field(
         default=None, metadata={"help": "average the weights with this decay, evaluate and save the average"}
     )
+    sync_batch_norm: bool = field(
+        default=False,
+        metadata={"help": "BatchNorm over the batches of all GPUs; without it each process uses its own batch"},
+    )
 
 
 class InternImageTrainerMixin:
-    """Gives a `Trainer` the parameter groups and, with `ema_decay`, the averaged weights that its arguments ask for.
+    """Makes a `Trainer` do what the flags ask for, and what it lacks for sharded models and streamed datasets.
 
     `class MyTrainer(InternImageTrainerMixin, Trainer): pass`; the arguments may be any `TrainingArguments`, with or without
-    `InternImageTrainingFlags`. Evaluation sees the averaged weights; after training the model has them.
+    `InternImageTrainingFlags`.
+
+    - Parameter groups, and with `ema_decay` averaged weights: evaluation sees them, and after training the model has them.
+    - Under FSDP2 `save_model` and every checkpoint write the whole model, which `from_pretrained` loads, also where the
+      state to resume from is sharded. Evaluation uses the BatchNorm statistics of process 0, as DDP does: those are saved.
+    - An `EndlessStream` as training set is read by each process in part.
+    - `train(resume_from_checkpoint=True)` passes over a checkpoint that was not written to its end.
+
+    Raises:
+        ValueError: for `sync_batch_norm` without GPUs, or for a model whose BatchNorm layers it cannot replace.
     """
 
     def __init__(self, *args, **kwargs):
@@ -148,6 +234,12 @@ class InternImageTrainerMixin:
         if (decay := getattr(self.args, "ema_decay", None)) is not None:
             self.ema = EMACallback(decay)
             self.add_callback(self.ema)
+        if getattr(self.args, "sync_batch_norm", False):
+            if self.args.device.type == "cpu":
+                raise ValueError("`sync_batch_norm` needs GPUs, PyTorch has no synchronised BatchNorm for CPUs")
+            if any(isinstance(module, InternImageTokenBatchNorm) for module in self.model.modules()):
+                raise ValueError("`sync_batch_norm` is not possible with `use_clip_projector` and `norm_layer='BN'`")
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # in place: the model itself is no BatchNorm
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -165,11 +257,56 @@ class InternImageTrainerMixin:
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
-    def evaluate(self, *args, **kwargs):
-        if self.ema is None:
-            return super().evaluate(*args, **kwargs)
-        with self.ema.applied(self.model):
-            return super().evaluate(*args, **kwargs)
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        if not isinstance(self.train_dataset, EndlessStream):
+            return super().get_train_dataloader()
+        from accelerate.data_loader import prepare_data_loader
+
+        args = self.args
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset.part(args.process_index, args.world_size),
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
+        # "one process": the stream is this process's part already
+        return prepare_data_loader(
+            loader,
+            device=self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+        )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint is True:  # no checkpoint at all: `Trainer` says so
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
+        if self.ema is not None and isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            self.ema.resume_from = Path(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        with self.ema.applied(self.model) if self.ema is not None else nullcontext():
+            if self.is_fsdp_enabled:
+                for buffer in self.model.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
+            return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            state_dict = self.accelerator.get_state_dict(self.model)  # from all processes
+            if self.args.should_save:
+                self._save(output_dir, state_dict=state_dict)
+        if self.ema is not None and self.is_in_train:
+            # before `trainer_state.json`, which says that the checkpoint is complete
+            self.ema.save(Path(output_dir), self.args.should_save)
 
 
 class InternImageTrainer(InternImageTrainerMixin, Trainer):
@@ -179,21 +316,25 @@ class InternImageTrainer(InternImageTrainerMixin, Trainer):
 class EMACallback(TrainerCallback):
     """An exponential moving average of the weights and buffers, by `torch.optim.swa_utils`.
 
-    Checkpoints hold it as `ema.safetensors`, and resuming goes on with it. After training, the model gets the average:
-    that of the best checkpoint if `load_best_model_at_end`. For a single process and DDP.
+    Checkpoints hold it as `ema.safetensors`, a state dict of the model, and resuming goes on with it. After training, the
+    model gets the average: that of the best checkpoint if `load_best_model_at_end`. For a single process, DDP, and FSDP2,
+    where every process averages its own shards.
 
     Args:
         decay: of the average; 0.9998 upstream.
 
     Raises:
-        ValueError: if `decay` is not between 0 and 1.
+        ValueError: if `decay` is not between 0 and 1, or training starts under FSDP1 or DeepSpeed ZeRO-3, whose parameters
+            are not there as a whole or as shards of their own.
     """
 
     def __init__(self, decay: float = 0.9998):
         if not 0 <= decay < 1:
             raise ValueError(f"`ema_decay` must be at least 0 and below 1, got {decay!r}")
         self.decay = decay
-        self.averaged: AveragedModel | None = None
+        self.averaged: dict[str, torch.Tensor] | None = None
+        self.resume_from: Path | None = None
+        self._saved_in: Path | None = None
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -201,54 +342,113 @@ class EMACallback(TrainerCallback):
         if self.averaged is None:
             yield
             return
-        own = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        model.load_state_dict(self.averaged.module.state_dict())
+        own = _copy(model)
+        model.load_state_dict(self.averaged)
         try:
             yield
         finally:
             model.load_state_dict(own)
 
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Takes the model's weights into the average; the first time they are the average."""
+        if self.averaged is None:
+            self.averaged = _copy(model)
+            return
+        groups = defaultdict(list)
+        for name, tensor in model.state_dict().items():
+            groups[type(tensor), tensor.dtype, tensor.device].append((self.averaged[name], tensor))
+        average = get_ema_multi_avg_fn(self.decay)
+        for (_, dtype, _), pairs in groups.items():
+            means, values = (list(tensors) for tensors in zip(*pairs, strict=True))
+            if dtype.is_floating_point:
+                average(means, values, None)
+            else:  # counters
+                torch._foreach_copy_(means, values)
+
+    def save(self, folder: Path, should_write: bool = True) -> None:
+        """Writes the average, at once; a sharded one needs all processes, of which those with `should_write` write."""
+        if self.averaged is None:
+            return
+        tensors = {}
+        for name, tensor in self.averaged.items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if should_write:
+                tensors[name] = whole.cpu().contiguous()
+        if should_write:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / f"{EMA_FILE}.tmp")
+            os.replace(folder / f"{EMA_FILE}.tmp", folder / EMA_FILE)
+        self._saved_in = folder
+
+    def load(self, file: Path, model: nn.Module) -> None:
+        """Reads an average of `model`; a sharded model's is sharded likewise.
+
+        Raises:
+            ValueError: if the file is not of this model.
+        """
+        state, whole = model.state_dict(), load_file(file)
+        if {name: tensor.shape for name, tensor in whole.items()} != {name: t.shape for name, t in state.items()}:
+            raise ValueError(f"{file} holds the averaged weights of another model than this {type(model).__name__}")
+        self.averaged = {
+            # each process has read it all: nothing to send
+            name: distribute_tensor(whole[name].to(t.device), t.device_mesh, t.placements, src_data_rank=None)
+            if isinstance(t, DTensor)
+            else whole[name].to(t.device)
+            for name, t in state.items()
+        }
+
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True)
+        if any(hasattr(p, "ds_id") for p in model.parameters()):
+            raise ValueError("`ema_decay` is not possible with DeepSpeed ZeRO-3; FSDP2 is")
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            raise ValueError("`ema_decay` needs version 2 of FSDP (`fsdp_version: 2`), this is version 1")
+        self.averaged = self._saved_in = None
         if state.global_step == 0:
             return
-        folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
-        if isinstance(args.resume_from_checkpoint, str):
+        folders = [Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"]
+        if self.resume_from is not None:
+            folders.insert(0, self.resume_from)
+        elif isinstance(args.resume_from_checkpoint, str):
             folders.insert(0, Path(args.resume_from_checkpoint))
         for folder in folders:
             if (folder / EMA_FILE).is_file():
-                self._load(folder / EMA_FILE)
+                self.load(folder / EMA_FILE, model)
                 return
         logger.warning(f"no {EMA_FILE} in {folders[0]}: the average starts anew from the resumed weights")
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.averaged.update_parameters(model)
+        self.update(model)
 
     def on_save(self, args, state, control, **kwargs):
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            tensors = {name: t.detach().cpu().clone() for name, t in self.averaged.state_dict().items()}
-            save_file(tensors, folder / EMA_FILE)
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if folder != self._saved_in:  # by the mix-in, earlier
+            self.save(folder, args.should_save)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self.averaged is None:  # no step was left to do
+            return
         if args.load_best_model_at_end and state.best_model_checkpoint:
             file = Path(state.best_model_checkpoint) / EMA_FILE
             if file.is_file():
-                self._load(file)
+                self.load(file, model)
             else:  # written by a run without averaging
                 logger.warning(f"no {EMA_FILE} in {file.parent}: the model gets the last average, not the best one's")
-        model.load_state_dict(self.averaged.module.state_dict())
+        model.load_state_dict(self.averaged)
         self.averaged = None  # the model has it
 
-    def _load(self, file: Path) -> None:
-        self.averaged.load_state_dict(load_file(file))
+
+def _copy(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 __all__ = [
     "EMACallback",
+    "EndlessStream",
     "InternImageTrainer",
     "InternImageTrainerMixin",
     "InternImageTrainingFlags",
+    "last_checkpoint",
     "layer_distances",
     "parameter_groups",
 ]

@@ -1,10 +1,13 @@
 """The example programs, on small inputs."""
 
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import torch
 from conftest import FIXTURES, ROOT
 from PIL import Image
 from safetensors.torch import load_file
+from sklearn.metrics import jaccard_score
 
 
 def run_example(name: str, *arguments: object, expect: int = 0) -> str:
@@ -83,3 +87,274 @@ def test_classification_recipe_file_and_bad_flags(photos, tmp_path):
     assert "16 images to train, 8 to evaluate, 10 classes" in output
     error = run_example("image_classification.py", "--dataset", photos, "--label_column", "kind", *common, expect=1)
     assert "--label_column kind is not a column" in error
+
+
+# --- detection and segmentation: in this process, which has loaded the libraries once
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """The example programs as modules, as Python finds what a script imports from its own folder."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        names = ("embedded_data", "common", "object_detection", "semantic_segmentation")
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    finally:
+        sys.path.remove(str(ROOT / "examples"))
+
+
+@pytest.fixture(scope="module")
+def scenes(programs):
+    return programs.embedded_data.load_digit_scenes(train=9, evaluation=4, size=64)
+
+
+@pytest.fixture(scope="module")
+def coco_folder(scenes, tmp_path_factory) -> Path:
+    """COCO's layout: ids with gaps, images of two sizes, one of them without objects, a crowd."""
+    root = tmp_path_factory.mktemp("coco")
+    (root / "annotations").mkdir()
+    for split, name in (("train", "train2017"), ("validation", "val2017")):
+        (root / name).mkdir()
+        images, annotations = [], []
+        for i, scene in enumerate(scenes[split]):
+            scale = 1 + i % 2
+            image = scene["image"].resize((64 * scale, 96 * scale))  # higher than wide
+            image.save(root / name / f"{i:06}.jpg", quality=95)
+            images.append(
+                {"id": 1000 + 7 * i, "file_name": f"{i:06}.jpg", "width": image.width, "height": image.height}
+            )
+            if i == 1:
+                continue
+            for (x, y, width, height), category in zip(
+                scene["objects"]["bbox"], scene["objects"]["category"], strict=True
+            ):
+                box = [x * scale, 1.5 * y * scale, width * scale, 1.5 * height * scale]
+                annotations.append(
+                    {
+                        "id": 1 + len(annotations),
+                        "image_id": images[-1]["id"],
+                        "category_id": 3 + 5 * category,
+                        "bbox": box,
+                        "area": box[2] * box[3],
+                        "iscrowd": int(i == 2),
+                    }
+                )
+        categories = [{"id": 3 + 5 * i, "name": f"the {i}"} for i in reversed(range(10))]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture(scope="module")
+def mask_folder(scenes, tmp_path_factory) -> Path:
+    """ADE20K's layout and numbers: 0 is no class, the background is 1. Masks as palette images."""
+    root = tmp_path_factory.mktemp("masks")
+    for split, name in (("train", "training"), ("validation", "validation")):
+        for kind in ("images", "annotations"):
+            (root / kind / name).mkdir(parents=True)
+        for i, scene in enumerate(scenes[split]):
+            scene["image"].resize((96, 64)).save(root / "images" / name / f"{i}.jpg")
+            mask = np.asarray(scene["annotation"].resize((96, 64), Image.Resampling.NEAREST)) + 1
+            mask[:4] = 0
+            palette = Image.fromarray(mask.astype(np.uint8)).convert("P")
+            palette.putdata(mask.flatten().tolist())
+            palette.save(root / "annotations" / name / f"{i}.png")
+    names = {i: "background" if i == 0 else f"the {i - 1}" for i in range(11)}
+    (root / "id2label.json").write_text(json.dumps(names))
+    return root
+
+
+SMALL_DETECTOR = {"decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16}
+SMALL_HEADS = {
+    "rt_detr": {**SMALL_DETECTOR, "encoder_hidden_dim": 16, "decoder_in_channels": [16] * 3, "num_queries": 10},
+    "deformable_detr": {**SMALL_DETECTOR, "d_model": 32, "two_stage_num_proposals": 10},
+    "detr": SMALL_DETECTOR,
+    "upernet": {"hidden_size": 16, "auxiliary_channels": 8},
+    "mask2former": {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "decoder_layers": 2, "train_num_points": 64},
+}  # fmt: skip
+FEW_STEPS = [
+    "--per_device_train_batch_size", 4, "--per_device_eval_batch_size", 2, "--max_steps", 4, "--warmup_steps", 0,
+    "--eval_strategy", "steps", "--eval_steps", 2, "--save_strategy", "steps", "--save_steps", 2, "--use_cpu",
+    "--disable_tqdm", "true", "--picture_samples", 2, "--logging_strategy", "no",
+]  # fmt: skip
+
+
+def run_main(program, *arguments: object) -> dict[str, float]:
+    return program.main([str(argument) for argument in arguments])
+
+
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def check_outputs(folder: Path, metrics: dict[str, float], metric: str) -> None:
+    results = json.loads((folder / "all_results.json").read_text())
+    assert results[metric] == metrics[metric] and "train_loss" in results
+    assert (folder / "preprocessor_config.json").is_file() and (folder / "config.json").is_file()
+    with Image.open(folder / "predictions.png") as picture:
+        assert picture.width > 300
+    assert json.loads((folder / "trainer_state.json").read_text())["best_metric"] == pytest.approx(metrics[metric])
+
+
+def check_resume(program, flags: list, folder: Path) -> None:
+    """Killed after its first checkpoint, in mid-epoch, and resumed: the last checkpoint has the same weights."""
+    expected = saved_weights(folder / "checkpoint-4")
+    shutil.rmtree(folder / "checkpoint-4")
+    run_main(program, *flags, "--resume_from_checkpoint", "last")
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 4
+    for name, tensor in saved_weights(folder / "checkpoint-4").items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("head", ["rt_detr", "deformable_detr", "detr"])
+def test_detection_on_a_coco_folder(programs, coco_folder, tmp_path, head):
+    flags = [
+        "--dataset", coco_folder, "--head", head, "--head_config_overrides", json.dumps(SMALL_HEADS[head]),
+        "--image_size", 64, "--output_dir", tmp_path, *FEW_STEPS,
+    ]  # fmt: skip
+    metrics = run_main(programs.object_detection, *flags)
+    assert {"eval_map", "eval_map_50", "eval_map_75", "eval_mar_100", "eval_loss"} <= set(metrics)
+    check_outputs(tmp_path, metrics, "eval_map")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["id2label"] == {str(i): f"the {i}" for i in range(10)}
+    check_resume(programs.object_detection, flags, tmp_path)
+    again = run_main(
+        programs.object_detection, *flags[:2], "--model", tmp_path, "--output_dir", tmp_path / "again", *FEW_STEPS,
+        "--learning_rate", 0, "--remote_code",
+    )  # fmt: skip
+    assert again["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    assert again["eval_map"] == pytest.approx(metrics["eval_map"], abs=1e-6)
+    assert (tmp_path / "again" / "modeling_internimage_head.py").is_file()
+
+
+@pytest.mark.parametrize("head", ["upernet", "mask2former"])
+def test_segmentation_on_folders(programs, mask_folder, tmp_path, head):
+    flags = [
+        "--dataset", mask_folder, "--reduce_labels", "--head", head, "--image_size", 64,
+        "--head_config_overrides", json.dumps(SMALL_HEADS[head]), "--output_dir", tmp_path, *FEW_STEPS,
+    ]  # fmt: skip
+    metrics = run_main(programs.semantic_segmentation, *flags)
+    assert {"eval_mean_iou", "eval_mean_accuracy", "eval_overall_accuracy", "eval_loss"} <= set(metrics)
+    check_outputs(tmp_path, metrics, "eval_mean_iou")
+    assert json.loads((tmp_path / "config.json").read_text())["id2label"]["10"] == "the 9"
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["do_reduce_labels"] is True
+    check_resume(programs.semantic_segmentation, flags, tmp_path)
+    again = run_main(
+        programs.semantic_segmentation, *flags[:3], "--model", tmp_path, "--output_dir", tmp_path / "again", *FEW_STEPS,
+        "--learning_rate", 0, "--remote_code",
+    )  # fmt: skip
+    if head == "upernet":  # batch norm's running averages go on at any learning rate
+        again = {"eval_mean_iou": again["eval_mean_iou"]}
+        assert 0 <= again["eval_mean_iou"] <= 1
+    else:
+        assert again["eval_mean_iou"] == pytest.approx(metrics["eval_mean_iou"], abs=1e-6)
+    assert (tmp_path / "again" / "modeling_internimage_head.py").is_file()
+
+
+def test_coco_metrics_of_the_truth_are_perfect(programs, coco_folder):
+    """Through the model's own terms: fractions of a padded batch, from which `detect` must find the way back."""
+    detection = programs.object_detection
+    data = detection.DetectionDataArguments(dataset=str(coco_folder))
+    train, evaluation, labels = detection.load_splits(data, seed=0)
+    assert labels == [f"the {i}" for i in range(10)] and len(train) == 9 and len(evaluation) == 4
+    assert evaluation[1]["objects"]["bbox"] == [] and set(evaluation[2]["objects"]["iscrowd"]) == {1}
+    processor = detection.HEADS["deformable_detr"].processor(size={"shortest_edge": 48, "longest_edge": 80})
+    examples = [dict(evaluation[i]) for i in range(4)]
+    for example in examples[::2]:
+        example["image"] = example["image"].rotate(90, expand=True)  # the batch is padded in both directions
+        example["objects"] = dict(example["objects"])
+        height = example["image"].height
+        example["objects"]["bbox"] = [[y, height - x - w, h, w] for x, y, w, h in example["objects"]["bbox"]]
+    batch = detection.Collate(processor)(examples)
+    assert len(batch["labels"][1]["boxes"]) == 0 and len(batch["labels"][2]["boxes"]) == 0
+    assert 0 < batch["pixel_mask"].float().mean() < 1
+    logits, boxes = torch.full((4, 10, 10), -20.0), torch.full((4, 10, 4), 0.5)
+    for i, label in enumerate(batch["labels"]):
+        for j, (box, category) in enumerate(zip(label["boxes"], label["class_labels"], strict=True)):
+            boxes[i, j], logits[i, j, category] = box, 20.0
+    sizes = torch.stack([label["orig_size"] for label in batch["labels"]])
+    found = detection.detect(processor, SimpleNamespace(logits=logits, pred_boxes=boxes), sizes, batch["pixel_mask"])
+    rows = np.stack(
+        [
+            np.concatenate([one["boxes"], one["scores"][:, None], one["labels"][:, None]], axis=1)
+            for one in found
+        ]
+    )  # fmt: skip
+
+    class Rotated(list):
+        def select_columns(self, names):
+            return self
+
+    metrics = detection.CocoMetrics(Rotated(examples), labels)(
+        SimpleNamespace(predictions=rows, label_ids=np.arange(4))
+    )
+    assert metrics["map"] == pytest.approx(1.0) and metrics["mar_100"] == pytest.approx(1.0)
+    rows[..., :4] += 1000
+    metrics = detection.CocoMetrics(Rotated(examples), labels)(
+        SimpleNamespace(predictions=rows, label_ids=np.arange(4))
+    )
+    assert metrics["map"] == 0.0
+
+
+def test_mean_iou_is_that_of_scikit_learn(programs):
+    rng = np.random.default_rng(0)
+    masks, predicted = rng.integers(0, 7, (5, 40, 30)), rng.integers(0, 7, (5, 40, 30))
+    masks[masks == 6] = 255
+    masks[masks == 4] = 3  # a class that is predicted only
+    areas = [
+        programs.semantic_segmentation.class_areas(torch.tensor(p), torch.tensor(m), 9, 255).numpy()
+        for p, m in zip(predicted, masks, strict=True)
+    ]
+    metrics = programs.semantic_segmentation.segmentation_metrics(SimpleNamespace(predictions=np.stack(areas)))
+    counted = masks != 255
+    expected = jaccard_score(masks[counted], predicted[counted], average="macro")
+    assert metrics["mean_iou"] == pytest.approx(expected)
+    assert metrics["overall_accuracy"] == pytest.approx((masks == predicted)[counted].mean())
+
+
+def test_random_transformations_depend_on_seed_epoch_and_index_alone(programs, scenes):
+    data = programs.semantic_segmentation.SegmentationDataArguments(random_flip=True)
+    transform = programs.semantic_segmentation.training_transform(data, 48, 64)
+    rows = [{"image": s["image"], "mask": np.asarray(s["annotation"])} for s in scenes["train"]]
+    first, second = (programs.common.RandomlyTransformed(rows, transform, seed=3) for _ in range(2))
+    one, other = first[2], second[2]
+    assert one["image"].size == (64, 48) and one["mask"].shape == (48, 64)
+    assert np.array_equal(np.asarray(one["image"]), np.asarray(other["image"]))
+    assert np.array_equal(one["mask"], other["mask"])
+    second.epoch.fill_(1)
+    assert not np.array_equal(np.asarray(one["image"]), np.asarray(second[2]["image"]))
+    for s in scenes["train"]:
+        assert set(np.unique(s["annotation"])) <= {0, *(1 + c for c in s["objects"]["category"])}
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "message"),
+    [
+        ("object_detection", ["--head_config_overrides", '{"queries": 1}'], "queries is not a field of RTDetrConfig"),
+        ("object_detection", ["--head_config_overrides", "{"], "--head_config_overrides is not JSON"),
+        ("object_detection", ["--random_crop_scale", 0], "--random_crop_scale must be above 0"),
+        ("object_detection", ["--train_annotations", "no.json"], "--train_annotations no.json is not a file"),
+        ("object_detection", ["--train_images", "nowhere"], "name their folder by --train_images"),
+        ("semantic_segmentation", ["--per_device_train_batch_size", 1], "batches of at least 2 images"),
+        ("semantic_segmentation", ["--ignore_index", 300], "--ignore_index must be 0 to 255"),
+        ("semantic_segmentation", [], "a mask has the class 11, but there are 11 classes"),
+        ("semantic_segmentation", ["--mask_column", "mask"], "--mask_column mask is not a column"),
+    ],
+)
+def test_bad_flags_of_detection_and_segmentation(
+    programs, coco_folder, mask_folder, tmp_path, program, flags, message
+):
+    folder = coco_folder if program == "object_detection" else mask_folder
+    with pytest.raises(ValueError, match=message):
+        run_main(getattr(programs, program), "--dataset", folder, "--output_dir", tmp_path, *FEW_STEPS, *flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "metric", "least"),
+    [("object_detection", "eval_map_50", 0.5), ("semantic_segmentation", "eval_mean_iou", 0.6)],
+)
+def test_programs_learn_the_embedded_data(tmp_path, program, metric, least):
+    output = run_example(f"{program}.py", "--output_dir", tmp_path)
+    assert "predictions.png" in output
+    assert json.loads((tmp_path / "all_results.json").read_text())[metric] >= least

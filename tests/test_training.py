@@ -182,7 +182,7 @@ def test_averaged_weights_resume_and_are_evaluated(tmp_path):
 
     ema = EMACallback(0.5)
     model = classifier()
-    ema.on_train_begin(flags(tmp_path), type("State", (), {"global_step": 0}), None, model=model)
+    ema.update(model)
     before = model.classifier.weight.detach().clone()
     with torch.no_grad():
         model.classifier.weight.add_(1)
@@ -206,7 +206,7 @@ def test_the_best_checkpoints_average_is_what_remains(tmp_path):
 
     best = load_file(f"{trainer.state.best_model_checkpoint}/{EMA_FILE}")
     for name, tensor in trainer.model.state_dict().items():
-        assert torch.equal(tensor, best[f"module.{name}"]), name
+        assert torch.equal(tensor, best[name]), name
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-4)
 
@@ -218,3 +218,21 @@ def test_going_on_from_a_run_without_average(tmp_path, caplog):
     trainer = train(tmp_path, max_steps=8, ema_decay=0.5, resume=str(tmp_path / "checkpoint-4"), **options)
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
     assert sum(EMA_FILE in record.getMessage() for record in caplog.records) == 2
+
+
+def test_what_cannot_be_averaged(tmp_path):
+    state = type("State", (), {"global_step": 0})
+    model = classifier()
+    model.classifier.weight.ds_id = 0  # DeepSpeed's mark of a parameter that is elsewhere
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        EMACallback(0.5).on_train_begin(flags(tmp_path), state, None, model=model)
+    ema = EMACallback(0.5)
+    ema.update(classifier(num_labels=7))
+    ema.save(tmp_path)
+    with pytest.raises(ValueError, match="another model"):
+        ema.load(tmp_path / EMA_FILE, classifier())
+
+
+def test_synchronised_batch_norm_needs_gpus(tmp_path):
+    with pytest.raises(ValueError, match="sync_batch_norm"):
+        InternImageTrainer(model=classifier(), args=flags(tmp_path, sync_batch_norm=True))

@@ -1,0 +1,272 @@
+"""What the example programs share: flags, data sets, backbones, the Trainer, and the order of things at the end."""
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
+
+from internimage_hf import InternImageBackbone, InternImageConfig
+from internimage_hf.remote_code import write_remote_code
+from internimage_hf.training import InternImageTrainer, InternImageTrainingFlags, last_checkpoint
+
+
+# albumentations asks PyPI for a newer version of itself when it is imported, and waits for the answer
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+VARIANTS = ("t", "s", "b", "l", "xl", "h", "g")
+
+
+@dataclass
+class DataArguments:
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a dataset on the Hub"})
+    image_column: str = field(default="image", metadata={"help": "column of the images"})
+    eval_fraction: float = field(
+        default=0.2, metadata={"help": "part held out for evaluation if the dataset has no validation or test split"}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "train on this many images at most"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on this many images at most"})
+    random_flip: bool | None = field(
+        default=None, metadata={"help": "mirror half of the training images; by default all but digits"}
+    )
+    color_jitter: bool = field(
+        default=True, metadata={"help": "change brightness, contrast, hue and saturation of training images at random"}
+    )
+    picture_samples: int = field(
+        default=6, metadata={"help": "images of the evaluation set in the picture of predictions"}
+    )
+
+
+@dataclass
+class ModelArguments:
+    model: str | None = field(
+        default=None,
+        metadata={"help": "a trained model of this program (folder or Hub id) to go on from; the head comes with it"},
+    )
+    backbone: str | None = field(
+        default=None,
+        metadata={
+            "help": "an InternImage checkpoint (folder or Hub id) whose backbone is taken, or t, s, b, l, xl, h, g for "
+            "one of these untrained; a small untrained backbone under a small head if absent"
+        },
+    )
+    drop_path_rate: float | None = field(
+        default=None, metadata={"help": "stochastic depth of the backbone; its own if absent"}
+    )
+    head_config_overrides: str | None = field(
+        default=None, metadata={"help": 'fields of the head\'s configuration as JSON, such as {"num_queries": 100}'}
+    )
+
+
+@dataclass
+class HeadTrainingArguments(InternImageTrainingFlags, TrainingArguments):
+    """`TrainingArguments` with the defaults of the embedded data, and the flags of `internimage_hf.training`."""
+
+    remote_code: bool = field(
+        default=False,
+        metadata={"help": "save the package's code with the model, for readers who do not have the package"},
+    )
+    weight_decay: float = 0.05
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.1
+    eval_strategy: str = "epoch"
+    save_strategy: str = "epoch"
+    save_total_limit: int | None = 2
+    load_best_model_at_end: bool = True
+    logging_strategy: str = "epoch"
+    remove_unused_columns: bool | None = False
+    dataloader_pin_memory: bool = torch.cuda.is_available()
+    report_to: None | str | list[str] = "none"  # noqa: RUF036 (HfArgumentParser wants this order)
+    seed: int = 0
+
+
+def train_and_held_out(
+    splits: datasets.DatasetDict, arguments: DataArguments, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The split `train` and one to evaluate on: `validation`, `test` or a part of `train`; both cut to the flags' sizes.
+
+    Raises:
+        ValueError: if there is no split `train`, or one of the two is empty.
+    """
+    if "train" not in splits:
+        raise ValueError(f"--dataset has no split `train`, only {', '.join(splits)}")
+    held_out = next((name for name in ("validation", "test") if name in splits), None)
+    if held_out is None:
+        splits = splits["train"].train_test_split(test_size=arguments.eval_fraction, seed=seed)
+        held_out = "test"
+    pair = []
+    for dataset, most, flag in (
+        (splits["train"], arguments.max_train_samples, "--max_train_samples"),
+        (splits[held_out], arguments.max_eval_samples, "--max_eval_samples"),
+    ):
+        if most is not None:
+            dataset = dataset.shuffle(seed=seed).select(range(min(most, len(dataset))))
+        if len(dataset) == 0:
+            raise ValueError(f"no images are left: look at --dataset and {flag}")
+        pair.append(dataset)
+    return pair[0], pair[1]
+
+
+def check_column(splits: datasets.DatasetDict, name: str, flag: str) -> None:
+    """
+    Raises:
+        ValueError: if a split has no such column.
+    """
+    for features in splits.column_names.values():
+        if name not in features:
+            raise ValueError(f"--{flag} {name} is not a column of the dataset, which has {', '.join(features)}")
+
+
+def head_overrides(arguments: ModelArguments) -> dict:
+    """
+    Raises:
+        ValueError: if `--head_config_overrides` is not a JSON object.
+    """
+    if arguments.head_config_overrides is None:
+        return {}
+    try:
+        fields = json.loads(arguments.head_config_overrides)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--head_config_overrides is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"--head_config_overrides must be a JSON object, got {arguments.head_config_overrides}")
+    return fields
+
+
+def make_backbone(arguments: ModelArguments, out_features: list[str]) -> InternImageBackbone:
+    """The backbone that the flags name, with its weights where they are trained."""
+    fields = {"out_features": out_features}
+    if arguments.drop_path_rate is not None:
+        fields["drop_path_rate"] = arguments.drop_path_rate
+    if arguments.backbone is None:
+        return InternImageBackbone(InternImageConfig(channels=32, depths=[1, 1, 2, 1], groups=[2, 4, 8, 16], **fields))
+    if arguments.backbone in VARIANTS:
+        return InternImageBackbone(InternImageConfig.from_variant(arguments.backbone, **fields))
+    return InternImageBackbone.from_pretrained(arguments.backbone, **fields)
+
+
+def backbone_of(model: PreTrainedModel) -> InternImageBackbone:
+    """The InternImage in a head.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, InternImageBackbone):
+            return module
+    raise ValueError(f"--model holds no InternImage backbone, it is a {type(model).__name__}")
+
+
+def build_head(
+    model_class: type[PreTrainedModel],
+    config_class: type[PreTrainedConfig],
+    backbone: InternImageBackbone,
+    arguments: ModelArguments,
+    **fields,
+) -> PreTrainedModel:
+    """An untrained head on the backbone. `--head_config_overrides` win over `fields`.
+
+    Raises:
+        ValueError: if an override is not a field of the head's configuration.
+    """
+    overrides = head_overrides(arguments)
+    if unknown := [name for name in overrides if not hasattr(config_class(backbone_config=backbone.config), name)]:
+        raise ValueError(f"--head_config_overrides: {', '.join(unknown)} is not a field of {config_class.__name__}")
+    model = model_class(config_class(backbone_config=backbone.config, **{**fields, **overrides}))
+    backbone_of(model).load_state_dict(backbone.state_dict())
+    return model
+
+
+def model_type_of(name: str) -> str:
+    """The `model_type` of a saved model."""
+    config, _ = PreTrainedConfig.get_config_dict(name)
+    return config.get("model_type", "")
+
+
+class RandomlyTransformed(torch.utils.data.Dataset):
+    """A dataset whose examples go through a random transformation of albumentations.
+
+    The outcome depends on seed, epoch and index alone. A run that was interrupted in mid-epoch and resumed sees the same
+    images as one that was not, with any number of workers and processes.
+
+    Args:
+        dataset: what is transformed.
+        transform: `transform(example, seed)` returns the transformed example.
+        seed: of the run.
+    """
+
+    def __init__(self, dataset, transform: Callable[[dict, int], dict], seed: int):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        # shared with workers that outlive an epoch
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        seed = np.random.SeedSequence((self.seed, int(self.epoch), index)).generate_state(1)[0]
+        return self.transform(self.dataset[index], int(seed))
+
+
+class _CountEpochs(TrainerCallback):
+    def __init__(self, dataset: RandomlyTransformed):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.dataset.epoch.fill_(int(state.epoch))
+
+
+class HeadTrainer(InternImageTrainer):
+    """`InternImageTrainer` for a head of transformers, with the package's code beside what is saved if asked."""
+
+    def __init__(self, *, model: PreTrainedModel, train_dataset: RandomlyTransformed, **kwargs):
+        # The heads take any keyword, from which Trainer concludes that they scale the loss by the number of targets in
+        # all accumulated batches. They average over the batch.
+        model.accepts_loss_kwargs = False
+        # By default some heads are saved under older parameter names. `from_pretrained` translates them back, but Trainer
+        # does not: a resumed run, and the best model at the end, would silently lack the backbone's weights.
+        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+        self.head_class = type(model)  # FSDP changes the model's class
+        super().__init__(model=model, train_dataset=train_dataset, **kwargs)
+        self.add_callback(_CountEpochs(train_dataset))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        super().save_model(output_dir, _internal_call)
+        folder = output_dir or self.args.output_dir
+        if self.args.remote_code and self.args.should_save and (Path(folder) / "config.json").is_file():
+            write_remote_code(folder, self.head_class)
+
+    @torch.no_grad()
+    def predict_batch(self, model, inputs) -> tuple[torch.Tensor, object, dict]:
+        """The loss, the model's outputs, and the inputs on its device."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            outputs = model(**inputs)
+        return outputs.loss.detach().mean(), outputs, inputs
+
+
+def train_evaluate_save(trainer: HeadTrainer) -> tuple[dict[str, float], dict[str, float]]:
+    """Trains (or goes on), evaluates and saves the best model; returns the metrics of training and of evaluation."""
+    result = trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args))
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_metrics("all", {**result.metrics, **metrics})
+    trainer.save_state()
+    return result.metrics, metrics
+
+
+def finish(trainer: HeadTrainer, picture: Callable[[Path], None], summary: dict[str, object]) -> None:
+    """Draws the picture and prints the summary on the first process, then pushes all of it to the Hub if asked."""
+    if trainer.is_world_process_zero():
+        file = Path(trainer.args.output_dir) / "predictions.png"
+        picture(file)
+        width = max(map(len, (*summary, "picture")))
+        print("\n" + "\n".join(f"{name:>{width}}  {value}" for name, value in {**summary, "picture": file}.items()))
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()

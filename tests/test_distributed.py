@@ -1,0 +1,420 @@
+"""Training in several processes, on CPUs by gloo, and after a crash: the same as in one go in one process."""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from distributed_worker import GLOBAL_BATCH, IMAGES, make_stream, train
+from PIL import Image
+from safetensors.torch import load_file
+
+from internimage_hf import InternImageForImageClassification, InternImageImageProcessor
+from internimage_hf.training import EMA_FILE, last_checkpoint
+
+
+pytest.importorskip("accelerate")
+
+CONFIGURATIONS = ROOT / "examples" / "accelerate"
+TESTS = Path(__file__).parent
+STEPS = 9
+CHECKPOINT = 4
+
+
+def launch(engine: str, program: Path, *arguments: object, processes: int = 2, check: bool = True) -> str:
+    """`accelerate launch` with a configuration of the examples; whatever happens, none of its processes is left."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shim = [TESTS / "fsdp_on_cpu.py"] if engine == "fsdp2" else []
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGURATIONS / f"{engine}.yaml",
+        "--num_processes", processes, "--main_process_port", port, *shim, program, *arguments,
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [*map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    try:
+        output, _ = process.communicate(timeout=400)
+    finally:
+        for pid in _descendants(process.pid):
+            os.kill(pid, signal.SIGKILL)
+    assert not check or process.returncode == 0, output[-4000:]
+    return output
+
+
+def _descendants(session: int) -> list[int]:
+    """The processes that run in the session that a process began (torchrun gives its workers process groups of their own)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def run(engine: str, *runs: dict, processes: int = 2, check: bool = True) -> str:
+    runs = [{name: str(v) if isinstance(v, Path) else v for name, v in r.items()} for r in runs]
+    return launch(engine, TESTS / "distributed_worker.py", json.dumps(runs), processes=processes, check=check)
+
+
+def result(folder: Path, process: int = 0) -> dict:
+    return json.loads((folder / f"result_{process}.json").read_text())
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def difference(one: Path, other: Path, statistics: bool = True) -> float:
+    """The largest difference of two models' weights."""
+    one, other = load_file(one), load_file(other)
+    assert one.keys() == other.keys()
+    own = ("running_mean", "running_var", "num_batches_tracked")
+    names = [name for name in one if statistics or not name.endswith(own)]
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in names)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As in the processes that the tests start: sums are then of the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> Path:
+    """What one process gives: with the head's BatchNorm frozen, with its own statistics, and averaged weights."""
+    folder = tmp_path_factory.mktemp("single")
+    train(str(folder / "frozen"))
+    # BatchNorm sees the batch of its process alone, so what two processes do is what one does with two micro-batches.
+    train(str(folder / "batch_statistics"), frozen_statistics=False, micro_batches=2)
+    train(str(folder / "ema"), ema_decay=0.8, save_steps=CHECKPOINT)
+    return folder
+
+
+def runs(folder: Path) -> list[dict]:
+    return [
+        {"folder": folder / "frozen"},
+        {"folder": folder / "batch_statistics", "frozen_statistics": False},
+        {"folder": folder / "ema", "ema_decay": 0.8},
+        {"folder": folder / "stream", "stream": True, "max_steps": 14},
+    ]
+
+
+def check_equal(folder: Path, single: Path) -> None:
+    for name in ("frozen", "batch_statistics", "ema"):
+        off = difference(
+            folder / name / "model.safetensors", single / name / "model.safetensors", name != "batch_statistics"
+        )
+        expected = torch.tensor(losses(single / name))
+        off_loss = (torch.tensor(losses(folder / name)) - expected).abs().max().item()
+        print(f"{name}: weights differ by {off:.1e}, losses by {off_loss:.1e}")
+        assert len(expected) == STEPS and off < 1e-5 and off_loss < 1e-5
+        assert result(folder / name)["rates"] == result(single / name)["rates"]
+        assert len(result(folder / name)["rates"]) > 10  # by layer, offsets, with and without weight decay
+        # all processes evaluate the same model, also where their BatchNorm statistics were their own
+        found = [result(folder / name, process)["evaluation"]["eval_loss"] for process in range(2)]
+        assert found[0] == pytest.approx(found[1], rel=1e-6)
+        if name != "batch_statistics":
+            assert found[0] == pytest.approx(result(single / name)["evaluation"]["eval_loss"], rel=1e-5)
+    assert difference(single / "ema" / "model.safetensors", single / "frozen" / "model.safetensors") > 1e-5
+
+
+def check_stream(folder: Path, steps: int = 14) -> None:
+    """Two processes see every image once per epoch: 14 steps are two epochs of 48 and 16 images."""
+    seen = [result(folder, process)["seen"][:steps] for process in range(2)]  # one batch more is read ahead
+    each = [[i for batch in batches for i in batch] for batches in seen]
+    assert [len(indices) for indices in each] == [steps * GLOBAL_BATCH // 2] * 2
+    assert each == [drawn(process, 2, steps * GLOBAL_BATCH // 2) for process in range(2)]
+
+
+def drawn(process: int, processes: int, count: int) -> list[int]:
+    iterator = iter(make_stream().part(process, processes))
+    return [next(iterator)["index"] for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ddp")
+    run("ddp", *runs(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("fsdp2")
+    run("fsdp2", *runs(folder))
+    return folder
+
+
+def test_ddp_is_training_in_one_process(single, ddp):
+    assert result(ddp / "frozen")["engine"].endswith("MULTI_CPU")
+    check_equal(ddp, single)
+    check_stream(ddp / "stream")
+
+
+def test_fsdp2_is_training_in_one_process(single, fsdp2):
+    assert result(fsdp2 / "frozen")["engine"].endswith("FSDP")
+    assert "FSDPInternImageLayer" in result(fsdp2 / "frozen")["sharded"]  # by `_no_split_modules`
+    check_equal(fsdp2, single)
+    check_stream(fsdp2 / "stream")
+
+
+def test_what_fsdp2_wrote_loads_into_one_process(single, fsdp2):
+    """The model and every checkpoint, though the state to resume from is sharded."""
+    assert list((fsdp2 / "frozen" / "checkpoint-4").glob("optimizer_0/*.distcp"))
+    pixel_values = torch.randn(2, 3, 32, 32)
+    for name in ("frozen", "frozen/checkpoint-4"):
+        logits = []
+        for folder in (single, fsdp2):
+            model, info = InternImageForImageClassification.from_pretrained(folder / name, output_loading_info=True)
+            assert not info["missing_keys"] and not info["unexpected_keys"]
+            with torch.no_grad():
+                logits.append(model.eval()(pixel_values).logits)
+        torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+    off = difference(single / "ema" / "checkpoint-4" / EMA_FILE, fsdp2 / "ema" / "checkpoint-4" / EMA_FILE)
+    assert off < 1e-5
+
+
+@pytest.mark.slow
+def test_fsdp2_resumes_under_another_number_of_processes(single, fsdp2, tmp_path):
+    """2 to 1 and 1 to 2: weights, optimiser, schedule, average and place in the data."""
+    one = [
+        {"folder": tmp_path / "2to1", "ema_decay": 0.8, "resume": fsdp2 / "ema" / "checkpoint-4"},
+        {"folder": tmp_path / "1", "ema_decay": 0.8},
+    ]
+    run("fsdp2", *one, processes=1)
+    run("fsdp2", {"folder": tmp_path / "1to2", "ema_decay": 0.8, "resume": tmp_path / "1" / "checkpoint-4"})
+    for name in ("2to1", "1", "1to2"):
+        off = difference(tmp_path / name / "model.safetensors", single / "ema" / "model.safetensors")
+        print(f"{name}: {off:.1e}")
+        assert off < 1e-5
+    both = zip(*(result(tmp_path / "1to2", process)["seen"] for process in range(2)), strict=True)
+    images = [sorted(itertools.chain(*batches)) for batches in both]
+    left = STEPS - CHECKPOINT
+    assert images[:left] == [sorted(batch) for batch in result(tmp_path / "1")["seen"][CHECKPOINT:STEPS]]
+
+
+@pytest.mark.slow
+def test_ddp_resumes_under_another_number_of_processes(single, ddp, tmp_path):
+    train(str(tmp_path / "2to1"), ema_decay=0.8, resume=str(ddp / "ema" / "checkpoint-4"))
+    run("ddp", {"folder": tmp_path / "1to2", "ema_decay": 0.8, "resume": single / "ema" / "checkpoint-4"})
+    for name in ("2to1", "1to2"):
+        assert difference(tmp_path / name / "model.safetensors", single / "ema" / "model.safetensors") < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes_one_of_them_killed(engine, tmp_path):
+    options = {"ema_decay": 0.8, "drop_path_rate": 0.3}
+    run(engine, {"folder": tmp_path / "parts", "kill_at": 7, **options}, check=False)
+    assert last_checkpoint(tmp_path / "parts") == str(tmp_path / "parts" / "checkpoint-4")
+    run(
+        engine,
+        {"folder": tmp_path / "parts", "resume": tmp_path / "parts" / "checkpoint-4", **options},
+        {"folder": tmp_path / "whole", **options},
+    )
+    assert difference(tmp_path / "parts" / "model.safetensors", tmp_path / "whole" / "model.safetensors") < 1e-6
+
+
+@pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_killed_and_resumed(stream, tmp_path):
+    """Killed within the second epoch; and what it was writing then is passed over."""
+    options = {"ema_decay": 0.8, "drop_path_rate": 0.3, "stream": stream, "max_steps": 12}
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    command = [
+        sys.executable,
+        TESTS / "distributed_worker.py",
+        json.dumps([{"folder": str(parts), "kill_at": 11, **options}]),
+    ]
+    killed = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert sorted(f.name for f in parts.iterdir()) == ["checkpoint-4", "checkpoint-8"]
+    unfinished = parts / "checkpoint-10"
+    unfinished.mkdir()
+    (unfinished / "model.safetensors").write_bytes(b"")
+    assert last_checkpoint(parts) == str(parts / "checkpoint-8")
+    resumed = train(str(parts), resume=True, **options)
+    train(str(whole), **options)
+    off = difference(parts / "model.safetensors", whole / "model.safetensors")
+    print(f"largest difference {off:.1e}")
+    assert off < 1e-6
+    assert result(parts)["seen"][-4:] == result(whole)["seen"][-4:]
+    assert resumed.state.global_step == 12
+
+
+def test_a_resumed_stream_goes_on_where_it_was(tmp_path):
+    """In the third epoch, of which `Trainer` does not know."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = {"stream": True, "max_steps": 15, "save_steps": 13, "drop_path_rate": 0.3}
+    train(str(whole), **options)
+    train(str(parts), resume=str(whole / "checkpoint-13"), **options)
+    assert result(parts)["seen"] == result(whole)["seen"]  # what is skipped is read again
+    assert difference(parts / "model.safetensors", whole / "model.safetensors") < 1e-6
+
+
+def test_last_checkpoint_of_nothing(tmp_path):
+    assert last_checkpoint(tmp_path / "absent") is None
+    (tmp_path / "checkpoint-x").mkdir()
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": ')
+    assert last_checkpoint(tmp_path) is None
+
+
+# ------------------------------------------------------------------------------------------------------- streams
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_a_stream_has_each_example_once_per_epoch(processes):
+    """With as many shards as processes, fewer, more."""
+    by_process = [epochs(make_stream().part(process, processes), 3) for process in range(processes)]
+    by_epoch = [list(itertools.chain(*parts)) for parts in zip(*by_process, strict=True)]
+    assert all(sorted(indices) == list(range(IMAGES)) for indices in by_epoch)
+    assert by_epoch[0] != by_epoch[1] != by_epoch[2] != by_epoch[0]
+    for process, parts in enumerate(by_process):
+        indices = list(itertools.chain(*parts))
+        assert drawn(process, processes, len(indices)) == indices
+
+
+def epochs(stream, count: int) -> list[list[int]]:
+    """The indices that a stream should give in its first epochs."""
+    orders = (stream.dataset.shuffle(seed=stream.seed + e, buffer_size=stream.buffer_size) for e in range(count))
+    return [[example["index"] for example in order] for order in orders]
+
+
+def test_a_stream_in_workers():
+    loader = torch.utils.data.DataLoader(make_stream(), batch_size=None, num_workers=2)
+    iterator = iter(loader)
+    indices = [next(iterator)["index"] for _ in range(2 * IMAGES)]
+    assert set(Counter(indices).values()) <= {1, 2, 3} and set(indices) == set(range(IMAGES))
+
+
+# --------------------------------------------------------------------------------------- the classification example
+
+
+@pytest.fixture
+def classification(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import image_classification
+
+    return image_classification
+
+
+STEPWISE = [
+    "--eval_strategy", "steps", "--save_strategy", "steps", "--logging_strategy", "no", "--dataloader_pin_memory", "false", "--use_cpu",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine, flags", [("ddp", ["--streaming"]), ("fsdp2", [])])
+def test_the_classification_example_in_two_processes(engine, flags, tmp_path, classification):
+    folder = tmp_path / "model"
+    flags = ["--output_dir", folder, *STEPWISE, "--ema_decay", 0.9, "--layer_decay", 0.95, *flags]
+    output = launch(
+        engine, ROOT / "examples" / "image_classification.py", *flags, "--max_steps", 60, "--eval_steps", 30, "--save_steps", 30
+    )  # fmt: skip
+    assert ("streamed" if "--streaming" in flags else "1437 images to train, 360 to evaluate") in output
+    accuracy = json.loads((folder / "all_results.json").read_text())["eval_accuracy"]
+    evaluation = classification.load_digits()["test"]
+    processor = InternImageImageProcessor.from_pretrained(folder)
+    batch = classification.evaluation_transform(processor)(evaluation[:])
+    with torch.no_grad():
+        logits = InternImageForImageClassification.from_pretrained(folder).eval()(batch["pixel_values"]).logits
+    assert accuracy == pytest.approx(
+        (logits.argmax(-1) == torch.tensor(batch["labels"])).float().mean().item(), abs=1e-6
+    )
+    assert accuracy > 0.8
+    # one more start of the same goes on from the last checkpoint
+    output = launch(
+        engine, ROOT / "examples" / "image_classification.py", *flags, "--max_steps", 64, "--eval_steps", 4, "--save_steps", 4,
+        "--resume_from_checkpoint", "last",
+    )  # fmt: skip
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 64
+
+
+def test_the_classification_example_streams_a_folder(tmp_path, classification):
+    photos = tmp_path / "photos"
+    for split, count in (("train", 10), ("test", 4)):
+        for label, colour in (("dark", 40), ("bright", 200)):
+            (photos / split / label).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40, 40), (colour + 5 * i,) * 3).save(photos / split / label / f"{i}.png")
+    flags = ["--streaming", "--dataset", str(photos), "--output_dir", str(tmp_path / "model"), *STEPWISE]
+    with pytest.raises(ValueError, match="max_steps"):
+        classification.main(flags)
+    steps = ["--max_steps", "4", "--eval_steps", "2", "--save_steps", "2", "--per_device_train_batch_size", "8"]
+    metrics = classification.main([*flags, *steps])
+    assert set(metrics) >= {"eval_accuracy", "eval_loss"}
+    assert (tmp_path / "model" / "checkpoint-2").is_dir()
+    (photos / "test").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="validation"):
+        classification.main([*flags, *steps])
+
+
+# ------------------------------------------------------------------------------------------------ configurations
+
+
+def launched_with(engine: str) -> dict[str, str]:
+    """The environment that `accelerate launch` gives the processes, by its own reading of the configuration."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    arguments = ["--config_file", str(CONFIGURATIONS / f"{engine}.yaml"), "program.py"]
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    if not arguments.use_deepspeed:
+        assert arguments.multi_gpu or arguments.use_fsdp
+        return prepare_multi_gpu_env(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    return prepare_deepspeed_cmd_env(arguments)[1]
+
+
+@pytest.mark.parametrize("engine", sorted(file.stem for file in CONFIGURATIONS.glob("*.yaml")))
+def test_the_configurations_say_what_they_should(engine, monkeypatch):
+    environment = launched_with(engine)
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no"  # left to `--bf16` of the examples
+    expected = {
+        "ddp": {},
+        "fsdp2": {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        },
+        "deepspeed_zero3": {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+            "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto",
+            "ACCELERATE_GRADIENT_CLIPPING": "auto",
+        },
+    }[engine]
+    assert {name: environment.get(name) for name in expected} == expected
+    if engine == "deepspeed_zero3":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: its own reading is not checked")
+        from accelerate.utils import DeepSpeedPlugin
+
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert DeepSpeedPlugin().deepspeed_config["zero_optimization"]["stage"] == 3
