@@ -386,4 +386,12 @@ def dcnv3_cpu_compiled(
     return _compiled_forward(input, offset, mask, _packed(geometry), geometry.offset_scale, softmax)
 
 
-__all__ = ["Geometry", "compute_dtype", "dcnv3_cpu", "dcnv3_cpu_compiled", "dcnv3_plain", "softmax_over_points", "unpack_geometry"]
+__all__ = [
+    "Geometry",
+    "compute_dtype",
+    "dcnv3_cpu",
+    "dcnv3_cpu_compiled",
+    "dcnv3_plain",
+    "softmax_over_points",
+    "unpack_geometry",
+]
