@@ -86,16 +86,13 @@ class ExportArguments:
     quantize: str | None = field(
         default=None, metadata={"help": "int8: the weights of linear layers as int8, by torchao", "choices": ["int8"]}
     )
-    tolerance: float | None = field(
-        default=None, metadata={"help": f"largest difference to the model as a part of its outputs; {TOLERANCES}"}
-    )
-
-
-@dataclass
-class EvaluationArguments(DataArguments):
     dataset: str | None = field(
         default=None,
         metadata={"help": "measure accuracy on this dataset's held-out images: a folder, a Hub id, or `digits`"},
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on this many images at most"})
+    tolerance: float | None = field(
+        default=None, metadata={"help": f"largest difference to the model as a part of its outputs; {TOLERANCES}"}
     )
 
 
@@ -203,14 +200,13 @@ def accuracy(run: Run, images, processor: BaseImageProcessor, dtype: torch.dtype
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program; returns what it prints at the end."""
-    parser = HfArgumentParser((ExportArguments, EvaluationArguments))
-    arguments, data_arguments = parser.parse_args_into_dataclasses(args=argv)
+    (arguments,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses(args=argv)
     suffix = {"onnx": ".onnx", "aoti": ".pt2"}[arguments.format]
     output = Path(arguments.output)
     if output.suffix in (".onnx", ".pt2") and output.suffix != suffix:
         raise ValueError(f"--output {output} must end in {suffix} with --format {arguments.format}")
     file = output if output.suffix == suffix else output / f"model{suffix}"
-    if arguments.task == "backbone" and data_arguments.dataset is not None:
+    if arguments.task == "backbone" and arguments.dataset is not None:
         raise ValueError("--dataset measures the accuracy of a classifier; a backbone has none")
     if arguments.out_features and arguments.task != "backbone":
         raise ValueError("--out_features needs --task backbone")
@@ -220,8 +216,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     name = arguments.model
     if name is None:
         name = demo_model()
-        if arguments.task == "image-classification" and data_arguments.dataset is None:
-            data_arguments.dataset = "digits"
+        if arguments.task == "image-classification" and arguments.dataset is None:
+            arguments.dataset = "digits"
     model, processor = load_model(arguments, name), AutoImageProcessor.from_pretrained(name)
     sides = arguments.image_size or [model.config.image_size]
     height, width = sides[0], sides[-1]
@@ -235,8 +231,9 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     summary: dict[str, object] = {"model": f"{name}, {model.num_parameters():,} parameters"}
 
     images = None
-    if data_arguments.dataset is not None:
-        _, images = load_splits(data_arguments, seed=0)
+    if arguments.dataset is not None:
+        data = DataArguments(dataset=arguments.dataset, max_eval_samples=arguments.max_eval_samples)
+        _, images = load_splits(data, seed=0)
     if images is not None:
         right = accuracy(run_model(model), images, processor, dtype, batch_size)
         summary["accuracy of the model"] = f"{right:.2%} of {len(images)} images"
