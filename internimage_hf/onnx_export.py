@@ -129,11 +129,10 @@ def export_program(
     first = next(model.parameters())
     batch_size = 2 if "batch" in dynamic else 1
     example = torch.zeros(batch_size, model.config.num_channels, height, width, dtype=first.dtype, device=first.device)
-    # a map of the last stage has two pixels a side then
-    smallest = 2 ** (len(model.config.depths) + 1) + 1
+    # Not named dimensions: those must satisfy every condition by proof, and not all that hold can be proved.
     dims = {
         "batch": {0: torch.export.Dim("batch_size")},
-        "size": {2: torch.export.Dim("height", min=smallest), 3: torch.export.Dim("width", min=smallest)},
+        "size": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},
     }
     shapes = {axis: dim for name in dynamic for axis, dim in dims[name].items()}
     with torch.no_grad():

@@ -21,8 +21,6 @@ import internimage_hf  # noqa: F401
 
 pa = pytest.importorskip("pyarrow")
 pytest.importorskip("ray", reason="needs `pip install internimage-hf[batch]`")
-import pyarrow.dataset  # noqa: E402
-import pyarrow.parquet  # noqa: E402
 
 
 MODEL = FIXTURES / "hf_t_like"
@@ -86,7 +84,7 @@ def expected_outputs(files: list[Path]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(probabilities), torch.stack(embeddings)
 
 
-def test_a_folder_on_ray_and_a_second_start(tmp_path):
+def test_a_folder_on_ray_and_a_second_start(tmp_path, module):
     files = write_photos(tmp_path / "photos", 13)
     (tmp_path / "photos" / "a" / "broken.jpg").write_bytes(files[0].read_bytes()[:200])
     (tmp_path / "photos" / "empty.png").write_bytes(b"")
@@ -113,14 +111,18 @@ def test_a_folder_on_ray_and_a_second_start(tmp_path):
 
     # nothing to do; then a new image, in the middle of the others by name, and other shards
     before = stamps(out)
-    assert "15 of them done before" in run(*flags) and stamps(out) == before
+    argv = [*map(str, flags), "--model", str(MODEL)]
+    assert "15 of them done before" in module.main(argv)["input"]
     write_photos(tmp_path / "photos", 1, seed=5)
-    output = run(*flags[:4], "--shard_size", 6, "--top_k", 3)
-    assert "16 images, 15 of them done before" in output
+    (arguments,) = module.HfArgumentParser(module.BatchArguments).parse_args_into_dataclasses(argv)
+    arguments.shard_size = 6
+    todo = module.unfinished_shards(module.find_shards(arguments), arguments)
+    assert [Path(path).name for shard in todo for path in shard["paths"]] == ["5-0000.jpg"]
+    module.Model(arguments, on_gpu=False)(module.Decoder(arguments)(todo[0]))
     assert {name: stamp for name, stamp in stamps(out).items() if name in before} == before
     assert len(rows(out)) == 16
-
-    assert "holds results of" in run(*flags, "--task", "embed", expect=1)
+    with pytest.raises(ValueError, match="holds results of"):
+        module.main([*argv, "--task", "embed"])
 
 
 def test_parquet_embeddings_and_kept_columns(tmp_path, module):
