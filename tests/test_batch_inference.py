@@ -19,8 +19,11 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 import internimage_hf  # noqa: F401
 
 
-pa = pytest.importorskip("pyarrow")
 pytest.importorskip("ray", reason="needs `pip install internimage-hf[batch]`")
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 
 MODEL = FIXTURES / "hf_t_like"
@@ -60,7 +63,7 @@ def write_photos(folder: Path, number: int, seed: int = 0) -> list[Path]:
 
 def rows(folder: Path) -> dict[str, dict]:
     """The rows of all files by path, each of which must be there once."""
-    found = pa.dataset.dataset(sorted(map(str, folder.glob("part-*.parquet")))).to_table().to_pylist()
+    found = ds.dataset(sorted(map(str, folder.glob("part-*.parquet")))).to_table().to_pylist()
     assert len({row["path"] for row in found}) == len(found)
     return {row["path"]: row for row in found}
 
@@ -130,7 +133,7 @@ def test_parquet_embeddings_and_kept_columns(tmp_path, module):
     files = write_photos(tmp_path / "photos", 7)
     images = [{"bytes": file.read_bytes(), "path": None} for file in files]
     table = pa.table({"image": [*images[:3], None, *images[3:]], "id": list(range(8))})
-    pa.parquet.write_table(table, tmp_path / "images.parquet", row_group_size=3)
+    pq.write_table(table, tmp_path / "images.parquet", row_group_size=3)
     arguments = module.BatchArguments(
         input=f"file://{tmp_path}/images.parquet", output=str(tmp_path / "out"), model=str(MODEL), task="embed",
         keep_columns=["id"], shard_size=5, batch_size=2,
@@ -161,7 +164,7 @@ def test_bad_input_is_named(tmp_path, module):
     with pytest.raises(ValueError, match="no images"):
         module.find_shards(arguments)
     buffer = io.BytesIO()
-    pa.parquet.write_table(pa.table({"picture": [b""]}), buffer)
+    pq.write_table(pa.table({"picture": [b""]}), buffer)
     (tmp_path / "nothing" / "x.parquet").write_bytes(buffer.getvalue())
     with pytest.raises(ValueError, match="no column 'image', only picture"):
         module.find_shards(arguments)
