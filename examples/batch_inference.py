@@ -24,7 +24,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +122,13 @@ def find_shards(arguments: BatchArguments) -> list[dict]:
     if bool(images) == bool(tables):
         what = "images and Parquet files; name one of them" if images else "no images and no Parquet files"
         raise ValueError(f"--input {arguments.input} holds {what}")
+
+    if taken := {"path", "error", "label", "score", "top_labels", "top_scores", "embedding"} & {
+        *arguments.keep_columns
+    }:
+        raise ValueError(f"--keep_columns {taken.pop()} is the name of a column of the output")
+    if images and arguments.keep_columns:
+        raise ValueError(f"--keep_columns is for Parquet files, and --input {arguments.input} holds images")
 
     size, shards = arguments.shard_size, []
     for first in range(0, len(images), size):
@@ -259,7 +266,7 @@ class Model:
 
         import internimage_hf  # noqa: F401
 
-        if not on_gpu and arguments.threads_per_actor:
+        if not on_gpu:
             torch.set_num_threads(arguments.threads_per_actor)
         self.torch, self.arguments = torch, arguments
         self.device, self.dtype = "cuda" if on_gpu else "cpu", getattr(torch, arguments.dtype)
@@ -365,9 +372,13 @@ def run_on_ray(shards: list[dict], arguments: BatchArguments) -> tuple[int, int,
 
 
 def run_plain_loop(shards: list[dict], arguments: BatchArguments) -> tuple[int, float]:
-    """The same work in this process, without files: the number of images and the seconds."""
+    """The same work in this process with all CPUs, without files: the number of images and the seconds."""
+    import torch
+
+    on_gpu = torch.cuda.is_available() and arguments.gpus_per_actor != 0
+    arguments = replace(arguments, threads_per_actor=arguments.num_cpus or os.cpu_count())
     start, images = time.perf_counter(), 0
-    decoder, model = Decoder(arguments), Model(arguments, on_gpu=False)
+    decoder, model = Decoder(arguments), Model(arguments, on_gpu)
     for shard in shards:
         images += model.table(decoder(shard)).num_rows
     return images, time.perf_counter() - start

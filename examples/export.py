@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     channels, batch_size = model.config.num_channels, 32 if arguments.dynamic else 1
     shapes = [(1, channels, height, width)]
     if arguments.dynamic and arguments.format == "onnx":
-        shapes = [(1, channels, max(height, 33), max(width, 33)), (3, channels, height + 45, width + 38)]
+        shapes.append((3, channels, height + 45, width + 38))
     elif arguments.dynamic:
         shapes.append((3, channels, height, width))
     dtype = getattr(torch, arguments.dtype)

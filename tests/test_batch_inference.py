@@ -168,6 +168,9 @@ def test_bad_input_is_named(tmp_path, module):
     (tmp_path / "nothing" / "x.parquet").write_bytes(buffer.getvalue())
     with pytest.raises(ValueError, match="no column 'image', only picture"):
         module.find_shards(arguments)
+    arguments.image_column, arguments.keep_columns = "picture", ["label"]
+    with pytest.raises(ValueError, match="--keep_columns label is the name of a column of the output"):
+        module.find_shards(arguments)
     with pytest.raises(ValueError, match="--batch_size must be at least 1, got 0"):
         module.main(["--batch_size", "0"])
 
