@@ -86,6 +86,13 @@ class HeadTrainingArguments(InternImageTrainingFlags, TrainingArguments):
     seed: int = 0
 
 
+def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
+    """What `--resume_from_checkpoint` names; `last` is the newest checkpoint in the output folder, if there is one."""
+    if arguments.resume_from_checkpoint == "last":
+        return last_checkpoint(arguments.output_dir)
+    return arguments.resume_from_checkpoint
+
+
 def train_and_held_out(
     splits: datasets.DatasetDict, arguments: DataArguments, seed: int
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -253,7 +260,7 @@ class HeadTrainer(InternImageTrainer):
 
 def train_evaluate_save(trainer: HeadTrainer) -> tuple[dict[str, float], dict[str, float]]:
     """Trains (or goes on), evaluates and saves the best model; returns the metrics of training and of evaluation."""
-    result = trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args))
+    result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_metrics("all", {**result.metrics, **metrics})

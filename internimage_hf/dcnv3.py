@@ -121,6 +121,24 @@ def use_dcnv3_backend(backend: str) -> Iterator[None]:
         _backend_in_context.reset(token)
 
 
+# not a ContextVar, which torch.export(strict=True) cannot look into
+_as_operator_in_export = False
+
+
+@contextmanager
+def dcnv3_as_operator() -> Iterator[None]:
+    """Within the `with` block, torch.export keeps each call as the one operator `internimage_hf::dcnv3_cpu`.
+
+    Without it the exported program has standard operators alone. For the whole process; not for several threads.
+    """
+    global _as_operator_in_export
+    before, _as_operator_in_export = _as_operator_in_export, True
+    try:
+        yield
+    finally:
+        _as_operator_in_export = before
+
+
 def dcnv3_backend_report() -> dict[str, dict[str, str]]:
     """What would compute DCNv3 on each kind of device here, and why: `{"cpu": {"backend": ..., "reason": ...}}`."""
     choice, source = _chosen_backend(None)
@@ -199,7 +217,10 @@ def _call(
     backend: str | None,
 ) -> torch.Tensor:
     # Compilers cannot look into ContextVars and the environment: what they say while compiling holds. Exporters want
-    # standard operators alone, and so do tensors without data and those that only look like tensors.
+    # standard operators alone, if not told otherwise, and so do tensors without data and those that only look like
+    # tensors.
+    if _as_operator_in_export and torch.compiler.is_exporting():
+        return dcnv3_cpu_compiled(input, offset, mask, geometry, softmax)
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         if _has_kernel_while_compiling(input.device.type, backend):
             return _call_kernel(_kernels_while_compiling[input.device.type], input, offset, mask, geometry, softmax)
@@ -304,4 +325,4 @@ def _check(
     return geometry
 
 
-__all__ = ["dcnv3", "dcnv3_backend_report", "dcnv3_softmax", "use_dcnv3_backend"]
+__all__ = ["dcnv3", "dcnv3_as_operator", "dcnv3_backend_report", "dcnv3_softmax", "use_dcnv3_backend"]

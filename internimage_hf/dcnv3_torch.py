@@ -328,7 +328,7 @@ def _compiled_forward(
     input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, sizes: list[int], offset_scale: float, softmax: bool
 ) -> torch.Tensor:
     with torch.no_grad():
-        return dcnv3_cpu(input, offset, mask, _unpacked(sizes, offset_scale), softmax)
+        return dcnv3_cpu(input, offset, mask, unpack_geometry(sizes, offset_scale), softmax)
 
 
 @_compiled_forward.register_fake
@@ -348,7 +348,7 @@ def _compiled_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if input.numel() == 0 or offset.numel() == 0:
         return torch.zeros_like(input), torch.zeros_like(offset), torch.zeros_like(mask)
-    return _CpuOp(input, offset, mask, _unpacked(sizes, offset_scale), softmax).backward(grad_output)
+    return _CpuOp(input, offset, mask, unpack_geometry(sizes, offset_scale), softmax).backward(grad_output)
 
 
 @_compiled_backward.register_fake
@@ -373,7 +373,8 @@ def _packed(geometry: Geometry) -> list[int]:
     return [*(size for pair in pairs for size in pair), geometry.groups, int(geometry.remove_center)]
 
 
-def _unpacked(sizes: list[int], offset_scale: float) -> Geometry:
+def unpack_geometry(sizes: list[int], offset_scale: float) -> Geometry:
+    """The hyper-parameters of a call of the operator `internimage_hf::dcnv3_cpu`, whose arguments these are."""
     pairs = [(sizes[i], sizes[i + 1]) for i in range(0, 8, 2)]
     return Geometry(*pairs, groups=sizes[8], offset_scale=offset_scale, remove_center=bool(sizes[9]))
 
@@ -385,4 +386,12 @@ def dcnv3_cpu_compiled(
     return _compiled_forward(input, offset, mask, _packed(geometry), geometry.offset_scale, softmax)
 
 
-__all__ = ["Geometry", "compute_dtype", "dcnv3_cpu", "dcnv3_cpu_compiled", "dcnv3_plain", "softmax_over_points"]
+__all__ = [
+    "Geometry",
+    "compute_dtype",
+    "dcnv3_cpu",
+    "dcnv3_cpu_compiled",
+    "dcnv3_plain",
+    "softmax_over_points",
+    "unpack_geometry",
+]

@@ -35,6 +35,11 @@ logger = logging.get_logger(__name__)
 _OFFSETS = re.compile(r"layers\.\d+\.dcn\.(offset|mask|center_feature_scale_proj)\.")
 EMA_FILE = "ema.safetensors"
 
+# For `peft.LoraConfig(target_modules=...)`: the projections around DCNv3 and the feed-forward networks of all layers, in
+# the classifier and in every model that holds an InternImage backbone. Not the offsets and masks, which the authors train
+# with a tenth of the learning rate: a low-rank change there moves all sampling points of a layer together.
+LORA_TARGET_MODULES = r".*\.layers\.\d+\.(dcn\.(input_proj|output_proj)|mlp\.(fc1|fc2))"
+
 
 def layer_distances(model: nn.Module) -> dict[str, int]:
     """How many layers of the backbone lie behind each of its parameters, by the parameter's name in `model`.
@@ -443,6 +448,7 @@ def _copy(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 __all__ = [
+    "LORA_TARGET_MODULES",
     "EMACallback",
     "EndlessStream",
     "InternImageTrainer",

@@ -1,0 +1,334 @@
+"""Export to ONNX and AOTInductor, int8 weights, LoRA: what leaves PyTorch computes what the model does."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES, ROOT, TINY_VARIANTS
+
+from internimage_hf import (
+    InternImageBackbone,
+    InternImageConfig,
+    InternImageForImageClassification,
+    InternImageImageProcessor,
+)
+from internimage_hf.dcnv3 import dcnv3, dcnv3_as_operator, dcnv3_softmax
+from internimage_hf.dcnv3_torch import Geometry
+
+
+onnx = pytest.importorskip("onnx", reason="needs `pip install internimage-hf[export]`")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs `pip install internimage-hf[export]`")
+pytest.importorskip("onnxscript", reason="needs `pip install internimage-hf[export]`")
+
+from internimage_hf.onnx_export import dcnv3_translation_table, expand_dcnv3, export_onnx  # noqa: E402
+
+
+# One layer a stage: what takes the time is the exporter, at some seconds a layer.
+SMALL = {"channels": 16, "depths": [1, 1, 1, 1], "groups": [2, 4, 4, 8], "mlp_ratio": 2.0, "num_labels": 5}
+VARIANTS = {**TINY_VARIANTS, "res_post_norm": {**TINY_VARIANTS["res_post_norm"], "level2_post_norm_block_ids": [0]}}
+SLOW_VARIANTS = [variant for variant in VARIANTS if variant != "pre_norm"]
+
+
+def random_model(model_class=InternImageForImageClassification, config: InternImageConfig | None = None, **fields):
+    """A model in which every parameter matters, offsets and masks too."""
+    model = model_class(config or InternImageConfig(**{**SMALL, **fields})).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.ndim > 1:
+                tensor.normal_(std=tensor[0].numel() ** -0.5, generator=generator)
+            elif name.endswith("running_var"):
+                tensor.uniform_(0.5, 2.0, generator=generator)
+            elif tensor.is_floating_point() and name.endswith("bias"):
+                tensor.normal_(std=0.2, generator=generator)
+    return model
+
+
+def session(model: "onnx.ModelProto | str") -> "onnxruntime.InferenceSession":
+    content = model if isinstance(model, str) else model.SerializeToString()
+    return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+
+
+def check(model, run: "onnxruntime.InferenceSession", shapes: list[tuple[int, ...]], atol: float = 1e-3) -> None:
+    for shape in shapes:
+        pixel_values = torch.randn(shape).to(model.dtype)
+        with torch.no_grad():
+            outputs = model(pixel_values)
+        expected = outputs.feature_maps if isinstance(model, InternImageBackbone) else [outputs.logits]
+        actual = run.run(None, {"pixel_values": pixel_values.numpy()})
+        assert len(actual) == len(expected)
+        for a, e in zip(actual, expected, strict=True):
+            assert a.shape == e.shape
+            np.testing.assert_allclose(a, e.numpy(), atol=atol, rtol=atol, err_msg=str(shape))
+
+
+SIZES = [(1, 3, 64, 96), (3, 3, 75, 50), (2, 3, 33, 130)]
+
+
+@pytest.mark.parametrize(
+    "variant", ["pre_norm", *(pytest.param(variant, marks=pytest.mark.slow) for variant in SLOW_VARIANTS)]
+)
+def test_onnx_of_a_classifier(variant):
+    model = random_model(**VARIANTS[variant])
+    program = export_onnx(model, dcnv3_op="custom")
+    proto = program.model_proto
+    onnx.checker.check_model(proto)
+    assert [d.dim_param or d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim] == [
+        "batch_size", 3, "height", "width",
+    ]  # fmt: skip
+    nodes = [node for node in proto.graph.node if node.op_type == "DCNv3"]
+    assert len(nodes) == sum(model.config.depths)
+    for node, groups in zip(nodes, model.config.groups, strict=True):
+        assert node.domain == "internimage_hf" and len(node.input) == 3 and len(node.output) == 1
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert attributes == {
+            "kernel_size": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": groups,
+            "offset_scale": model.config.offset_scale, "remove_center": int(model.config.remove_center),
+        }  # fmt: skip
+    assert not any(node.op_type == "GridSample" for node in proto.graph.node)
+    assert str(ROOT) not in str(proto)
+
+    assert expand_dcnv3(program.model) == len(nodes)
+    proto = program.model_proto
+    onnx.checker.check_model(proto)
+    assert {node.domain for node in proto.graph.node} == {""}
+    check(model, session(proto), SIZES)
+
+
+class Op(torch.nn.Module):
+    def __init__(self, softmax: bool, options: dict):
+        super().__init__()
+        self.function, self.options = dcnv3_softmax if softmax else dcnv3, options
+
+    def forward(self, input, offset, mask):
+        return self.function(input, offset, mask, **self.options)
+
+
+# ONNX Runtime has no GridSample of doubles before opset 20.
+@pytest.mark.parametrize(
+    "opset, dtype, softmax, options",
+    [
+        (18, torch.float32, False, {"groups": 2, "kernel_size": (3, 5), "stride": (2, 1), "padding": (0, 3), "dilation": (2, 1)}),
+        (20, torch.float32, True, {"groups": 3, "offset_scale": 1.7, "remove_center": True}),
+        (18, torch.float16, True, {"groups": 1, "kernel_size": (2, 2)}),
+        (20, torch.float64, False, {"groups": 6, "kernel_size": (1, 1), "padding": (0, 0), "offset_scale": 0.5}),
+    ],
+)  # fmt: skip
+def test_onnx_of_the_operator(opset, dtype, softmax, options):
+    """All parameters; points outside, at infinity and nowhere."""
+    geometry = Geometry(
+        **{
+            "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "offset_scale": 1.0,
+            "remove_center": False, **options,
+        }
+    )  # fmt: skip
+
+    def arguments(batch, height, width):
+        sizes = (batch, *geometry.output_size(height, width), geometry.groups * geometry.points)
+        offset = torch.randn(*sizes[:3], sizes[3] * 2) * 3
+        offset[0, 0, 0, :2] = torch.tensor([float("nan"), float("inf")])
+        offset[0, 1, 0, :2] = torch.tensor([6e4, -6e4])
+        return [tensor.to(dtype) for tensor in (torch.randn(batch, height, width, 12), offset, torch.randn(sizes))]
+
+    model, auto = Op(softmax, options), torch.export.Dim.AUTO
+    with dcnv3_as_operator():
+        program = torch.export.export(
+            model, tuple(arguments(2, 8, 9)), dynamic_shapes=[{0: auto, 1: auto, 2: auto}] * 3, strict=False
+        )
+    proto = torch.onnx.export(
+        program,
+        (),
+        dynamo=True,
+        opset_version=opset,
+        custom_translation_table=dcnv3_translation_table(),
+        verbose=False,
+    ).model_proto
+    assert proto.opset_import[0].version == opset
+    run = session(proto)
+    names = [value.name for value in proto.graph.input]
+    tolerance = {torch.float16: 2e-2, torch.float32: 1e-4, torch.float64: 1e-10}[dtype]
+    for sizes in ((1, 9, 12), (3, 13, 8)):
+        tensors = arguments(*sizes)
+        (actual,) = run.run(None, dict(zip(names, (tensor.numpy() for tensor in tensors), strict=True)))
+        assert actual.dtype == tensors[0].numpy().dtype
+        np.testing.assert_allclose(actual, model(*tensors).numpy(), atol=tolerance, rtol=tolerance)
+
+
+def test_bad_arguments_are_named():
+    model = random_model()
+    with pytest.raises(ValueError, match="`opset` must be an int of at least 18, got 16"):
+        export_onnx(model, opset=16)
+    with pytest.raises(ValueError, match="`dcnv3_op` must be one of 'native', 'custom', got 'plugin'"):
+        export_onnx(model, dcnv3_op="plugin")
+    with pytest.raises(ValueError, match="training mode"):
+        export_onnx(model.train())
+    with pytest.raises(TypeError, match="`model` must be an InternImageForImageClassification"):
+        export_onnx(torch.nn.Linear(2, 2))
+
+
+# ----------------------------------------------------------------------------------------------------------- the program
+
+
+def run_export(*flags: object, cwd, expect: int = 0) -> str:
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "export.py"), *map(str, flags)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        cwd=cwd,
+        check=False,
+    )
+    assert result.returncode == expect, result.stderr[-3000:]
+    return result.stdout if expect == 0 else result.stderr
+
+
+def save(model, folder) -> None:
+    model.save_pretrained(folder)
+    side = {"height": model.config.image_size, "width": model.config.image_size}
+    InternImageImageProcessor(size={"shortest_edge": side["height"]}, crop_size=side).save_pretrained(folder)
+
+
+def test_the_program_writes_a_backbone(tmp_path):
+    save(random_model(image_size=64), tmp_path / "model")
+    output = run_export(
+        "--model", "model", "--task", "backbone", "--out_features", "stage2", "stage4", "--output", "out", cwd=tmp_path
+    )
+    assert "pixel_values -> stage2, stage4" in output
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "config.json", "model.onnx", "preprocessor_config.json",
+    ]  # fmt: skip
+    backbone = InternImageBackbone.from_pretrained(tmp_path / "model", out_features=["stage2", "stage4"]).eval()
+    check(backbone, session(str(tmp_path / "out" / "model.onnx")), SIZES)
+
+
+@pytest.mark.slow
+def test_the_program_static_custom_int8_float16_and_a_failure(tmp_path):
+    model = random_model(image_size=64)
+    save(model, tmp_path / "model")
+    common = ["--model", "model", "--no_dynamic"]
+    run_export(*common, "--dcnv3_op", "custom", "--output", "out/custom.onnx", cwd=tmp_path)
+    nodes = [node for node in onnx.load(tmp_path / "out" / "custom.onnx").graph.node if node.op_type == "DCNv3"]
+    assert len(nodes) == 4 and [file.name for file in (tmp_path / "out").iterdir()] == ["custom.onnx"]
+
+    output = run_export(*common, "--quantize", "int8", "--opset", 20, "--output", "out/int8.onnx", cwd=tmp_path)
+    assert "int8 weights" in output
+    proto = onnx.load(tmp_path / "out" / "int8.onnx")
+    assert sum(tensor.data_type == onnx.TensorProto.INT8 for tensor in proto.graph.initializer) >= 25
+
+    run_export(*common, "--dtype", "float16", "--output", "out/half.onnx", cwd=tmp_path)
+    check(model.half(), session(str(tmp_path / "out" / "half.onnx")), [(1, 3, 64, 64)], atol=2e-2)
+
+    error = run_export(*common, "--tolerance", 1e-12, "--output", "bad", cwd=tmp_path, expect=1)
+    assert "was not written" in error and list((tmp_path / "bad").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_internimage_t_exports_in_two_minutes(tmp_path):
+    save(random_model(config=InternImageConfig.from_variant("t")), tmp_path / "t")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    output = run_export("--model", "t", "--output", "out", cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "differ by up to" in output
+    # of the CPU, so that other programs beside it do not count; the import and the check included
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 120
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--no_dynamic", "--quantize", "int8"]])
+def test_aotinductor_package(tmp_path, flags):
+    model = random_model(image_size=64)
+    save(model, tmp_path / "model")
+    run_export("--model", "model", "--format", "aoti", "--output", "out", *flags, cwd=tmp_path)
+    package = torch._inductor.aoti_load_package(str(tmp_path / "out" / "model.pt2"))
+    for batch in (1, 2, 5) if not flags else (1,):
+        pixel_values = torch.randn(batch, 3, 64, 64)
+        with torch.no_grad():
+            expected = model(pixel_values).logits
+        torch.testing.assert_close(package(pixel_values)[0], expected, atol=1e-3 if not flags else 0.1, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_demo_in_int8(tmp_path):
+    """Without arguments: trains, exports, and says what int8 weights cost in accuracy."""
+    output = run_export("--quantize", "int8", cwd=tmp_path)
+    before, after = (
+        float(line.split("accuracy of the ")[1].split("%")[0].split()[1])
+        for line in output.splitlines()
+        if "accuracy of the" in line
+    )
+    assert before > 95 and after > before - 2
+    assert (
+        json.loads((tmp_path / "outputs" / "export" / "config.json").read_text())[
+            "num_classes" if False else "image_size"
+        ]
+        == 32
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- int8 and LoRA
+
+
+def test_int8_weights():
+    torchao = pytest.importorskip("torchao", reason="needs `pip install internimage-hf[export]`")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model, pixel_values = random_model(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(pixel_values).logits
+        quantize_(model, Int8WeightOnlyConfig())
+        actual = model(pixel_values).logits
+    assert isinstance(model.classifier.weight, torchao.utils.TorchAOBaseTensor)
+    assert 0 < (actual - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_lora(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs `pip install internimage-hf[export]`")
+    from internimage_hf.training import LORA_TARGET_MODULES
+
+    fixture = FIXTURES / "hf_t_like"
+    base = InternImageForImageClassification.from_pretrained(fixture)
+    pixel_values = torch.randn(4, 3, 64, 64)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    config = peft.LoraConfig(r=4, target_modules=LORA_TARGET_MODULES, modules_to_save=["classifier"])
+    model = peft.get_peft_model(base, config)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(".lora_" in name or ".classifier.modules_to_save." in name for name in trainable)
+    per_layer = {
+        name.split(".dcn.")[-1].split(".mlp.")[-1].split(".lora_")[0] for name in trainable if ".lora_" in name
+    }
+    assert per_layer == {"input_proj", "output_proj", "fc1", "fc2"}
+    assert sum(".lora_A." in name for name in trainable) == 4 * sum(base.config.depths)
+
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    for _ in range(2):
+        model(pixel_values=pixel_values, labels=torch.arange(4) % base.config.num_labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {
+        name
+        for name, tensor in model.state_dict().items()
+        if name.endswith("weight") and "lora_B" in name and tensor.any()
+    }
+    assert len(moved) == 4 * sum(base.config.depths)
+    for name, tensor in model.get_base_model().state_dict().items():
+        original = name.replace(".base_layer", "").replace(".original_module", "")
+        if original in before and not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            assert torch.equal(tensor, before[original]), name
+
+    model.eval()
+    with torch.no_grad():
+        expected = model(pixel_values).logits
+        model.save_pretrained(tmp_path)
+        fresh = InternImageForImageClassification.from_pretrained(fixture)
+        for (_, buffer), (_, trained) in zip(fresh.named_buffers(), model.named_buffers(), strict=True):
+            buffer.copy_(trained)
+        loaded = peft.PeftModel.from_pretrained(fresh, tmp_path).eval()
+        torch.testing.assert_close(loaded(pixel_values).logits, expected, atol=1e-5, rtol=1e-5)
+        merged = loaded.merge_and_unload()
+        assert type(merged) is InternImageForImageClassification
+        torch.testing.assert_close(merged(pixel_values).logits, expected, atol=1e-4, rtol=1e-4)
