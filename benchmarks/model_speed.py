@@ -15,7 +15,7 @@ What is timed, in groups of size x dtype x mode (eager, torch.compile) x pass:
 
 The models of a group take turns, so that a slow moment of the machine hits all alike; the figure is the median over the
 turns. Memory is the peak beyond weights, optimiser and images during one call. `--seconds` bounds the run: groups come in
-the order of the arguments, the cheapest first, and what did not fit is listed. `--profile` adds where the time goes,
+the order of the arguments, eager before compiled, and what did not fit is listed. `--profile` adds where the time goes,
 `--parts` the alternatives in layout and in the number of GEMMs that the model's code could take.
 
 `--output` names a folder for `model_speed_<device>.json` and the same as Markdown, rewritten after each group. The exit
@@ -525,8 +525,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="threads of a CPU; default: PyTorch's")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=600, help="time for everything")
-    parser.add_argument("--profile", action="store_true", help="also where the time of eager inference goes")
-    parser.add_argument("--parts", action="store_true", help="also alternatives within a layer")
+    flag = argparse.BooleanOptionalAction
+    parser.add_argument("--profile", action=flag, help="where the time of eager inference goes; default: on a GPU")
+    parser.add_argument("--parts", action=flag, help="alternatives within a layer; default: on a GPU")
     parser.add_argument("--output", type=Path, help="folder for the results as JSON and Markdown")
     arguments = parser.parse_args(argv)
     try:
@@ -540,6 +541,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("batch", "train_batch", "image_size", "threads", "turns", "seconds"):
         if getattr(arguments, name) is not None and getattr(arguments, name) <= 0:
             parser.error(f"--{name} must be positive, got {getattr(arguments, name)}")
+    for name in ("profile", "parts"):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, on_gpu)
     arguments.models = arguments.models or (["t", "b"] if on_gpu else ["t"])
     arguments.dtypes = arguments.dtypes or (["bfloat16", "float32"] if on_gpu else ["float32", "bfloat16"])
     arguments.modes = arguments.modes or (["eager", "compile"] if on_gpu else ["eager"])
@@ -573,16 +577,22 @@ def main(argv: list[str] | None = None) -> int:
         dict(zip(keys, values, strict=True))
         for values in product(arguments.models, arguments.dtypes, arguments.modes, arguments.passes)
     ]
+    if arguments.parts:
+        for dtype in arguments.dtypes:
+            report["parts"] += time_parts(dtype, arguments, deadline)
+        write(report, arguments.output)
     size, models = None, {}
     for group in sorted(groups, key=cost):
         if time.monotonic() > deadline - RESERVE_SECONDS:
             report["not_measured"].append(" ".join(group.values()))
+            write(report, arguments.output)
             continue
         if group["size"] != size:
             size = group["size"]
             models = build(size, arguments)
         report["measurements"] += measure(models, group, arguments, deadline)
-        if arguments.profile and group["mode"] == "eager" and group["pass"] == "inference":
+        in_time = time.monotonic() < deadline
+        if arguments.profile and in_time and group["mode"] == "eager" and group["pass"] == "inference":
             title = f"{size.upper()}, {group['dtype']}, eager inference, batch {arguments.batch}"
             report["profiles"][title] = {
                 name: profile_model(model, group, arguments)
@@ -591,10 +601,6 @@ def main(argv: list[str] | None = None) -> int:
             }
         write(report, arguments.output)
         gc.collect()
-    if arguments.parts:
-        for dtype in arguments.dtypes:
-            report["parts"] += time_parts(dtype, arguments, deadline)
-    write(report, arguments.output)
     print(markdown(report))
     failed = [
         row
