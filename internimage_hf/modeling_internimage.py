@@ -122,7 +122,9 @@ class InternImageStem(nn.Module):
                 f"`pixel_values` must have a floating-point dtype, got {pixel_values.dtype}; "
                 "the image processor rescales and normalises images"
             )
-        hidden_states = self.conv1(pixel_values.to(self.conv1.weight.dtype))  # (N, C1/2, H/2, W/2)
+        # Channels last from here on: turning the image is cheaper than turning the first norm's input.
+        pixel_values = pixel_values.to(self.conv1.weight.dtype).contiguous(memory_format=torch.channels_last)
+        hidden_states = self.conv1(pixel_values)  # (N, C1/2, H/2, W/2)
         hidden_states = self.activation(self.norm1(hidden_states))
         hidden_states = self.norm2(self.conv2(hidden_states))  # (N, C1, H/4, W/4)
         return self.dropout(hidden_states)
@@ -248,14 +250,10 @@ class InternImageLayer(GradientCheckpointingLayer):
             self.res_post_norm1 = self.res_post_norm2 = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states + self._branch(
-            hidden_states, self.dcn, self.norm1, self.res_post_norm1, self.layer_scale1
-        )
-        return hidden_states + self._branch(
-            hidden_states, self.mlp, self.norm2, self.res_post_norm2, self.layer_scale2
-        )
+        hidden_states = self._add_branch(hidden_states, self.dcn, self.norm1, self.res_post_norm1, self.layer_scale1)
+        return self._add_branch(hidden_states, self.mlp, self.norm2, self.res_post_norm2, self.layer_scale2)
 
-    def _branch(
+    def _add_branch(
         self,
         hidden_states: torch.Tensor,
         block: nn.Module,
@@ -263,12 +261,13 @@ class InternImageLayer(GradientCheckpointingLayer):
         res_post_norm: nn.Module | None,
         layer_scale: torch.Tensor | None,
     ) -> torch.Tensor:
-        hidden_states = norm(block(hidden_states)) if self.post_norm else block(norm(hidden_states))
+        branch = norm(block(hidden_states)) if self.post_norm else block(norm(hidden_states))
         if res_post_norm is not None:
-            hidden_states = res_post_norm(hidden_states)
-        if layer_scale is not None:
-            hidden_states = layer_scale * hidden_states
-        return self.drop_path(hidden_states)
+            branch = res_post_norm(branch)
+        branch = self.drop_path(branch)
+        if layer_scale is None:
+            return hidden_states + branch
+        return torch.addcmul(hidden_states, branch, layer_scale)  # scaled and added in one pass over the map
 
 
 class InternImageStage(nn.Module):

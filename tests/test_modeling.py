@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import FIXTURES, MODEL_CASES, TINY, TINY_VARIANTS, case_folder, load_case
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -18,7 +19,7 @@ from internimage_hf import (
     InternImageModel,
 )
 from internimage_hf.checkpoint import translate_state_dict
-from internimage_hf.modeling_internimage import InternImageLayer
+from internimage_hf.modeling_internimage import InternImageDeformableSampling, InternImageLayer
 
 
 RELEASED = json.loads((FIXTURES / "released_models.json").read_text())
@@ -236,6 +237,29 @@ def test_memory_format_changes_nothing():
     torch.testing.assert_close(model(pixel_values.contiguous(memory_format=torch.channels_last)).logits, expected)
     channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     torch.testing.assert_close(channels_last(pixel_values).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_no_map_is_copied_into_another_layout(memory_format, monkeypatch):
+    monkeypatch.setattr(InternImageDeformableSampling, "forward", lambda self, input, *args, **kwargs: input)
+    model = InternImageForImageClassification(tiny_config()).eval()
+    pixel_values = torch.randn(2, 3, 64, 96).contiguous(memory_format=memory_format)
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        model(pixel_values)
+    shapes = [event.input_shapes[0] for event in profiler.events() if event.name == "aten::clone"]
+    copied = [shape for shape in shapes if shape[0] == len(pixel_values)]  # the others are weights
+    assert copied == ([[2, 3, 64, 96]] if memory_format == torch.contiguous_format else [])
+
+
+def test_layer_scale_and_drop_path_act_on_the_branch():
+    layer = randomised(InternImageLayer(tiny_config("post_norm"), 8, 2, drop_path=0.5)).train()
+    hidden_states = torch.randn(16, 4, 5, 8)
+    branch = layer.norm1(layer.dcn(hidden_states)) * layer.layer_scale1
+    torch.manual_seed(0)
+    added = layer._add_branch(hidden_states, layer.dcn, layer.norm1, None, layer.layer_scale1) - hidden_states
+    dropped = added.abs().amax((1, 2, 3)) == 0
+    assert 0 < int(dropped.sum()) < 16
+    torch.testing.assert_close(added[~dropped], 2 * branch[~dropped], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
