@@ -34,6 +34,7 @@ import datasets
 import numpy as np
 import torch
 from augmentation import Mix, rand_augment, random_erasing
+from common import checkpoint_to_resume
 from flags import parse_flags
 from PIL import Image
 from torch.nn.functional import cross_entropy
@@ -48,7 +49,7 @@ from transformers import (
 )
 
 from internimage_hf import InternImageConfig, InternImageImageProcessor
-from internimage_hf.training import EndlessStream, InternImageTrainer, InternImageTrainingFlags, last_checkpoint
+from internimage_hf.training import EndlessStream, InternImageTrainer, InternImageTrainingFlags
 
 
 @dataclass
@@ -416,10 +417,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         compute_metrics=accuracy,
         processing_class=processor,
     )
-    resume = training_arguments.resume_from_checkpoint
-    if resume == "last":
-        resume = last_checkpoint(training_arguments.output_dir)
-    result = trainer.train(resume_from_checkpoint=resume)
+    result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_arguments))
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_metrics("all", {**result.metrics, **metrics})
