@@ -170,11 +170,13 @@ def compile_kernel(kernels, kernel, target, dtype, group_channels, *, size=56, f
 
 
 def spilled(compiled, target, tmp_path) -> int:
-    """Bytes of the stack of a thread, or registers that AMD's compiler spilled."""
+    """Bytes of memory that a thread needs for what its registers cannot hold.
+
+    AMD's scalar registers, which hold masks, spill into lanes of vector registers: that takes no memory, and is not counted.
+    """
     if target.startswith("gfx"):
-        found = re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])
-        assert len(found) == 2
-        return sum(map(int, found))
+        (scratch,) = re.findall(r"ScratchSize: (\d+)", compiled.asm["amdgcn"])
+        return int(scratch)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.is_file():
         pytest.skip("this Triton has no cuobjdump")
