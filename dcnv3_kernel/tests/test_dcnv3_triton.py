@@ -71,7 +71,7 @@ def test_the_tests_of_all_backends_that_take_seconds(folder):
 @interpreted
 @pytest.mark.slow
 def test_the_tests_of_all_backends(folder):
-    """All of them, two hundred random shapes included: some twenty minutes."""
+    """All of them, two hundred random shapes included: it takes long."""
     summary = run_tests_of_all_backends("not cuda")
     assert re.match(r"\d{2} passed", summary), summary
 
