@@ -137,10 +137,10 @@ def compile_kernel(kernels, kernel, target, dtype, group_channels, *, size=56, f
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    options = {"kernel": 3, "groups": 4, "points": 9, **options}
+    options = {"kernel_size": 3, "groups": 4, "points": 9, **options}
     plan = kernels._plan(
-        8, size, size, options["groups"] * group_channels, size, size, dtype, options["kernel"], options["kernel"],
-        1, 1, options["kernel"] // 2, options["kernel"] // 2, 1, 1, options["groups"], 1.0, options["points"] == 8,
+        8, size, size, options["groups"] * group_channels, size, size, dtype, options["kernel_size"], options["kernel_size"],
+        1, 1, options["kernel_size"] // 2, options["kernel_size"] // 2, 1, 1, options["groups"], 1.0, options["points"] == 8,
         softmax,
     )  # fmt: skip
     backward = kernel is kernels._backward_kernel
@@ -224,7 +224,7 @@ def test_compiles_without_a_gpu(kernels, compiler_cache, tmp_path, target, dtype
         (torch.float16, 16, {"points": 8, "fixed": True}),
         (torch.float64, 16, {"softmax": False}),
         (torch.float32, 5, {"groups": 3}),
-        (torch.float32, 80, {"kernel": 5, "points": 25, "fixed": True}),
+        (torch.float32, 80, {"kernel_size": 5, "points": 25, "fixed": True}),
         (torch.bfloat16, 2048, {"groups": 1, "size": 1100}),  # 64-bit numbers of elements
     ],
 )
