@@ -71,7 +71,7 @@ def test_the_tests_of_all_backends_that_take_seconds(folder):
 @interpreted
 @pytest.mark.slow
 def test_the_tests_of_all_backends(folder):
-    """All of them, two hundred random shapes included: some twenty minutes."""
+    """All of them, two hundred random shapes included: it takes long."""
     summary = run_tests_of_all_backends("not cuda")
     assert re.match(r"\d{2} passed", summary), summary
 
@@ -137,10 +137,10 @@ def compile_kernel(kernels, kernel, target, dtype, group_channels, *, size=56, f
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    options = {"kernel": 3, "groups": 4, "points": 9, **options}
+    options = {"kernel_size": 3, "groups": 4, "points": 9, **options}
     plan = kernels._plan(
-        8, size, size, options["groups"] * group_channels, size, size, dtype, options["kernel"], options["kernel"],
-        1, 1, options["kernel"] // 2, options["kernel"] // 2, 1, 1, options["groups"], 1.0, options["points"] == 8,
+        8, size, size, options["groups"] * group_channels, size, size, dtype, options["kernel_size"], options["kernel_size"],
+        1, 1, options["kernel_size"] // 2, options["kernel_size"] // 2, 1, 1, options["groups"], 1.0, options["points"] == 8,
         softmax,
     )  # fmt: skip
     backward = kernel is kernels._backward_kernel
@@ -170,11 +170,13 @@ def compile_kernel(kernels, kernel, target, dtype, group_channels, *, size=56, f
 
 
 def spilled(compiled, target, tmp_path) -> int:
-    """Bytes of the stack of a thread, or registers that AMD's compiler spilled."""
+    """Bytes of memory that a thread needs for what its registers cannot hold.
+
+    AMD's scalar registers, which hold masks, spill into lanes of vector registers: that takes no memory, and is not counted.
+    """
     if target.startswith("gfx"):
-        found = re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])
-        assert len(found) == 2
-        return sum(map(int, found))
+        (scratch,) = re.findall(r"ScratchSize: (\d+)", compiled.asm["amdgcn"])
+        return int(scratch)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.is_file():
         pytest.skip("this Triton has no cuobjdump")
@@ -222,7 +224,7 @@ def test_compiles_without_a_gpu(kernels, compiler_cache, tmp_path, target, dtype
         (torch.float16, 16, {"points": 8, "fixed": True}),
         (torch.float64, 16, {"softmax": False}),
         (torch.float32, 5, {"groups": 3}),
-        (torch.float32, 80, {"kernel": 5, "points": 25, "fixed": True}),
+        (torch.float32, 80, {"kernel_size": 5, "points": 25, "fixed": True}),
         (torch.bfloat16, 2048, {"groups": 1, "size": 1100}),  # 64-bit numbers of elements
     ],
 )
