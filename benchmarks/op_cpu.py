@@ -49,10 +49,9 @@ def upstream(folder: Path) -> Formulation:
     if not file.is_file():
         raise SystemExit(f"--upstream {folder} is not a checkout of OpenGVLab/InternImage: there is no {file}")
     sys.modules.setdefault("DCNv3", types.ModuleType("DCNv3"))
-    if importlib.util.find_spec("pkg_resources") is None:
-        resources = types.ModuleType("pkg_resources")
-        resources.get_distribution = lambda name: types.SimpleNamespace(version="1.0")
-        sys.modules["pkg_resources"] = resources
+    resources = types.ModuleType("pkg_resources")  # it asks for the version of the compiled module
+    resources.get_distribution = lambda name: types.SimpleNamespace(version="1.0")
+    sys.modules["pkg_resources"] = resources
     spec = importlib.util.spec_from_file_location("upstream_dcnv3_func", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
