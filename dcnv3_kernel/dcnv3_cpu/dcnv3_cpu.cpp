@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(
       1,
       nullptr,
       nullptr};
-  // At least 16 tasks, for as many threads: the slices' sums cost little.
+  // At least 8 tasks, for as many threads. Every slice costs a buffer and a pass over it.
   const int64_t parts = shape.batch * shape.groups;
   arguments.slices = std::min({(dcnv3::max_slices + parts - 1) / parts, shape.height_out, dcnv3::max_slices});
   // Several groups at a time read the tensors in longer runs, as long as their sums stay in the second cache and all threads

@@ -15,7 +15,7 @@ struct ForwardArguments {
 
 // The gradient of the input is summed in buffers of (H, W, D), one for each (image, group, slice of output rows). The number
 // of slices depends on the shape alone, and so the order of every sum: the result is the same for any number of threads.
-constexpr int64_t max_slices = 16;
+constexpr int64_t max_slices = 8;
 struct BackwardArguments {
   Shape shape;
   Dtype dtype;

@@ -14,6 +14,15 @@ namespace dcnv3 {
 namespace DCNV3_ISA {
 namespace {
 
+// Keeps the compiler from loading a value twice, once for each use.
+#if DCNV3_VECTOR_BYTES == 64
+#define DCNV3_IN_REGISTER(value) __asm__("" : "+v"(value))
+#elif defined(__x86_64__)
+#define DCNV3_IN_REGISTER(value) __asm__("" : "+x"(value))
+#else
+#define DCNV3_IN_REGISTER(value)
+#endif
+
 #define DCNV3_INLINE inline __attribute__((always_inline))
 
 struct Half {
@@ -288,7 +297,8 @@ struct Piece<T, BFloat16, B, typename EnableIf<(B >= 8)>::type> {
   typedef typename VectorOf<uint32_t, width>::unaligned Pairs;
   static DCNV3_INLINE void read(const BFloat16* from, V (&to)[count]) {
     for (int c = 0; c < count; c += 2) {
-      const Vector<uint32_t, width> pairs = *reinterpret_cast<const Pairs*>(from + c * width);
+      Vector<uint32_t, width> pairs = *reinterpret_cast<const Pairs*>(from + c * width);
+      DCNV3_IN_REGISTER(pairs);
       to[c] = reinterpret_cast<V>(pairs << 16);
       to[c + 1] = reinterpret_cast<V>(pairs & 0xffff0000u);
     }
@@ -402,10 +412,10 @@ DCNV3_INLINE void softmax(T* values, int64_t count, int64_t dynamic_points, T* i
 // ----------------------------------------------------------------------------------------------------------- locations
 
 // What the points of a block need, structures of arrays. `capacity` points each, and some room for full registers.
-template <class T, class I>
+template <class T>
 struct Points {
   T *x, *y, *mask;         // positions, and the (normalised) modulation
-  I* index;                // of the upper left one of the four pixels that a point samples, times the stride given to `locate`
+  int32_t* index;          // of the upper left one of the four pixels that a point samples
   T* weight[4];            // of the four pixels: upper left, upper right, lower left, lower right; includes the modulation
   T *from_x, *from_y;      // position relative to the upper left pixel, -1 or 2 at most
   T *kernel_x, *kernel_y;  // the regular grid, dilated and scaled, repeated for every group
@@ -414,7 +424,7 @@ struct Points {
   T* dots;                 // of the four pixels with the output's gradient, (capacity, 4)
 
   static int64_t round_up(int64_t n) { return (n + 15) / 16 * 16 + 16; }
-  static size_t bytes(int64_t capacity) { return round_up(capacity) * (20 * sizeof(T) + sizeof(I)); }
+  static size_t bytes(int64_t capacity) { return round_up(capacity) * (20 * sizeof(T) + 4); }
 
   Points(char* memory, int64_t capacity) {
     const int64_t n = round_up(capacity);
@@ -427,7 +437,7 @@ struct Points {
     x = take(n), y = take(n), mask = take(n), kernel_x = take(n), kernel_y = take(n), factor = take(n);
     for (int k = 0; k < 4; ++k) weight[k] = take(n);
     from_x = take(n), from_y = take(n), by_mask = take(n), by_offset = take(2 * n), dots = take(4 * n);
-    index = reinterpret_cast<I*>(values);
+    index = reinterpret_cast<int32_t*>(values);
     for (int64_t i = 0; i < n; ++i) kernel_x[i] = kernel_y[i] = 0;
   }
 
@@ -481,9 +491,9 @@ struct Block {
 };
 
 // Reads a block's offsets and modulations: fills positions and `mask`.
-template <class T, class S, class I, int P>
+template <class T, class S, int P>
 DCNV3_INLINE void place(
-    const Points<T, I>& p, const Shape& s, const Block& block, const S* offsets, const S* masks, const Origin<T>& origins_x,
+    const Points<T>& p, const Shape& s, const Block& block, const S* offsets, const S* masks, const Origin<T>& origins_x,
     const Origin<T>& origins_y, T scale) {
   constexpr int L = lanes<T>;
   const int64_t points = P ? P : s.points, n = block.groups * points;
@@ -544,24 +554,20 @@ struct Axis {
 // Fills indices and weights of n points (and what follows to a full register) from their positions. What is not strictly
 // inside (-1, size), NaN included, gets the weight 0. Backward, fills `from_x` and `from_y` too, and widens the range of rows
 // [*low, *high] to the upper one of the rows that are sampled.
-template <bool Backward, class T, class I>
+template <bool Backward, class T>
 DCNV3_INLINE void locate(
-    const Points<T, I>& p, int64_t n, const Axis<T>& columns, const Axis<T>& rows, int64_t width, int64_t stride,
+    const Points<T>& p, int64_t n, const Axis<T>& columns, const Axis<T>& rows, int64_t width,
     int64_t* low = nullptr, int64_t* high = nullptr) {
   constexpr int L = lanes<T>;
   typedef Register<T> V;
   typedef Vector<int32_t, L> Int;
-  typedef Vector<I, L> Index;
-  const I step_x = I(stride), step_y = I(width * stride);
   V lowest = V{} + rows.end, highest = {};
   for (int64_t i = 0; i < n; i += L) {
     V from_x, from_y, left, right, top, bottom;
     const V x = columns.base(load<T, L>(p.x + i), from_x), y = rows.base(load<T, L>(p.y + i), from_y);
     columns.weights(from_x, left, right);
     rows.weights(from_y, top, bottom);
-    const Index column = __builtin_convertvector(__builtin_convertvector(x, Int), Index);
-    const Index row = __builtin_convertvector(__builtin_convertvector(y, Int), Index);
-    store<I, L>(p.index + i, row * step_y + column * step_x);
+    store<int32_t, L>(p.index + i, __builtin_convertvector(y, Int) * int32_t(width) + __builtin_convertvector(x, Int));
     const V mask = load<T, L>(p.mask + i);  // 0 * mask: a mask that is not finite shows, as in the definition
     top *= mask, bottom *= mask;
     store<T, L>(p.weight[0] + i, top * left);
@@ -613,23 +619,24 @@ struct Corners {
 constexpr int64_t points_per_block = 144;  // whole registers for 9 points of 16 groups; all arrays stay in the first cache
 
 // B channels of one group of one output pixel. Returns 0 in every element if all are finite, else NaN in some.
-template <class T, class S, class I, int P, int B>
+template <class T, class S, int P, int B>
 DCNV3_INLINE typename Piece<T, S, B>::V gather(
-    const Points<T, I>& p, int64_t at, int64_t dynamic_points, T factor, const S* base, int64_t right, int64_t down, S* to) {
+    const Points<T>& p, int64_t at, int64_t dynamic_points, T factor, int64_t pixel_stride, const S* base, int64_t right,
+    int64_t down, S* to) {
   typedef Piece<T, S, B> Channels;
   typedef typename Channels::V V;
-  constexpr int N = Channels::count, A = N >= 4 ? 1 : N == 2 ? 2 : 4;  // sums that do not wait for each other
+  constexpr int N = Channels::count, A = N >= 4 ? 2 : 4;  // sums that do not wait for each other
   const int64_t points = P ? P : dynamic_points;
   const S* const corners[4] = {base, base + right, base + down, base + down + right};
   V sum[A][N] = {};
 #pragma GCC unroll 9
   for (int64_t i = at; i < at + points; ++i) {
-    const int64_t index = p.index[i];
+    const int64_t index = p.index[i] * pixel_stride;
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
       V row[N];
       Channels::read(corners[k] + index, row);
-      const V weight = V{} + p.weight[k][i];
+      const T weight = p.weight[k][i];
       for (int c = 0; c < N; ++c) sum[k % A][c] += weight * row[c];
     }
   }
@@ -645,9 +652,9 @@ DCNV3_INLINE typename Piece<T, S, B>::V gather(
 }
 
 // One group of one output pixel by branches: pixels outside the image are not touched.
-template <class T, class S, class I>
+template <class T, class S>
 __attribute__((noinline)) void gather_exactly(
-    const Points<T, I>& p, int64_t at, const Shape& s, int64_t channels, T factor, const S* base, S* to) {
+    const Points<T>& p, int64_t at, const Shape& s, int64_t channels, T factor, const S* base, S* to) {
   for (int64_t c = 0; c < channels; ++c) {
     T total = 0;
     for (int64_t i = at; i < at + s.points; ++i) {
@@ -676,12 +683,12 @@ inline int64_t groups_of_block(const Shape& s) {
   return fitting < 1 ? 1 : fitting < s.groups ? fitting : s.groups;
 }
 
-template <class T, class S, class I, int P, int D>
+template <class T, class S, int P, int D>
 void forward_pixels(const ForwardArguments& a, int64_t begin, int64_t end, void* scratch) {
   const Shape& s = a.shape;
   const int64_t points = P ? P : s.points, channels = D ? D : s.group_channels;
   const int64_t groups_at_once = groups_of_block(s), pixels_at_once = pixels_of_block(s, groups_at_once);
-  Points<T, I> p(static_cast<char*>(scratch), block_capacity(s, groups_at_once));
+  Points<T> p(static_cast<char*>(scratch), block_capacity(s, groups_at_once));
   p.set_kernel(s, groups_at_once);
   const T scale = T(s.offset_scale);
   const Origin<T> origins_x(s.stride_w, s.padding_w, s.dilation_w, s.kernel_w, s.offset_scale);
@@ -697,11 +704,11 @@ void forward_pixels(const ForwardArguments& a, int64_t begin, int64_t end, void*
     for (int64_t group = 0; group < s.groups; group += groups_at_once) {
       const int64_t groups = group + groups_at_once <= s.groups ? groups_at_once : s.groups - group;
       const Block block{pixel, count, place_in_image % s.width_out, place_in_image / s.width_out, group, groups};
-      place<T, S, I, P>(
+      place<T, S, P>(
           p, s, block, static_cast<const S*>(a.offset), static_cast<const S*>(a.mask), origins_x, origins_y, scale);
       const int64_t units = count * groups;
       if (s.softmax) softmax<T, P>(p.mask, units, points, p.factor);
-      locate<false>(p, units * points, columns, rows, s.width, s.channels);
+      locate<false>(p, units * points, columns, rows, s.width);
       const S* base = input + group * channels;
       S* output = static_cast<S*>(a.output) + pixel * s.channels + group * channels;
       bool finite = true;
@@ -712,7 +719,7 @@ void forward_pixels(const ForwardArguments& a, int64_t begin, int64_t end, void*
           const T factor = s.softmax ? p.factor[unit] : T(1);
           S* to = output + q * s.channels + g * channels;
           for_pieces<D>(channels, [&]<int B>(int64_t c) __attribute__((always_inline)) {
-            const auto bad = gather<T, S, I, P, B>(p, unit * points, points, factor, base + g * channels + c, right, down, to + c);
+            const auto bad = gather<T, S, P, B>(p, unit * points, points, factor, s.channels, base + g * channels + c, right, down, to + c);
             if constexpr (sizeof(bad) == sizeof(check)) {
               check += bad;
             } else {
@@ -772,7 +779,7 @@ DCNV3_INLINE Vector<T, 4> four_sums(Vector<T, 1> a, Vector<T, 1> b, Vector<T, 1>
 // The dot products of the output's gradient with the four pixels of each point: one group of one output pixel, B channels.
 template <class T, class S, int P, int B>
 DCNV3_INLINE void multiply(
-    const Points<T, int32_t>& p, int64_t at, int64_t dynamic_points, int64_t pixel_stride, const S* gradient, const S* input,
+    const Points<T>& p, int64_t at, int64_t dynamic_points, int64_t pixel_stride, const S* gradient, const S* input,
     int64_t right, int64_t down, bool first) {
   typedef Piece<T, S, B> Channels;
   typedef typename Channels::V V;
@@ -801,7 +808,7 @@ DCNV3_INLINE void multiply(
 // Adds the output's gradient, weighted, to the sums of the four pixels of each point.
 template <class T, class S, int P, int B>
 DCNV3_INLINE void scatter(
-    const Points<T, int32_t>& p, int64_t at, int64_t dynamic_points, int64_t channels, const S* gradient, T* sums,
+    const Points<T>& p, int64_t at, int64_t dynamic_points, int64_t channels, const S* gradient, T* sums,
     int64_t right, int64_t down) {
   typedef Piece<T, S, B> Channels;
   typedef typename Channels::V V;
@@ -815,7 +822,7 @@ DCNV3_INLINE void scatter(
     const int64_t index = p.index[i] * channels;
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
-      const V weight = V{} + p.weight[k][i];
+      const T weight = p.weight[k][i];
       T* to = corners[k] + index;
       for (int c = 0; c < N; ++c) store<T, width>(to + c * width, load<T, width>(to + c * width) + weight * grad[c]);
     }
@@ -826,7 +833,7 @@ DCNV3_INLINE void scatter(
 // found by scattering one channel at a time.
 template <class T, class S, int D>
 __attribute__((noinline)) void scatter_exactly(
-    const Points<T, int32_t>& p, int64_t at, const Shape& s, int64_t channels, const S* gradient, const S* input, T* sums) {
+    const Points<T>& p, int64_t at, const Shape& s, int64_t channels, const S* gradient, const S* input, T* sums) {
   for (int64_t i = at; i < at + s.points; ++i) {
     const Corners<T> corners(p.x[i], p.y[i], s.height, s.width);
     for (int k = 0; k < 4; ++k) p.dots[4 * i + k] = 0;
@@ -881,7 +888,7 @@ DCNV3_INLINE void copy_row(const S* from, S* to, int64_t n) {
 // Gradients of a block's offsets and modulations, from the dot products.
 template <class T, class S, int P>
 DCNV3_INLINE void differentiate(
-    const BackwardArguments& a, const Points<T, int32_t>& p, const Block& block, const Axis<T>& columns, const Axis<T>& rows) {
+    const BackwardArguments& a, const Points<T>& p, const Block& block, const Axis<T>& columns, const Axis<T>& rows) {
   constexpr int L = lanes<T>;
   typedef Register<T> V;
   typedef MaskRegister<T> M;
@@ -935,7 +942,7 @@ DCNV3_INLINE void differentiate(
 // the rows [range[0], range[1]), which grow as needed.
 template <class T, class S, int P, int D>
 DCNV3_INLINE void backward_rows(
-    const BackwardArguments& a, const Points<T, int32_t>& p, int64_t image, int64_t group, int64_t groups, int64_t first_row,
+    const BackwardArguments& a, const Points<T>& p, int64_t image, int64_t group, int64_t groups, int64_t first_row,
     int64_t last_row, T* sums, int64_t* range) {
   const Shape& s = a.shape;
   const int64_t points = P ? P : s.points, channels = D ? D : s.group_channels;
@@ -950,13 +957,13 @@ DCNV3_INLINE void backward_rows(
     const int64_t count = start + pixels_at_once <= end ? pixels_at_once : end - start;
     const int64_t units = count * groups, n = units * points, pixel = image * s.height_out * s.width_out + start;
     const Block block{pixel, count, start % s.width_out, start / s.width_out, group, groups};
-    place<T, S, int32_t, P>(
+    place<T, S, P>(
         p, s, block, static_cast<const S*>(a.offset), static_cast<const S*>(a.mask), origins_x, origins_y, scale);
     if (s.softmax) softmax<T, P>(p.mask, units, points);
     // what follows to a full register does not count
     for (int64_t i = n; i < n + lanes<T>; ++i) p.x[i] = p.x[n - 1], p.y[i] = p.y[n - 1], p.mask[i] = 0;
     int64_t low = s.height, high = 0;
-    locate<true>(p, n, columns, rows, s.width, 1, &low, &high);
+    locate<true>(p, n, columns, rows, s.width, &low, &high);
     high = high + 2 < s.height ? high + 2 : s.height;
     const auto clear = [&](int64_t from, int64_t to) {
       for (int64_t g = 0; g < groups && from < to; ++g) {
@@ -1017,7 +1024,7 @@ struct BackwardScratch {
   explicit BackwardScratch(const BackwardArguments& a) {
     const Shape& s = a.shape;
     capacity = block_capacity(s, a.groups_at_once);
-    points = (Points<T, int32_t>::bytes(capacity) + 63) / 64 * 64;
+    points = (Points<T>::bytes(capacity) + 63) / 64 * 64;
     sums = a.slices > 1 ? 0 : a.groups_at_once * s.height * s.width * s.group_channels * sizeof(T);
   }
   size_t bytes() const { return points + sums; }
@@ -1043,7 +1050,7 @@ void backward_tasks(const BackwardArguments& a, int64_t begin, int64_t end, void
   const Shape& s = a.shape;
   const BackwardScratch<T> sizes(a);
   char* memory = static_cast<char*>(scratch);
-  Points<T, int32_t> p(memory, sizes.capacity);
+  Points<T> p(memory, sizes.capacity);
   p.set_kernel(s, a.groups_at_once);
   T* own_sums = reinterpret_cast<T*>(memory + sizes.points);
   const int64_t row = s.width * (D ? D : s.group_channels), area = s.height * row, channels = D ? D : s.group_channels;
@@ -1097,18 +1104,6 @@ void reduce_slices(const BackwardArguments& a, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------------------------------- choice of templates
 
-// An image of 2^31 elements or more needs wider indices in the forward pass (the backward pass counts pixels).
-inline bool is_large(const Shape& s) { return s.height * s.width * s.channels > INT32_MAX; }
-
-template <class T, class S, int P, int D>
-void forward_as(const ForwardArguments& a, int64_t begin, int64_t end, void* scratch) {
-  if (is_large(a.shape)) {
-    forward_pixels<T, S, int64_t, 0, 0>(a, begin, end, scratch);
-  } else {
-    forward_pixels<T, S, int32_t, P, D>(a, begin, end, scratch);
-  }
-}
-
 // Calls `function<P, D>` for the group widths and the numbers of points that have code of their own.
 #define DCNV3_SPECIALISED(function, T, S, shape, ...)                     \
   do {                                                                    \
@@ -1118,30 +1113,28 @@ void forward_as(const ForwardArguments& a, int64_t begin, int64_t end, void* scr
       function<T, S, 9, 32>(__VA_ARGS__);                                 \
     } else if ((shape).points == 9 && (shape).group_channels == 8) {      \
       function<T, S, 9, 8>(__VA_ARGS__);                                  \
-    } else if ((shape).points == 9) {                                     \
-      function<T, S, 9, 0>(__VA_ARGS__);                                  \
     } else {                                                              \
       function<T, S, 0, 0>(__VA_ARGS__);                                  \
     }                                                                     \
   } while (0)
 
 size_t forward_scratch(const ForwardArguments& a) {
-  return Points<double, int64_t>::bytes(block_capacity(a.shape, groups_of_block(a.shape)));
+  return Points<double>::bytes(block_capacity(a.shape, groups_of_block(a.shape)));
 }
 
 void forward(const ForwardArguments& a, int64_t begin, int64_t end, void* scratch) {
   switch (a.dtype) {
     case Dtype::float32:
-      DCNV3_SPECIALISED(forward_as, float, float, a.shape, a, begin, end, scratch);
+      DCNV3_SPECIALISED(forward_pixels, float, float, a.shape, a, begin, end, scratch);
       break;
     case Dtype::bfloat16:
-      DCNV3_SPECIALISED(forward_as, float, BFloat16, a.shape, a, begin, end, scratch);
+      DCNV3_SPECIALISED(forward_pixels, float, BFloat16, a.shape, a, begin, end, scratch);
       break;
     case Dtype::float16:
-      DCNV3_SPECIALISED(forward_as, float, Half, a.shape, a, begin, end, scratch);
+      DCNV3_SPECIALISED(forward_pixels, float, Half, a.shape, a, begin, end, scratch);
       break;
     case Dtype::float64:
-      forward_as<double, double, 0, 0>(a, begin, end, scratch);
+      forward_pixels<double, double, 0, 0>(a, begin, end, scratch);
       break;
   }
 }
