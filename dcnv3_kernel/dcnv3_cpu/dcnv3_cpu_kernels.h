@@ -720,7 +720,8 @@ void forward_pixels(const ForwardArguments& a, int64_t begin, int64_t end, void*
           const T factor = s.softmax ? p.factor[unit] : T(1);
           S* to = output + q * s.channels + g * channels;
           for_pieces<D>(channels, [&]<int B>(int64_t c) __attribute__((always_inline)) {
-            const auto bad = gather<T, S, P, B>(p, unit * points, points, factor, s.channels, base + g * channels + c, right, down, to + c);
+            const S* from = base + g * channels + c;
+            const auto bad = gather<T, S, P, B>(p, unit * points, points, factor, s.channels, from, right, down, to + c);
             if constexpr (sizeof(bad) == sizeof(check)) {
               check += bad;
             } else {
@@ -1059,7 +1060,8 @@ void backward_tasks(const BackwardArguments& a, int64_t begin, int64_t end, void
     const int64_t slice = task % a.slices, chunk = task / a.slices % chunks, image = task / a.slices / chunks;
     const int64_t group = chunk * a.groups_at_once;
     const int64_t groups = group + a.groups_at_once <= s.groups ? a.groups_at_once : s.groups - group;
-    T* sums = a.slices > 1 ? static_cast<T*>(a.partial) + (slice * s.batch * s.groups + image * s.groups + group) * area : own_sums;
+    T* sums = own_sums;
+    if (a.slices > 1) sums = static_cast<T*>(a.partial) + (slice * s.batch * s.groups + image * s.groups + group) * area;
     int64_t own_range[2] = {0, 0};
     int64_t* range = a.slices > 1 ? a.ranges + 2 * task : own_range;
     range[0] = range[1] = 0;
