@@ -1,5 +1,6 @@
 // The CPU backend of the operators: dtype and instruction set are chosen, work is split over threads.
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -69,7 +70,13 @@ void check_image(const dcnv3::Shape& s) {
   STD_TORCH_CHECK(
       s.height * s.width <= INT32_MAX, "dcnv3: an image may have at most 2147483647 pixels on the CPU, this one has ",
       s.height * s.width);
+  constexpr int64_t longest = 1 << 24;  // float32 holds no larger positions
+  STD_TORCH_CHECK(
+      s.height <= longest && s.width <= longest, "dcnv3: an image may have at most 16777216 rows and columns on the CPU, this "
+      "one has ", s.height, " x ", s.width);
 }
+
+constexpr int64_t most_groups_at_once = 16, most_bytes_of_sums = 512 * 1024;
 
 }  // namespace
 
@@ -130,24 +137,40 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(
       grad_offset.mutable_data_ptr(),
       grad_mask.mutable_data_ptr(),
       1,
+      1,
+      nullptr,
       nullptr};
-  // At least 16 tasks: a few threads find enough to do, and the slices' sums cost little.
-  const int64_t tasks = shape.batch * shape.groups;
-  arguments.slices = tasks >= 16 ? 1 : std::min((16 + tasks - 1) / tasks, shape.height_out);
+  // At least 8 tasks, for as many threads. Every slice costs a buffer and a pass over it.
+  const int64_t parts = shape.batch * shape.groups;
+  arguments.slices = std::min({(dcnv3::max_slices + parts - 1) / parts, shape.height_out, dcnv3::max_slices});
+  // Several groups at a time read the tensors in longer runs, as long as their sums stay in the second cache and all threads
+  // have enough tasks. The result does not depend on it.
+  const int64_t sums = shape.height * shape.width * shape.group_channels * dcnv3::compute_size(arguments.dtype);
+  const int64_t enough_tasks = 4 * torch::stable::get_num_threads();
+  int64_t at_once = 1;
+  while (2 * at_once <= std::min(shape.groups, most_groups_at_once) && 2 * at_once * sums <= most_bytes_of_sums &&
+         parts * arguments.slices >= 2 * at_once * enough_tasks) {
+    at_once *= 2;
+  }
+  arguments.groups_at_once = at_once;
+  const int64_t tasks = shape.batch * ((shape.groups + at_once - 1) / at_once) * arguments.slices;
   std::unique_ptr<char[]> partial;
+  std::unique_ptr<int64_t[]> ranges;
   if (arguments.slices > 1) {
     partial.reset(new char[arguments.slices * input.numel() * dcnv3::compute_size(arguments.dtype)]);
+    ranges.reset(new int64_t[2 * tasks]);
     arguments.partial = partial.get();
+    arguments.ranges = ranges.get();
   }
   const dcnv3::Kernels& set = kernels();
   const size_t bytes = set.backward_scratch(arguments);
-  torch::stable::parallel_for(0, tasks * arguments.slices, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(bytes);
     set.backward(arguments, begin, end, scratch.get());
   });
   if (arguments.slices > 1) {
     torch::stable::parallel_for(
-        0, shape.batch * shape.height * shape.width, 1 + 4096 / shape.channels,
+        0, shape.batch * shape.height, 1 + 4096 / (shape.width * shape.channels),
         [&](int64_t begin, int64_t end) { set.backward_reduce(arguments, begin, end); });
   }
   return {grad_input, grad_offset, grad_mask};

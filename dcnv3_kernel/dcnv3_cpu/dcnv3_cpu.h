@@ -13,15 +13,18 @@ struct ForwardArguments {
   void* output;
 };
 
-// The gradient of the input is summed in buffers of (H, W, D), one for each (image, group, slice of output rows). Their number
-// depends on the shape alone: the result is the same for any number of threads.
+// The gradient of the input is summed in buffers of (H, W, D), one for each (image, group, slice of output rows). The number
+// of slices depends on the shape alone, and so the order of every sum: the result is the same for any number of threads.
+constexpr int64_t max_slices = 8;
 struct BackwardArguments {
   Shape shape;
   Dtype dtype;
   const void *grad_output, *input, *offset, *mask;
   void *grad_input, *grad_offset, *grad_mask;
-  int64_t slices;
-  void* partial;  // (N, G, slices, H, W, D) float or double if slices > 1
+  int64_t slices;          // at most max_slices
+  int64_t groups_at_once;  // a task is so many groups of a slice of an image
+  void* partial;           // (slices, N, G, H, W, D) float or double if slices > 1
+  int64_t* ranges;         // (tasks, 2) if slices > 1: which rows of the buffers are in use, the first and that after the last
 };
 
 // Bytes per element of the arithmetic: double for float64, float for all others.
@@ -35,9 +38,9 @@ struct Kernels {
   // output pixels [begin, end) of N * H_out * W_out
   void (*forward)(const ForwardArguments&, int64_t begin, int64_t end, void* scratch);
   size_t (*backward_scratch)(const BackwardArguments&);
-  // tasks [begin, end) of N * G * slices
+  // tasks [begin, end) of N * ceil(G / groups_at_once) * slices
   void (*backward)(const BackwardArguments&, int64_t begin, int64_t end, void* scratch);
-  // pixels [begin, end) of N * H * W: sums the slices
+  // rows [begin, end) of N * H: sums the slices
   void (*backward_reduce)(const BackwardArguments&, int64_t begin, int64_t end);
 };
 

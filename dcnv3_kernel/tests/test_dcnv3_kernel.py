@@ -480,6 +480,74 @@ def test_the_number_of_threads_does_not_matter(threads):
         torch.set_num_threads(before)
 
 
+# (batch, height, width, group width), groups, kernel size, padding: the backward pass takes one or several groups at a time and
+# one or several slices of rows, blocks end at rows, images and groups that do not divide them
+BLOCKS = [
+    ((1, 5, 7, 8), 3, 3, 1),
+    ((1, 12, 3, 16), 1, 3, 1),
+    ((2, 4, 5, 32), 7, 3, 1),
+    ((9, 3, 4, 5), 19, 3, 1),
+    ((1, 1, 11, 16), 18, (1, 3), (0, 1)),
+    ((3, 13, 1, 16), 33, (3, 1), (1, 0)),
+    ((1, 6, 6, 3), 2, (13, 13), 6),
+]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shape, groups, kernel_size, padding", BLOCKS)
+def test_blocks_of_every_kind(backend, shape, groups, kernel_size, padding, dtype, tolerance):
+    kernel, device = backend
+    if device != "cpu":
+        pytest.skip("about how the CPU's kernel divides its work")
+    torch.manual_seed(0)
+    (batch, height, width, group_channels), before = shape, torch.get_num_threads()
+    pair = kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size)
+    points = pair[0] * pair[1]
+    sizes = (groups * group_channels, groups * points * 2, groups * points)
+    tensors = [(torch.randn(batch, height, width, size) * 2).to(dtype).double() for size in sizes]
+    grad_output = torch.randn(batch, height, width, sizes[0]).to(dtype).double()
+    options = {"groups": groups, "kernel_size": kernel_size, "padding": padding}
+    expected = run_and_differentiate(definition, tensors, {**options, "softmax": True}, grad_output)
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            narrow = [tensor.to(dtype) for tensor in tensors]
+            results.append(run_and_differentiate(kernel.dcnv3_softmax, narrow, options, grad_output.to(dtype)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
+    for what, actual, wanted in zip(NAMES, results[0], expected, strict=True):
+        assert relative_error(actual, wanted) < tolerance, what
+
+
+def test_what_is_not_finite_changes_nothing_else(backend):
+    """A unit of work whose values are not finite is computed in another way; its neighbours must not notice."""
+    kernel, device = backend
+    if device != "cpu":
+        pytest.skip("about how the CPU's kernel divides its work")
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 9, 9, 64), torch.rand(1, 9, 9, 72) * 0.5 + 0.2, torch.randn(1, 9, 9, 36)]
+    grad_output = torch.randn(1, 9, 9, 64)
+    clean = run_and_differentiate(kernel.dcnv3_softmax, tensors, {"groups": 4}, grad_output)
+    logits = tensors[2].clone()
+    logits[0, 0, 0, 0] = torch.nan  # group 0 of the first pixel
+    logits[0, 8, 8, 35] = 80.0  # group 3 of the last one: its softmax needs the maximum
+    changed = run_and_differentiate(kernel.dcnv3_softmax, [*tensors[:2], logits], {"groups": 4}, grad_output)
+    assert changed[0][0, 0, 0, :16].isnan().all() and changed[0][0, 8, 8, 48:].isfinite().all()
+    same = torch.ones(9, 9, 4, dtype=torch.bool)
+    same[0, 0, 0] = same[8, 8, 3] = False
+    for before, after in ((clean[i], changed[i]) for i in (0, 2, 3)):
+        by_group = [tensor.view(9, 9, 4, -1)[same] for tensor in (before, after)]
+        assert torch.equal(*by_group)
+    grad_input = changed[1].view(9, 9, 4, 16)
+    assert (
+        grad_input[:2, :2, 0].isnan().any()
+        and grad_input[3:].isfinite().all()
+        and grad_input[..., 1:, :].isfinite().all()
+    )
+
+
 @pytest.mark.parametrize("capability", ["baseline", "avx2"])
 def test_lesser_instruction_sets(capability):
     """What runs on older machines, in a process of its own: the choice is made once."""
