@@ -370,6 +370,7 @@ HEADS = {
         inputs=grounding_inputs,
         targets=boxes,
         auto=ZERO_SHOT,
+        fast=True,
     ),
     "mm_grounding_dino": Head(
         "MMGroundingDinoForObjectDetection",
@@ -381,7 +382,7 @@ HEADS = {
     ),
     "rt_detr": Head("RTDetrForObjectDetection", RT_DETR, LAST_THREE, targets=boxes, auto=DETECTION, fast=True),
     "rt_detr_v2": Head("RTDetrV2ForObjectDetection", RT_DETR, LAST_THREE, targets=boxes, auto=DETECTION),
-    "d_fine": Head("DFineForObjectDetection", RT_DETR, LAST_THREE, targets=boxes, auto=DETECTION),
+    "d_fine": Head("DFineForObjectDetection", RT_DETR, LAST_THREE, targets=boxes, auto=DETECTION, fast=True),
     "deimv2": Head("Deimv2ForObjectDetection", RT_DETR, LAST_THREE, targets=boxes, auto=DETECTION),
     "omdet_turbo": Head("OmDetTurboForObjectDetection", OMDET, LAST_THREE, inputs=omdet_inputs, auto=ZERO_SHOT),
     "pp_doclayout_v2": Head("PPDocLayoutV2ForObjectDetection", {}, LAST_THREE, auto=DETECTION, wrap=doclayout_v2),
@@ -397,6 +398,7 @@ HEADS = {
         "PPOCRV5MobileDetForObjectDetection",
         {"layer_list_out_channels": [8, 8, 8, 8], "neck_out_channels": 16},
         auto=DETECTION,
+        fast=True,
     ),
     "pp_ocrv6_small_det": Head(
         "PPOCRV6SmallDetForObjectDetection",
@@ -427,6 +429,7 @@ HEADS = {
         targets=segments,
         auto=("AutoModelForInstanceSegmentation",),
         wrap=maskformer,
+        fast=True,
     ),
     "mask2former": Head(
         "Mask2FormerForUniversalSegmentation", MASK2FORMER, targets=segments, auto=UNIVERSAL, fast=True
@@ -462,8 +465,9 @@ HEADS = {
         ("stage3",),
         backbone_fields={"num_channels": 4},
         inputs=lambda: {"pixel_values": torch.rand(BATCH, 4, HEIGHT, WIDTH)},
+        fast=True,
     ),
-    "tvp": Head("TvpForVideoGrounding", TVP, ("stage4",), inputs=tvp_inputs, targets=tvp_labels),
+    "tvp": Head("TvpForVideoGrounding", TVP, ("stage4",), inputs=tvp_inputs, targets=tvp_labels, fast=True),
     "tvp_two_videos": Head(
         "TvpForVideoGrounding",
         TVP,
