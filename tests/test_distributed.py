@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -44,28 +44,31 @@ def launch(engine: str, program: Path, *arguments: object, processes: int = 2, c
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     try:
         output, _ = process.communicate(timeout=400)
-    finally:
-        for pid in _descendants(process.pid):
+    except BaseException:  # too slow, or interrupted
+        for pid in _with_descendants(process.pid):
             os.kill(pid, signal.SIGKILL)
+        process.wait()
+        raise
     assert not check or process.returncode == 0, output[-4000:]
     return output
 
 
-def _descendants(session: int) -> list[int]:
-    """The processes that run in the session that a process began (torchrun gives its workers process groups of their own)."""
-    found = []
+def _with_descendants(root: int) -> list[int]:
+    """A process and those that it started, and they; torchrun gives its workers sessions of their own."""
+    children = defaultdict(list)
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
         except OSError:  # it ended meanwhile
             continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(stat.parent.name))
+        children[parent].append(int(stat.parent.name))
+    found = [root]
+    for pid in found:
+        found += children[pid]
     return found
 
 
