@@ -330,7 +330,7 @@ class Model:
 
 def run_on_ray(shards: list[dict], arguments: BatchArguments) -> tuple[int, int, float]:
     """Computes the shards; returns the number of images, of those with an error, and the seconds."""
-    import ray
+    import ray.data  # which sets up its logging
 
     local = {"num_cpus": arguments.num_cpus, "object_store_memory": arguments.object_store_mb * 2**20}
     local |= {"include_dashboard": False}

@@ -38,7 +38,7 @@ EMA_FILE = "ema.safetensors"
 # For `peft.LoraConfig(target_modules=...)`: the projections around DCNv3 and the feed-forward networks of all layers, in
 # the classifier and in every model that holds an InternImage backbone. Not the offsets and masks, which the authors train
 # with a tenth of the learning rate: a low-rank change there moves all sampling points of a layer together.
-LORA_TARGET_MODULES = r".*\.layers\.\d+\.(dcn\.(input_proj|output_proj)|mlp\.(fc1|fc2))"
+LORA_TARGET_MODULES = r".*\.stages\.\d+\.layers\.\d+\.(dcn\.(input_proj|output_proj)|mlp\.(fc1|fc2))"
 
 
 def layer_distances(model: nn.Module) -> dict[str, int]:

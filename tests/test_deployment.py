@@ -207,7 +207,7 @@ def test_the_program_writes_a_backbone(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_program_static_custom_int8_float16_and_a_failure(tmp_path):
+def test_the_program_static_custom_and_int8(tmp_path):
     model = random_model(image_size=64)
     save(model, tmp_path / "model")
     common = ["--model", "model", "--no_dynamic"]
@@ -218,8 +218,18 @@ def test_the_program_static_custom_int8_float16_and_a_failure(tmp_path):
     output = run_export(*common, "--quantize", "int8", "--opset", 20, "--output", "out/int8.onnx", cwd=tmp_path)
     assert "int8 weights" in output
     proto = onnx.load(tmp_path / "out" / "int8.onnx")
-    assert sum(tensor.data_type == onnx.TensorProto.INT8 for tensor in proto.graph.initializer) >= 25
+    # the exporter makes constants of up to 8192 bytes float again
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    large = sum(module.weight.numel() > 8192 for module in linear)
+    assert large > 0
+    assert sum(tensor.data_type == onnx.TensorProto.INT8 for tensor in proto.graph.initializer) >= large
 
+
+@pytest.mark.slow
+def test_the_program_float16_and_a_failure(tmp_path):
+    model = random_model(image_size=64)
+    save(model, tmp_path / "model")
+    common = ["--model", "model", "--no_dynamic"]
     run_export(*common, "--dtype", "float16", "--output", "out/half.onnx", cwd=tmp_path)
     check(model.half(), session(str(tmp_path / "out" / "half.onnx")), [(1, 3, 64, 64)], atol=2e-2)
 
