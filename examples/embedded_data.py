@@ -25,7 +25,7 @@ def _scene(
     taken = np.zeros((size, size), dtype=bool)
     for _ in range(rng.integers(1, 5)):
         pick = rng.integers(len(digits))
-        digit_side = int(rng.integers(size // 4, int(size / 2.2)))
+        digit_side = int(rng.integers(size // 3, int(size / 1.8)))
         alpha = np.asarray(
             Image.fromarray((digits[pick] * (255 / 16)).astype(np.uint8)).resize(
                 (digit_side, digit_side), Image.Resampling.BICUBIC
@@ -42,7 +42,7 @@ def _scene(
         low, high = (170, 256) if pixels[window].mean() < 128 else (0, 80)
         ink = rng.integers(low, high, 3)
         pixels[window] += alpha[..., None] * (ink - pixels[window])
-        inked = alpha > 0.5
+        inked = alpha > 0.4
         mask[window][inked] = 1 + values[pick]
         rows, columns = np.flatnonzero(inked.any(1)), np.flatnonzero(inked.any(0))
         objects["bbox"].append(

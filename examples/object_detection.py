@@ -33,12 +33,11 @@ from common import (
     HeadTrainingArguments,
     ModelArguments,
     RandomlyTransformed,
-    backbone_of,
     build_head,
     check_column,
     finish,
+    load_head,
     make_backbone,
-    model_type_of,
     parse_flags,
     train_and_held_out,
     train_evaluate_save,
@@ -109,7 +108,7 @@ class DetectionModelArguments(ModelArguments):
 @dataclass
 class DetectionTrainingArguments(HeadTrainingArguments):
     output_dir: str | None = "outputs/object_detection"
-    per_device_train_batch_size: int = 16
+    per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 16
     num_train_epochs: float = 12
     learning_rate: float = 1e-3
@@ -134,8 +133,8 @@ HEADS = {
         RTDetrImageProcessorPil,
         ["stage2", "stage3", "stage4"],
         {
-            "d_model": 96, "encoder_hidden_dim": 96, "decoder_in_channels": [96, 96, 96], "encoder_ffn_dim": 192,
-            "decoder_ffn_dim": 192, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+            "d_model": 64, "encoder_hidden_dim": 64, "decoder_in_channels": [64, 64, 64], "encoder_ffn_dim": 128,
+            "decoder_ffn_dim": 128, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
             "num_queries": 30, "num_denoising": 30, "hidden_expansion": 0.5,
         },
     ),
@@ -145,7 +144,7 @@ HEADS = {
         DeformableDetrImageProcessorPil,
         ["stage2", "stage3", "stage4"],
         {
-            "d_model": 96, "encoder_ffn_dim": 192, "decoder_ffn_dim": 192, "encoder_layers": 1, "decoder_layers": 3,
+            "d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_layers": 1, "decoder_layers": 3,
             "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_queries": 30, "dropout": 0.0,
             "with_box_refine": True, "two_stage": True, "two_stage_num_proposals": 30, "auxiliary_loss": True,
         },
@@ -156,7 +155,7 @@ HEADS = {
         DetrImageProcessorPil,
         ["stage4"],
         {
-            "d_model": 96, "encoder_ffn_dim": 192, "decoder_ffn_dim": 192, "encoder_layers": 1, "decoder_layers": 3,
+            "d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_layers": 1, "decoder_layers": 3,
             "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_queries": 10, "dropout": 0.0,
             "auxiliary_loss": True,
         },
@@ -347,11 +346,8 @@ def build_model(arguments: DetectionModelArguments, labels: list[str], image_siz
     """
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     if arguments.model is not None:
-        head = HEADS.get(model_type_of(arguments.model))
-        if head is None:
-            raise ValueError(f"--model {arguments.model} is none of {', '.join(HEADS)}")
-        model = head.model.from_pretrained(arguments.model, ignore_mismatched_sizes=True, **names)
-        backbone_of(model)
+        model = load_head({name: head.model for name, head in HEADS.items()}, arguments, **names)
+        head = HEADS[model.config.model_type]
         processor = head.processor.from_pretrained(arguments.model)
         return model, processor if image_size is None else head.processor(**_processor_fields(head, image_size))
     head = HEADS[arguments.head]

@@ -33,10 +33,10 @@ from common import (
     HeadTrainingArguments,
     ModelArguments,
     RandomlyTransformed,
-    backbone_of,
     build_head,
     check_column,
     finish,
+    load_head,
     make_backbone,
     model_type_of,
     parse_flags,
@@ -107,10 +107,10 @@ class SegmentationModelArguments(ModelArguments):
 @dataclass
 class SegmentationTrainingArguments(HeadTrainingArguments):
     output_dir: str | None = "outputs/semantic_segmentation"
-    per_device_train_batch_size: int = 16
+    per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 16
     num_train_epochs: float = 12
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     metric_for_best_model: str | None = "mean_iou"
 
 
@@ -301,21 +301,19 @@ def build_model(arguments: SegmentationModelArguments, data: SegmentationDataArg
     """
     fields = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     head_type = arguments.head if arguments.model is None else model_type_of(arguments.model)
-    if head_type not in HEADS:
-        raise ValueError(f"--model {arguments.model} is none of {', '.join(HEADS)}")
-    head = HEADS[head_type]
-    fields["loss_ignore_index" if head.config is UperNetConfig else "ignore_value"] = data.ignore_index
+    fields["ignore_value" if head_type == "mask2former" else "loss_ignore_index"] = data.ignore_index
     processor = {"do_reduce_labels": data.reduce_labels}
-    if head.processor is Mask2FormerImageProcessorPil:
+    if head_type == "mask2former":
         processor["ignore_index"] = data.ignore_index
     side = data.image_size
     if arguments.model is not None:
-        model = head.model.from_pretrained(arguments.model, ignore_mismatched_sizes=True, **fields)
-        backbone_of(model)
+        model = load_head({name: head.model for name, head in HEADS.items()}, arguments, **fields)
+        head = HEADS[head_type]
         if side is None:
             size = head.processor.from_pretrained(arguments.model).size
             return model, head.processor(size={"height": size["height"], "width": size["width"]}, **processor)
     else:
+        head = HEADS[head_type]
         backbone = make_backbone(arguments, ["stage1", "stage2", "stage3", "stage4"])
         if arguments.backbone is None:
             fields |= head.demo
