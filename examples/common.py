@@ -77,7 +77,7 @@ class HeadTrainingArguments(InternImageTrainingFlags, TrainingArguments):
     )
     weight_decay: float = 0.05
     lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 0.1
+    warmup_steps: float = 0.05
     eval_strategy: str = "epoch"
     save_strategy: str = "epoch"
     save_total_limit: int | None = 2

@@ -61,7 +61,7 @@ from transformers.models.detr.image_processing_pil_detr import DetrImageProcesso
 from transformers.models.rt_detr.image_processing_pil_rt_detr import RTDetrImageProcessorPil
 
 
-EMBEDDED_TRAIN, EMBEDDED_EVAL, EMBEDDED_SIZE = 600, 120, 128  # scenes, scenes, pixels
+EMBEDDED_TRAIN, EMBEDDED_EVAL, EMBEDDED_SIZE = 800, 100, 96  # scenes, scenes, pixels
 MAX_DETECTIONS = 100  # per image, as COCO counts them
 
 
@@ -281,6 +281,7 @@ def load_splits(arguments: DetectionDataArguments, seed: int) -> tuple[datasets.
         splits = load_digit_scenes(
             train=min(EMBEDDED_TRAIN, arguments.max_train_samples or EMBEDDED_TRAIN),
             evaluation=min(EMBEDDED_EVAL, arguments.max_eval_samples or EMBEDDED_EVAL),
+            size=EMBEDDED_SIZE,
         ).remove_columns("annotation")
     elif Path(arguments.dataset).is_dir():
         files = _coco_files(arguments)

@@ -62,7 +62,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-EMBEDDED_TRAIN, EMBEDDED_EVAL, EMBEDDED_SIZE = 600, 120, 128  # scenes, scenes, pixels
+EMBEDDED_TRAIN, EMBEDDED_EVAL, EMBEDDED_SIZE = 800, 100, 96  # scenes, scenes, pixels
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "test", "testing")}
 MASKS = ("annotations", "masks", "labels")
 
@@ -260,6 +260,7 @@ def load_splits(
         splits = load_digit_scenes(
             train=min(EMBEDDED_TRAIN, arguments.max_train_samples or EMBEDDED_TRAIN),
             evaluation=min(EMBEDDED_EVAL, arguments.max_eval_samples or EMBEDDED_EVAL),
+            size=EMBEDDED_SIZE,
         ).remove_columns("objects")
     elif Path(arguments.dataset).is_dir():
         folders = _folders(Path(arguments.dataset))
