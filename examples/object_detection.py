@@ -91,9 +91,11 @@ class DetectionDataArguments(DataArguments):
         default=None,
         metadata={"help": "side of the square that RT-DETR sees, shortest side for the others; 640 and 800 if absent"},
     )
-    random_crop_scale: float = field(
-        default=0.5,
-        metadata={"help": "smallest part of an image's area that a random training crop has; 1 for no crops"},
+    random_crop_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "smallest part of an image's area that a random training crop has, 1 for none; 0.5, digits 0.8"
+        },
     )
 
 
@@ -380,9 +382,12 @@ def training_transform(arguments: DetectionDataArguments):
     import albumentations as A
 
     flip = arguments.random_flip if arguments.random_flip is not None else arguments.dataset != "digits"
-    if not 0 < arguments.random_crop_scale <= 1:
-        raise ValueError(f"--random_crop_scale must be above 0 and at most 1, got {arguments.random_crop_scale}")
-    margin = (1 - arguments.random_crop_scale**0.5) / 2
+    scale = arguments.random_crop_scale
+    if scale is None:
+        scale = 0.8 if arguments.dataset == "digits" else 0.5
+    if not 0 < scale <= 1:
+        raise ValueError(f"--random_crop_scale must be above 0 and at most 1, got {scale}")
+    margin = (1 - scale**0.5) / 2
     steps = []
     if margin > 0:
         steps.append(A.RandomCropFromBorders(margin, margin, margin, margin, p=0.5))
