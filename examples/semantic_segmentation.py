@@ -363,13 +363,18 @@ class Collate:
         self.processor = processor
 
     def __call__(self, examples: list[dict]) -> dict:
-        batch = self.processor(
-            images=[example["image"] for example in examples],
-            segmentation_maps=[example["mask"] for example in examples],
-            do_reduce_labels=False,  # done when the mask was read
-            return_tensors="pt",
-        )
-        batch = dict(batch)
+        images = [example["image"] for example in examples]
+        masks = [example["mask"] for example in examples]
+        if isinstance(self.processor, SegformerImageProcessorPil):
+            batch = dict(self.processor(images=images, return_tensors="pt"))
+            # not by the processor: that of transformers 5.17 needs torchvision for it
+            size = (self.processor.size["width"], self.processor.size["height"])
+            resized = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
+            batch["labels"] = torch.from_numpy(np.stack(resized).astype(np.int64))
+        else:  # the masks have been reduced when they were read
+            batch = dict(
+                self.processor(images=images, segmentation_maps=masks, do_reduce_labels=False, return_tensors="pt")
+            )
         if "full_mask" in examples[0]:
             batch["full_masks"] = [example["full_mask"] for example in examples]
         return batch
