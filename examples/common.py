@@ -74,7 +74,7 @@ class HeadTrainingArguments(InternImageTrainingFlags, TrainingArguments):
     )
     weight_decay: float = 0.05
     lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 0.1
+    warmup_steps: float = 0.05
     eval_strategy: str = "epoch"
     save_strategy: str = "epoch"
     save_total_limit: int | None = 2
@@ -190,10 +190,34 @@ def build_head(
     return model
 
 
-def model_type_of(name: str) -> str:
+def model_type_of(name: str | os.PathLike) -> str:
     """The `model_type` of a saved model."""
     config, _ = PreTrainedConfig.get_config_dict(name)
     return config.get("model_type", "")
+
+
+def load_head(model_classes: dict[str, type[PreTrainedModel]], arguments: ModelArguments, **fields) -> PreTrainedModel:
+    """What `--model` names, with new classifiers if it was trained for other classes.
+
+    Args:
+        model_classes: of the program's heads, by `model_type`.
+        arguments: with `model` set.
+        **fields: of the configuration.
+
+    Raises:
+        ValueError: if it is none of these heads on an InternImage, or a flag would change what comes with it.
+    """
+    for flag in ("backbone", "drop_path_rate", "head_config_overrides"):
+        if getattr(arguments, flag) is not None:
+            raise ValueError(f"--{flag} is for an untrained head, --model {arguments.model} brings its own")
+    model_type = model_type_of(arguments.model)
+    if model_type not in model_classes:
+        raise ValueError(
+            f"--model {arguments.model} is a {model_type or 'file'}, not one of {', '.join(model_classes)}"
+        )
+    model = model_classes[model_type].from_pretrained(arguments.model, ignore_mismatched_sizes=True, **fields)
+    backbone_of(model)
+    return model
 
 
 class RandomlyTransformed(torch.utils.data.Dataset):

@@ -33,12 +33,11 @@ from common import (
     HeadTrainingArguments,
     ModelArguments,
     RandomlyTransformed,
-    backbone_of,
     build_head,
     check_column,
     finish,
+    load_head,
     make_backbone,
-    model_type_of,
     train_and_held_out,
     train_evaluate_save,
 )
@@ -62,7 +61,7 @@ from transformers.models.detr.image_processing_pil_detr import DetrImageProcesso
 from transformers.models.rt_detr.image_processing_pil_rt_detr import RTDetrImageProcessorPil
 
 
-EMBEDDED_TRAIN, EMBEDDED_EVAL, EMBEDDED_SIZE = 600, 120, 128  # scenes, scenes, pixels
+EMBEDDED_TRAIN, EMBEDDED_EVAL, EMBEDDED_SIZE = 800, 100, 96  # scenes, scenes, pixels
 MAX_DETECTIONS = 100  # per image, as COCO counts them
 
 
@@ -92,9 +91,11 @@ class DetectionDataArguments(DataArguments):
         default=None,
         metadata={"help": "side of the square that RT-DETR sees, shortest side for the others; 640 and 800 if absent"},
     )
-    random_crop_scale: float = field(
-        default=0.5,
-        metadata={"help": "smallest part of an image's area that a random training crop has; 1 for no crops"},
+    random_crop_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "smallest part of an image's area that a random training crop has, 1 for none; 0.5, digits 0.8"
+        },
     )
 
 
@@ -109,7 +110,7 @@ class DetectionModelArguments(ModelArguments):
 @dataclass
 class DetectionTrainingArguments(HeadTrainingArguments):
     output_dir: str | None = "outputs/object_detection"
-    per_device_train_batch_size: int = 16
+    per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 16
     num_train_epochs: float = 12
     learning_rate: float = 1e-3
@@ -134,8 +135,8 @@ HEADS = {
         RTDetrImageProcessorPil,
         ["stage2", "stage3", "stage4"],
         {
-            "d_model": 96, "encoder_hidden_dim": 96, "decoder_in_channels": [96, 96, 96], "encoder_ffn_dim": 192,
-            "decoder_ffn_dim": 192, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+            "d_model": 64, "encoder_hidden_dim": 64, "decoder_in_channels": [64, 64, 64], "encoder_ffn_dim": 128,
+            "decoder_ffn_dim": 128, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
             "num_queries": 30, "num_denoising": 30, "hidden_expansion": 0.5,
         },
     ),
@@ -145,7 +146,7 @@ HEADS = {
         DeformableDetrImageProcessorPil,
         ["stage2", "stage3", "stage4"],
         {
-            "d_model": 96, "encoder_ffn_dim": 192, "decoder_ffn_dim": 192, "encoder_layers": 1, "decoder_layers": 3,
+            "d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_layers": 1, "decoder_layers": 3,
             "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_queries": 30, "dropout": 0.0,
             "with_box_refine": True, "two_stage": True, "two_stage_num_proposals": 30, "auxiliary_loss": True,
         },
@@ -156,7 +157,7 @@ HEADS = {
         DetrImageProcessorPil,
         ["stage4"],
         {
-            "d_model": 96, "encoder_ffn_dim": 192, "decoder_ffn_dim": 192, "encoder_layers": 1, "decoder_layers": 3,
+            "d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_layers": 1, "decoder_layers": 3,
             "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_queries": 10, "dropout": 0.0,
             "auxiliary_loss": True,
         },
@@ -282,6 +283,7 @@ def load_splits(arguments: DetectionDataArguments, seed: int) -> tuple[datasets.
         splits = load_digit_scenes(
             train=min(EMBEDDED_TRAIN, arguments.max_train_samples or EMBEDDED_TRAIN),
             evaluation=min(EMBEDDED_EVAL, arguments.max_eval_samples or EMBEDDED_EVAL),
+            size=EMBEDDED_SIZE,
         ).remove_columns("annotation")
     elif Path(arguments.dataset).is_dir():
         files = _coco_files(arguments)
@@ -347,11 +349,8 @@ def build_model(arguments: DetectionModelArguments, labels: list[str], image_siz
     """
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     if arguments.model is not None:
-        head = HEADS.get(model_type_of(arguments.model))
-        if head is None:
-            raise ValueError(f"--model {arguments.model} is none of {', '.join(HEADS)}")
-        model = head.model.from_pretrained(arguments.model, ignore_mismatched_sizes=True, **names)
-        backbone_of(model)
+        model = load_head({name: head.model for name, head in HEADS.items()}, arguments, **names)
+        head = HEADS[model.config.model_type]
         processor = head.processor.from_pretrained(arguments.model)
         return model, processor if image_size is None else head.processor(**_processor_fields(head, image_size))
     head = HEADS[arguments.head]
@@ -383,9 +382,12 @@ def training_transform(arguments: DetectionDataArguments):
     import albumentations as A
 
     flip = arguments.random_flip if arguments.random_flip is not None else arguments.dataset != "digits"
-    if not 0 < arguments.random_crop_scale <= 1:
-        raise ValueError(f"--random_crop_scale must be above 0 and at most 1, got {arguments.random_crop_scale}")
-    margin = (1 - arguments.random_crop_scale**0.5) / 2
+    scale = arguments.random_crop_scale
+    if scale is None:
+        scale = 0.8 if arguments.dataset == "digits" else 0.5
+    if not 0 < scale <= 1:
+        raise ValueError(f"--random_crop_scale must be above 0 and at most 1, got {scale}")
+    margin = (1 - scale**0.5) / 2
     steps = []
     if margin > 0:
         steps.append(A.RandomCropFromBorders(margin, margin, margin, margin, p=0.5))

@@ -33,10 +33,10 @@ from common import (
     HeadTrainingArguments,
     ModelArguments,
     RandomlyTransformed,
-    backbone_of,
     build_head,
     check_column,
     finish,
+    load_head,
     make_backbone,
     model_type_of,
     train_and_held_out,
@@ -62,7 +62,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-EMBEDDED_TRAIN, EMBEDDED_EVAL, EMBEDDED_SIZE = 600, 120, 128  # scenes, scenes, pixels
+EMBEDDED_TRAIN, EMBEDDED_EVAL, EMBEDDED_SIZE = 800, 100, 96  # scenes, scenes, pixels
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "test", "testing")}
 MASKS = ("annotations", "masks", "labels")
 
@@ -107,10 +107,10 @@ class SegmentationModelArguments(ModelArguments):
 @dataclass
 class SegmentationTrainingArguments(HeadTrainingArguments):
     output_dir: str | None = "outputs/semantic_segmentation"
-    per_device_train_batch_size: int = 16
+    per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 16
     num_train_epochs: float = 12
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     metric_for_best_model: str | None = "mean_iou"
 
 
@@ -260,6 +260,7 @@ def load_splits(
         splits = load_digit_scenes(
             train=min(EMBEDDED_TRAIN, arguments.max_train_samples or EMBEDDED_TRAIN),
             evaluation=min(EMBEDDED_EVAL, arguments.max_eval_samples or EMBEDDED_EVAL),
+            size=EMBEDDED_SIZE,
         ).remove_columns("objects")
     elif Path(arguments.dataset).is_dir():
         folders = _folders(Path(arguments.dataset))
@@ -301,21 +302,19 @@ def build_model(arguments: SegmentationModelArguments, data: SegmentationDataArg
     """
     fields = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     head_type = arguments.head if arguments.model is None else model_type_of(arguments.model)
-    if head_type not in HEADS:
-        raise ValueError(f"--model {arguments.model} is none of {', '.join(HEADS)}")
-    head = HEADS[head_type]
-    fields["loss_ignore_index" if head.config is UperNetConfig else "ignore_value"] = data.ignore_index
+    fields["ignore_value" if head_type == "mask2former" else "loss_ignore_index"] = data.ignore_index
     processor = {"do_reduce_labels": data.reduce_labels}
-    if head.processor is Mask2FormerImageProcessorPil:
+    if head_type == "mask2former":
         processor["ignore_index"] = data.ignore_index
     side = data.image_size
     if arguments.model is not None:
-        model = head.model.from_pretrained(arguments.model, ignore_mismatched_sizes=True, **fields)
-        backbone_of(model)
+        model = load_head({name: head.model for name, head in HEADS.items()}, arguments, **fields)
+        head = HEADS[head_type]
         if side is None:
             size = head.processor.from_pretrained(arguments.model).size
             return model, head.processor(size={"height": size["height"], "width": size["width"]}, **processor)
     else:
+        head = HEADS[head_type]
         backbone = make_backbone(arguments, ["stage1", "stage2", "stage3", "stage4"])
         if arguments.backbone is None:
             fields |= head.demo
@@ -364,13 +363,18 @@ class Collate:
         self.processor = processor
 
     def __call__(self, examples: list[dict]) -> dict:
-        batch = self.processor(
-            images=[example["image"] for example in examples],
-            segmentation_maps=[example["mask"] for example in examples],
-            do_reduce_labels=False,  # done when the mask was read
-            return_tensors="pt",
-        )
-        batch = dict(batch)
+        images = [example["image"] for example in examples]
+        masks = [example["mask"] for example in examples]
+        if isinstance(self.processor, SegformerImageProcessorPil):
+            batch = dict(self.processor(images=images, return_tensors="pt"))
+            # not by the processor: that of transformers 5.17 needs torchvision for it
+            size = (self.processor.size["width"], self.processor.size["height"])
+            resized = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
+            batch["labels"] = torch.from_numpy(np.stack(resized).astype(np.int64))
+        else:  # the masks have been reduced when they were read
+            batch = dict(
+                self.processor(images=images, segmentation_maps=masks, do_reduce_labels=False, return_tensors="pt")
+            )
         if "full_mask" in examples[0]:
             batch["full_masks"] = [example["full_mask"] for example in examples]
         return batch
