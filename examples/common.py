@@ -35,8 +35,9 @@ class DataArguments:
     random_flip: bool | None = field(
         default=None, metadata={"help": "mirror half of the training images; by default all but digits"}
     )
-    color_jitter: bool = field(
-        default=True, metadata={"help": "change brightness, contrast, hue and saturation of training images at random"}
+    color_jitter: bool | None = field(
+        default=None,
+        metadata={"help": "change colours and contrast of training images at random; by default of all but digits"},
     )
     picture_samples: int = field(
         default=6, metadata={"help": "images of the evaluation set in the picture of predictions"}

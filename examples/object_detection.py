@@ -94,7 +94,7 @@ class DetectionDataArguments(DataArguments):
     random_crop_scale: float | None = field(
         default=None,
         metadata={
-            "help": "smallest part of an image's area that a random training crop has, 1 for none; 0.5, digits 0.8"
+            "help": "smallest part of an image's area that a random training crop has, 1 for none; 0.5, digits 1"
         },
     )
 
@@ -112,8 +112,8 @@ class DetectionTrainingArguments(HeadTrainingArguments):
     output_dir: str | None = "outputs/object_detection"
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 16
-    num_train_epochs: float = 12
-    learning_rate: float = 1e-3
+    num_train_epochs: float = 14
+    learning_rate: float = 2e-3
     metric_for_best_model: str | None = "map"
 
 
@@ -384,7 +384,7 @@ def training_transform(arguments: DetectionDataArguments):
     flip = arguments.random_flip if arguments.random_flip is not None else arguments.dataset != "digits"
     scale = arguments.random_crop_scale
     if scale is None:
-        scale = 0.8 if arguments.dataset == "digits" else 0.5
+        scale = 1.0 if arguments.dataset == "digits" else 0.5
     if not 0 < scale <= 1:
         raise ValueError(f"--random_crop_scale must be above 0 and at most 1, got {scale}")
     margin = (1 - scale**0.5) / 2
@@ -393,7 +393,7 @@ def training_transform(arguments: DetectionDataArguments):
         steps.append(A.RandomCropFromBorders(margin, margin, margin, margin, p=0.5))
     if flip:
         steps.append(A.HorizontalFlip(p=0.5))
-    if arguments.color_jitter:
+    if arguments.color_jitter if arguments.color_jitter is not None else arguments.dataset != "digits":
         steps += [A.RandomBrightnessContrast(p=0.5), A.HueSaturationValue(p=0.2)]
     boxes = A.BboxParams(
         format="coco", label_fields=["category"], clip=True, filter_invalid_bboxes=True, min_visibility=0.3

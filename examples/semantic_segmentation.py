@@ -92,9 +92,9 @@ class SegmentationDataArguments(DataArguments):
     )
     min_scale: float | None = field(
         default=None,
-        metadata={"help": "smallest size of a training image before the crop, 1 is --image_size; 0.5, digits 0.8"},
+        metadata={"help": "smallest size of a training image before the crop, 1 is --image_size; 0.5, digits 1"},
     )
-    max_scale: float | None = field(default=None, metadata={"help": "largest size, likewise; 2, digits 1.25"})
+    max_scale: float | None = field(default=None, metadata={"help": "largest size, likewise; 2, digits 1"})
 
 
 @dataclass
@@ -109,8 +109,8 @@ class SegmentationTrainingArguments(HeadTrainingArguments):
     output_dir: str | None = "outputs/semantic_segmentation"
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 16
-    num_train_epochs: float = 12
-    learning_rate: float = 1e-3
+    num_train_epochs: float = 14
+    learning_rate: float = 4e-3
     metric_for_best_model: str | None = "mean_iou"
 
 
@@ -329,8 +329,8 @@ def training_transform(arguments: SegmentationDataArguments, height: int, width:
 
     digits = arguments.dataset == "digits"
     flip = arguments.random_flip if arguments.random_flip is not None else not digits
-    low = arguments.min_scale if arguments.min_scale is not None else (0.8 if digits else 0.5)
-    high = arguments.max_scale if arguments.max_scale is not None else (1.25 if digits else 2.0)
+    low = arguments.min_scale if arguments.min_scale is not None else (1.0 if digits else 0.5)
+    high = arguments.max_scale if arguments.max_scale is not None else (1.0 if digits else 2.0)
     if not 0 < low <= high:
         raise ValueError(f"--min_scale must be above 0 and at most --max_scale, got {low} and {high}")
     side = min(height, width)
@@ -341,7 +341,7 @@ def training_transform(arguments: SegmentationDataArguments, height: int, width:
     ]
     if flip:
         steps.append(A.HorizontalFlip(p=0.5))
-    if arguments.color_jitter:
+    if arguments.color_jitter if arguments.color_jitter is not None else arguments.dataset != "digits":
         steps += [A.RandomBrightnessContrast(p=0.5), A.HueSaturationValue(p=0.2)]
     augment = A.Compose(steps)
 

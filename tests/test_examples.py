@@ -353,7 +353,9 @@ def test_mean_iou_is_that_of_scikit_learn(programs):
 
 
 def test_random_transformations_depend_on_seed_epoch_and_index_alone(programs, scenes):
-    data = programs.semantic_segmentation.SegmentationDataArguments(random_flip=True)
+    data = programs.semantic_segmentation.SegmentationDataArguments(
+        random_flip=True, color_jitter=True, min_scale=0.7, max_scale=1.5
+    )
     transform = programs.semantic_segmentation.training_transform(data, 48, 64)
     rows = [{"image": s["image"], "mask": np.asarray(s["annotation"])} for s in scenes["train"]]
     first, second = (programs.common.RandomlyTransformed(rows, transform, seed=3) for _ in range(2))
