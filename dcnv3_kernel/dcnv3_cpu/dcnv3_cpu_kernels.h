@@ -1057,7 +1057,8 @@ void backward_tasks(const BackwardArguments& a, int64_t begin, int64_t end, void
   const int64_t row = s.width * (D ? D : s.group_channels), area = s.height * row, channels = D ? D : s.group_channels;
   const int64_t chunks = (s.groups + a.groups_at_once - 1) / a.groups_at_once;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t slice = task % a.slices, chunk = task / a.slices % chunks, image = task / a.slices / chunks;
+    // Slices outermost: neighbouring groups of one pixel share cache lines, which two threads had better not write at a time.
+    const int64_t chunk = task % chunks, image = task / chunks % s.batch, slice = task / chunks / s.batch;
     const int64_t group = chunk * a.groups_at_once;
     const int64_t groups = group + a.groups_at_once <= s.groups ? a.groups_at_once : s.groups - group;
     T* sums = own_sums;
@@ -1093,7 +1094,7 @@ void reduce_slices(const BackwardArguments& a, int64_t begin, int64_t end) {
       const T* used[max_slices];
       int64_t count = 0;
       for (int64_t slice = 0; slice < a.slices; ++slice) {
-        const int64_t* range = a.ranges + 2 * ((image * chunks + group / a.groups_at_once) * a.slices + slice);
+        const int64_t* range = a.ranges + 2 * ((slice * s.batch + image) * chunks + group / a.groups_at_once);
         if (y < range[0] || y >= range[1]) continue;
         used[count++] = static_cast<const T*>(a.partial) + (slice * s.batch * s.groups + image * s.groups + group) * area;
       }
