@@ -33,6 +33,7 @@ from common import (
     HeadTrainingArguments,
     ModelArguments,
     RandomlyTransformed,
+    backbone_of,
     build_head,
     check_column,
     finish,
@@ -43,6 +44,7 @@ from common import (
 )
 from flags import parse_flags
 from PIL import Image
+from tqdm import tqdm
 from transformers import (
     AutoModelForObjectDetection,
     DeformableDetrConfig,
@@ -59,6 +61,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.deformable_detr.image_processing_pil_deformable_detr import DeformableDetrImageProcessorPil
 from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
 from transformers.models.rt_detr.image_processing_pil_rt_detr import RTDetrImageProcessorPil
+
+from internimage_hf import InternImageBackbone, InternImageConfig, InternImageForImageClassification
 
 
 EMBEDDED_TRAIN, EMBEDDED_EVAL, EMBEDDED_SIZE = 800, 100, 96  # scenes, scenes, pixels
@@ -109,6 +113,13 @@ class DetectionModelArguments(ModelArguments):
 
 @dataclass
 class DetectionTrainingArguments(HeadTrainingArguments):
+    pretrain_epochs: int = field(
+        default=6,
+        metadata={
+            "help": "digits without --backbone: so many epochs the backbone first learns to tell single digits apart, "
+            "in place of the ImageNet that real backbones come with"
+        },
+    )
     output_dir: str | None = "outputs/object_detection"
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 16
@@ -367,6 +378,38 @@ def build_model(arguments: DetectionModelArguments, labels: list[str], image_siz
     return model, head.processor(**_processor_fields(head, side))
 
 
+def pretrain_backbone(backbone: InternImageBackbone, scenes: datasets.Dataset, epochs: int, size: int = 48) -> float:
+    """Trains the backbone as a classifier of the objects in the scenes, cut out with a margin; returns the last loss."""
+    images, labels = [], []
+    for scene in scenes:
+        for (x, y, width, height), label in zip(scene["objects"]["bbox"], scene["objects"]["category"], strict=True):
+            side = max(width, height) * 1.2
+            left, top = x + (width - side) / 2, y + (height - side) / 2
+            crop = scene["image"].convert("RGB").crop((round(left), round(top), round(left + side), round(top + side)))
+            images.append(np.asarray(crop.resize((size, size)), dtype=np.float32))
+            labels.append(label)
+    pixel_values = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
+    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    pixel_values, labels = (pixel_values - mean) / deviation, torch.tensor(labels)
+
+    config = InternImageConfig.from_dict({**backbone.config.to_dict(), "num_labels": int(labels.max()) + 1})
+    classifier = InternImageForImageClassification(config).train()
+    classifier.internimage.stem, classifier.internimage.encoder = backbone.stem, backbone.encoder
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
+    batches = -(-len(labels) // 64)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=epochs * batches)
+    loss = torch.zeros(())
+    for _ in tqdm(range(epochs), desc="backbone"):
+        for batch in torch.randperm(len(labels)).split(64):
+            loss = classifier(pixel_values=pixel_values[batch], labels=labels[batch]).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    return loss.item()
+
+
 def _processor_fields(head: Head, side: int | None) -> dict:
     """Resizing as the head's authors have it, with `side` in place of theirs, and ImageNet's mean and deviation."""
     fields = {"do_normalize": True, "image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
@@ -605,6 +648,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_seed(training_arguments.seed)
     train, evaluation, labels = load_splits(data_arguments, training_arguments.seed)
     model, processor = build_model(model_arguments, labels, data_arguments.image_size)
+    untrained = model_arguments.backbone is None and model_arguments.model is None
+    if untrained and data_arguments.dataset == "digits" and training_arguments.pretrain_epochs > 0:
+        pretrain_backbone(backbone_of(model), train, training_arguments.pretrain_epochs)
     trainer = DetectionTrainer(
         model=model,
         args=training_arguments,
