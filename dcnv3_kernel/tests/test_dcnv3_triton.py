@@ -65,7 +65,7 @@ def test_the_tests_of_all_backends_that_take_seconds(folder):
         "(official and dtype1) or (16_bit_tensors and 16-dtype0) or (infinite and 16) or not_finite or tiny or bad_input"
         " or double_backward or autocast"
     )
-    assert summary.startswith("22 passed"), summary
+    assert int(summary.split()[0]) >= 22 and "passed" in summary and "skipped" not in summary, summary
 
 
 @interpreted
