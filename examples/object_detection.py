@@ -123,7 +123,7 @@ class DetectionTrainingArguments(HeadTrainingArguments):
     output_dir: str | None = "outputs/object_detection"
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 16
-    num_train_epochs: float = 14
+    num_train_epochs: float = 12
     learning_rate: float = 2e-3
     metric_for_best_model: str | None = "map"
 
