@@ -14,7 +14,6 @@
 
 namespace {
 
-using dcnv3::Dtype;
 using torch::stable::Tensor;
 
 // The best set of kernels for this machine; DCNV3_CPU_CAPABILITY=baseline|avx2 asks for a lesser one.
@@ -34,22 +33,6 @@ const dcnv3::Kernels& kernels() {
     return dcnv3::baseline_kernels;
   }();
   return chosen;
-}
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case torch::headeronly::ScalarType::Float:
-      return Dtype::float32;
-    case torch::headeronly::ScalarType::Double:
-      return Dtype::float64;
-    case torch::headeronly::ScalarType::Half:
-      return Dtype::float16;
-    case torch::headeronly::ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    default:
-      STD_TORCH_CHECK(false, "dcnv3: the dtype must be float32, float64, float16 or bfloat16");
-      return Dtype::float32;
-  }
 }
 
 // 64-byte aligned memory for one thread.
@@ -107,7 +90,7 @@ Tensor dcnv3_forward(
       torch::stable::new_empty(input, {shape.batch, shape.height_out, shape.width_out, shape.channels});
   if (output.numel() == 0) return output;
   const dcnv3::ForwardArguments arguments{
-      shape,         dtype_of(input), input.const_data_ptr(), offset.const_data_ptr(), mask.const_data_ptr(),
+      shape,         dcnv3::dtype_of(input), input.const_data_ptr(), offset.const_data_ptr(), mask.const_data_ptr(),
       output.mutable_data_ptr()};
   const dcnv3::Kernels& set = kernels();
   const size_t bytes = set.forward_scratch(arguments);
@@ -140,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(
 
   dcnv3::BackwardArguments arguments{
       shape,
-      dtype_of(input),
+      dcnv3::dtype_of(input),
       grad_output.const_data_ptr(),
       input.const_data_ptr(),
       offset.const_data_ptr(),

@@ -20,22 +20,6 @@ using dcnv3::Dtype;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::float32;
-    case ScalarType::Double:
-      return Dtype::float64;
-    case ScalarType::Half:
-      return Dtype::float16;
-    case ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    default:
-      STD_TORCH_CHECK(false, "dcnv3: the dtype must be float32, float64, float16 or bfloat16");
-      return Dtype::float32;
-  }
-}
-
 // Makes the tensors' device the current one while it lives.
 class OnDevice {
  public:
@@ -82,7 +66,7 @@ Tensor dcnv3_forward(
   input = torch::stable::contiguous(input);
   offset = torch::stable::contiguous(offset);
   mask = torch::stable::contiguous(mask);
-  const Dtype dtype = dtype_of(input);
+  const Dtype dtype = dcnv3::dtype_of(input);
   Tensor output = torch::stable::new_empty(input, {shape.batch, shape.height_out, shape.width_out, shape.channels});
   if (output.numel() == 0) return output;
   check(dcnv3::launch_forward(
@@ -104,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(
   input = torch::stable::contiguous(input);
   offset = torch::stable::contiguous(offset);
   mask = torch::stable::contiguous(mask);
-  const Dtype dtype = dtype_of(input);
+  const Dtype dtype = dcnv3::dtype_of(input);
   Tensor grad_offset = torch::stable::new_empty(offset, offset.sizes());
   Tensor grad_mask = torch::stable::new_empty(mask, mask.sizes());
   if (offset.numel() == 0) return {torch::stable::new_zeros(input, input.sizes()), grad_offset, grad_mask};

@@ -375,7 +375,7 @@ DCNV3_DEVICE Four<C> weights_of(const Location<C>& at, C modulation) {
 // Adds V channels of all points of a unit to `sum`; `image` is that of these channels. `has_all`: all corners are inside.
 template <bool has_all, int V, int POINTS, class T, class C, class Index>
 DCNV3_DEVICE void sum_points(const T* image, const Shared<C, Index>& shared, int points, int units, C (&sum)[V]) {
-  constexpr int at_once = POINTS ? (POINTS + 2) / 3 : 1;
+  [[maybe_unused]] constexpr int at_once = POINTS ? (POINTS + 2) / 3 : 1;
 #pragma unroll at_once
   for (int i = 0; i < points; ++i) {
     const Four<Index> corners = shared.corners[i * units];
@@ -540,7 +540,7 @@ DCNV3_KERNEL(256, 2) backward_kernel(
     const T* grad = grad_output + origins.units * channels + unit.number * channels;
     C grads[V] = {};
     if (LANES) load<V>(grad + member * V, grads);
-    constexpr int at_once = POINTS ? 3 : 1;
+    [[maybe_unused]] constexpr int at_once = POINTS ? 3 : 1;
 #pragma unroll at_once
     for (int i = 0; i < points; ++i) {
       C products[4] = {};

@@ -78,6 +78,23 @@ inline Shape checked_shape(
   return s;
 }
 
+inline Dtype dtype_of(const torch::stable::Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, "dcnv3: the dtype must be float32, float64, float16 or bfloat16");
+      return Dtype::float32;
+  }
+}
+
 inline void check_grad_output(const torch::stable::Tensor& grad_output, const torch::stable::Tensor& input, const Shape& s) {
   STD_TORCH_CHECK(
       grad_output.dim() == 4 && grad_output.size(0) == s.batch && grad_output.size(1) == s.height_out &&
