@@ -1,6 +1,5 @@
 """What the example programs share: flags, data sets, backbones, the Trainer, and the order of things at the end."""
 
-import functools
 import json
 import os
 from collections.abc import Callable
@@ -261,9 +260,6 @@ class HeadTrainer(InternImageTrainer):
         # The heads take any keyword, from which Trainer concludes that they scale the loss by the number of targets in
         # all accumulated batches. They average over the batch.
         model.accepts_loss_kwargs = False
-        # By default some heads are saved under older parameter names. `from_pretrained` translates them back, but Trainer
-        # does not: a resumed run, and the best model at the end, would silently lack the backbone's weights.
-        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
         self.head_class = type(model)  # FSDP changes the model's class
         super().__init__(model=model, train_dataset=train_dataset, **kwargs)
         self.add_callback(_CountEpochs(train_dataset))

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, seed_worker
 from transformers.utils import logging
 
@@ -228,6 +228,9 @@ class InternImageTrainerMixin:
       state to resume from is sharded. Evaluation uses the BatchNorm statistics of process 0, as DDP does: those are saved.
     - An `EndlessStream` as training set is read by each process in part.
     - `train(resume_from_checkpoint=True)` passes over a checkpoint that was not written to its end.
+    - Weights are saved under the model's own parameter names. By default transformers saves DETR-like heads under older
+      ones, which `from_pretrained` translates back; a resumed `Trainer`, or one that loads its best model at the end,
+      does not, and goes on without the backbone's weights.
 
     Raises:
         ValueError: for `sync_batch_norm` without GPUs, or for a model whose BatchNorm layers it cannot replace.
@@ -312,6 +315,11 @@ class InternImageTrainerMixin:
         if self.ema is not None and self.is_in_train:
             # before `trainer_state.json`, which says that the checkpoint is complete
             self.ema.save(Path(output_dir), self.args.should_save)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        with _saved_under_own_names(model) if isinstance(model, PreTrainedModel) else nullcontext():
+            super()._save(output_dir, state_dict)
 
 
 class InternImageTrainer(InternImageTrainerMixin, Trainer):
@@ -441,6 +449,19 @@ class EMACallback(TrainerCallback):
                 logger.warning(f"no {EMA_FILE} in {file.parent}: the model gets the last average, not the best one's")
         model.load_state_dict(self.averaged)
         self.averaged = None  # the model has it
+
+
+@contextmanager
+def _saved_under_own_names(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, `Trainer` saves the model's parameters under the names that they have in it."""
+    replaced = vars(model).get("save_pretrained")
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
+        if replaced is not None:
+            model.save_pretrained = replaced
 
 
 def _copy(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -146,6 +146,40 @@ def test_the_trainer_uses_the_groups(tmp_path):
     assert issubclass(InternImageTrainer, (InternImageTrainerMixin, Trainer))
 
 
+@pytest.mark.parametrize("resumes", [True, False], ids=["resumed", "best model at the end"])
+def test_a_detector_keeps_its_backbone(tmp_path, resumes):
+    """Which transformers saves under names that `Trainer` does not read."""
+
+    def collate(seeds):
+        images = torch.stack([torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        box = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]])}
+        return {"pixel_values": images, "labels": [dict(box) for _ in seeds]}
+
+    def train(seed, resume=None, **options):
+        torch.manual_seed(seed)
+        model = detector()
+        own = model.save_pretrained
+        best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4, "greater_is_better": True}
+        arguments = flags(tmp_path, remove_unused_columns=False, **({} if resumes else best), **options)
+        data = list(range(8))
+        trainer = InternImageTrainer(
+            model=model, args=arguments, train_dataset=data, eval_dataset=data, data_collator=collate
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        assert model.save_pretrained == own
+        return trainer
+
+    trainer = train(seed=0, learning_rate=1e-3)
+    expected = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    if resumes:
+        actual = train(seed=1, resume=str(tmp_path / "checkpoint-4"), learning_rate=1e-3).model.state_dict()
+    else:
+        assert trainer.state.best_model_checkpoint.endswith("checkpoint-4"), "the worst loss is called the best"
+        actual = DetrForObjectDetection.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_averaged_weights(tmp_path):
     plain = train(tmp_path / "plain").model
     trainer = train(tmp_path / "ema", ema_decay=0.5)
