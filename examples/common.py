@@ -65,7 +65,7 @@ class ModelArguments:
 
 
 @dataclass
-class HeadTrainingArguments(InternImageTrainingFlags, TrainingArguments):
+class ExampleTrainingArguments(InternImageTrainingFlags, TrainingArguments):
     """`TrainingArguments` with the defaults of the embedded data, and the flags of `internimage_hf.training`."""
 
     remote_code: bool = field(
@@ -253,22 +253,29 @@ class _CountEpochs(TrainerCallback):
         self.dataset.epoch.fill_(int(state.epoch))
 
 
-class HeadTrainer(InternImageTrainer):
-    """`InternImageTrainer` for a head of transformers, with the package's code beside what is saved if asked."""
+class ExampleTrainer(InternImageTrainer):
+    """`InternImageTrainer` with the package's code beside what is saved if `--remote_code` asks for it."""
 
-    def __init__(self, *, model: PreTrainedModel, train_dataset: RandomlyTransformed, **kwargs):
-        # The heads take any keyword, from which Trainer concludes that they scale the loss by the number of targets in
-        # all accumulated batches. They average over the batch.
-        model.accepts_loss_kwargs = False
-        self.head_class = type(model)  # FSDP changes the model's class
-        super().__init__(model=model, train_dataset=train_dataset, **kwargs)
-        self.add_callback(_CountEpochs(train_dataset))
+    def __init__(self, *, model: PreTrainedModel, **kwargs):
+        self.model_class = type(model)  # FSDP changes the model's class
+        super().__init__(model=model, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         super().save_model(output_dir, _internal_call)
         folder = output_dir or self.args.output_dir
         if self.args.remote_code and self.args.should_save and (Path(folder) / "config.json").is_file():
-            write_remote_code(folder, self.head_class)
+            write_remote_code(folder, self.model_class)
+
+
+class HeadTrainer(ExampleTrainer):
+    """For a head of transformers."""
+
+    def __init__(self, *, model: PreTrainedModel, train_dataset: RandomlyTransformed, **kwargs):
+        # The heads take any keyword, from which Trainer concludes that they scale the loss by the number of targets in
+        # all accumulated batches. They average over the batch.
+        model.accepts_loss_kwargs = False
+        super().__init__(model=model, train_dataset=train_dataset, **kwargs)
+        self.add_callback(_CountEpochs(train_dataset))
 
     @torch.no_grad()
     def predict_batch(self, model, inputs) -> tuple[torch.Tensor, object, dict]:

@@ -34,7 +34,7 @@ import datasets
 import numpy as np
 import torch
 from augmentation import Mix, rand_augment, random_erasing
-from common import checkpoint_to_resume
+from common import ExampleTrainer, ExampleTrainingArguments, checkpoint_to_resume
 from flags import parse_flags
 from PIL import Image
 from torch.nn.functional import cross_entropy
@@ -43,13 +43,12 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
-    TrainingArguments,
     pipeline,
     set_seed,
 )
 
 from internimage_hf import InternImageConfig, InternImageImageProcessor
-from internimage_hf.training import EndlessStream, InternImageTrainer, InternImageTrainingFlags
+from internimage_hf.training import EndlessStream
 
 
 @dataclass
@@ -120,30 +119,17 @@ class ModelArguments:
 
 
 @dataclass
-class ClassificationTrainingArguments(InternImageTrainingFlags, TrainingArguments):
-    """`TrainingArguments` with defaults for the embedded digits, and the flags of `internimage_hf.training`."""
-
+class ClassificationTrainingArguments(ExampleTrainingArguments):
     output_dir: str | None = "outputs/image_classification"
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 64
     num_train_epochs: float = 8
     learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.1
-    eval_strategy: str = "epoch"
-    save_strategy: str = "epoch"
-    save_total_limit: int | None = 2
-    load_best_model_at_end: bool = True
     metric_for_best_model: str | None = "accuracy"
-    logging_strategy: str = "epoch"
-    remove_unused_columns: bool | None = False
-    dataloader_pin_memory: bool = torch.cuda.is_available()
-    report_to: None | str | list[str] = "none"  # noqa: RUF036 (HfArgumentParser wants this order)
-    seed: int = 0
 
 
-class ClassificationTrainer(InternImageTrainer):
+class ClassificationTrainer(ExampleTrainer):
     """Cross-entropy with soft targets: in training, batches are mixed and labels smoothed."""
 
     def __init__(self, *args, mix: Mix, **kwargs):

@@ -21,6 +21,7 @@ interrupted run of the same `--output_dir` was; `--model FOLDER` starts from a d
 import contextlib
 import io
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,8 +30,8 @@ import numpy as np
 import torch
 from common import (
     DataArguments,
+    ExampleTrainingArguments,
     HeadTrainer,
-    HeadTrainingArguments,
     ModelArguments,
     RandomlyTransformed,
     backbone_of,
@@ -112,7 +113,7 @@ class DetectionModelArguments(ModelArguments):
 
 
 @dataclass
-class DetectionTrainingArguments(HeadTrainingArguments):
+class DetectionTrainingArguments(ExampleTrainingArguments):
     pretrain_epochs: int = field(
         default=6,
         metadata={
@@ -356,14 +357,16 @@ def build_model(arguments: DetectionModelArguments, labels: list[str], image_siz
     """The detector for `labels`, and its image processor.
 
     Raises:
-        ValueError: if `--model` is none of the heads on an InternImage backbone.
+        ValueError: if `--model` is none of the heads on an InternImage backbone, or the images are too small for the head.
     """
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     if arguments.model is not None:
         model = load_head({name: head.model for name, head in HEADS.items()}, arguments, **names)
         head = HEADS[model.config.model_type]
-        processor = head.processor.from_pretrained(arguments.model)
-        return model, processor if image_size is None else head.processor(**_processor_fields(head, image_size))
+        if image_size is None:
+            return model, head.processor.from_pretrained(arguments.model)
+        check_queries(model, image_size)
+        return model, head.processor(**_processor_fields(head, image_size))
     head = HEADS[arguments.head]
     backbone = make_backbone(arguments, head.out_features)
     fields = {} if arguments.backbone is not None else head.demo
@@ -375,7 +378,29 @@ def build_model(arguments: DetectionModelArguments, labels: list[str], image_siz
         fields = {"auxiliary_loss": True}
     model = build_head(head.model, head.config, backbone, arguments, **names, **fields)
     side = image_size or (EMBEDDED_SIZE if arguments.backbone is None else None)
+    if side is not None:
+        check_queries(model, side)
     return model, head.processor(**_processor_fields(head, side))
+
+
+def check_queries(model, side: int) -> None:
+    """
+    Raises:
+        ValueError: if a head that begins with the best places of its maps has more queries than places in small images.
+    """
+    config = model.config
+    if isinstance(config, RTDetrConfig):
+        field_name, strides = "num_queries", config.feat_strides
+    elif isinstance(config, DeformableDetrConfig) and config.two_stage:
+        field_name, strides = "two_stage_num_proposals", [8 * 2**level for level in range(config.num_feature_levels)]
+    else:
+        return
+    places, queries = sum(math.ceil(side / stride) ** 2 for stride in strides), getattr(config, field_name)
+    if places < queries:
+        raise ValueError(
+            f"--image_size {side} is too small: {type(model).__name__} has {places} places in such images, fewer than "
+            f"its {queries} queries; --head_config_overrides '{{\"{field_name}\": {places}}}' makes them fewer"
+        )
 
 
 def pretrain_backbone(backbone: InternImageBackbone, scenes: datasets.Dataset, epochs: int, size: int = 48) -> float:
@@ -669,7 +694,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         {
             "dataset": f"{data_arguments.dataset}: {len(train)} images to train, {len(evaluation)} to evaluate, "
             f"{len(labels)} categories",
-            "model": f"{trainer.head_class.__name__}, {model.num_parameters():,} parameters, saved in {folder}",
+            "model": f"{trainer.model_class.__name__}, {model.num_parameters():,} parameters, saved in {folder}",
             "mAP": f"{metrics['eval_map']:.3f} (at IoU 0.5: {metrics['eval_map_50']:.3f}) on the held-out images",
             "training": f"{training['train_runtime']:.0f} s",
         },

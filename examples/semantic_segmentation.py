@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from common import (
     DataArguments,
+    ExampleTrainingArguments,
     HeadTrainer,
-    HeadTrainingArguments,
     ModelArguments,
     RandomlyTransformed,
     build_head,
@@ -105,7 +105,7 @@ class SegmentationModelArguments(ModelArguments):
 
 
 @dataclass
-class SegmentationTrainingArguments(HeadTrainingArguments):
+class SegmentationTrainingArguments(ExampleTrainingArguments):
     output_dir: str | None = "outputs/semantic_segmentation"
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 16
@@ -511,7 +511,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         {
             "dataset": f"{data_arguments.dataset}: {len(train)} images to train, {len(evaluation)} to evaluate, "
             f"{len(labels)} classes",
-            "model": f"{trainer.head_class.__name__}, {model.num_parameters():,} parameters, saved in {folder}",
+            "model": f"{trainer.model_class.__name__}, {model.num_parameters():,} parameters, saved in {folder}",
             "mean IoU": f"{metrics['eval_mean_iou']:.3f} on the held-out images, {metrics['eval_overall_accuracy']:.1%} "
             "of their pixels right",
             "training": f"{training['train_runtime']:.0f} s",

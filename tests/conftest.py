@@ -1,10 +1,17 @@
 """Fixtures and paths that several test files use."""
 
+import importlib
+import json
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from hub_server import Hub
+from PIL import Image
 from safetensors.torch import load_file
 
 
@@ -40,6 +47,13 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def hub():
+    server = Hub()
+    yield server
+    server.close()
+
+
 # The architectures of the tests: every switch of the official model is on in one of them and off in another.
 TINY = {"channels": 8, "depths": [1, 1, 3, 1], "groups": [2, 4, 4, 8], "mlp_ratio": 2.0, "num_labels": 5}
 TINY_VARIANTS = {
@@ -55,3 +69,91 @@ TINY_VARIANTS = {
     "batch_norm": {"norm_layer": "BN", "hidden_act": "silu", "remove_center": True},
     "clip": {"post_norm": True, "center_feature_scale": True, "use_clip_projector": True, "remove_center": True},
 }
+
+
+# ------------------------------------------------------------------------------------------------ the example programs
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder of class folders: dark and bright noise of different sizes, one of them with an alpha channel."""
+    rng = np.random.default_rng(0)
+    for name, low, high in (("bright", 150, 256), ("dark", 0, 100)):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(low, high, (60 + i, 80, 4 if i == 3 else 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture(scope="session")
+def programs():
+    """The example programs as modules, as Python finds what a script imports from its own folder."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        names = ("embedded_data", "common", "object_detection", "semantic_segmentation")
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    finally:
+        sys.path.remove(str(ROOT / "examples"))
+
+
+@pytest.fixture(scope="session")
+def scenes(programs):
+    return programs.embedded_data.load_digit_scenes(train=9, evaluation=4, size=64)
+
+
+@pytest.fixture(scope="session")
+def coco_folder(scenes, tmp_path_factory) -> Path:
+    """COCO's layout: ids with gaps, images of two sizes, one of them without objects, a crowd."""
+    root = tmp_path_factory.mktemp("coco")
+    (root / "annotations").mkdir()
+    for split, name in (("train", "train2017"), ("validation", "val2017")):
+        (root / name).mkdir()
+        images, annotations = [], []
+        for i, scene in enumerate(scenes[split]):
+            scale = 1 + i % 2
+            image = scene["image"].resize((64 * scale, 96 * scale))  # higher than wide
+            image.save(root / name / f"{i:06}.jpg", quality=95)
+            images.append(
+                {"id": 1000 + 7 * i, "file_name": f"{i:06}.jpg", "width": image.width, "height": image.height}
+            )
+            if i == 1:
+                continue
+            for (x, y, width, height), category in zip(
+                scene["objects"]["bbox"], scene["objects"]["category"], strict=True
+            ):
+                box = [x * scale, 1.5 * y * scale, width * scale, 1.5 * height * scale]
+                annotations.append(
+                    {
+                        "id": 1 + len(annotations),
+                        "image_id": images[-1]["id"],
+                        "category_id": 3 + 5 * category,
+                        "bbox": box,
+                        "area": box[2] * box[3],
+                        "iscrowd": int(i == 2),
+                    }
+                )
+        categories = [{"id": 3 + 5 * i, "name": f"the {i}"} for i in reversed(range(10))]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture(scope="session")
+def mask_folder(scenes, tmp_path_factory) -> Path:
+    """ADE20K's layout and numbers: 0 is no class, the background is 1. Masks as palette images."""
+    root = tmp_path_factory.mktemp("masks")
+    for split, name in (("train", "training"), ("validation", "validation")):
+        for kind in ("images", "annotations"):
+            (root / kind / name).mkdir(parents=True)
+        for i, scene in enumerate(scenes[split]):
+            scene["image"].resize((96, 64)).save(root / "images" / name / f"{i}.jpg")
+            mask = np.asarray(scene["annotation"].resize((96, 64), Image.Resampling.NEAREST)) + 1
+            mask[:4] = 0
+            palette = Image.fromarray(mask.astype(np.uint8)).convert("P")
+            palette.putdata(mask.flatten().tolist())
+            palette.save(root / "annotations" / name / f"{i}.png")
+    names = {i: "background" if i == 0 else f"the {i - 1}" for i in range(11)}
+    (root / "id2label.json").write_text(json.dumps(names))
+    return root

@@ -24,6 +24,7 @@ class Hub:
         self.fail_next = 0
         self.forbid = False
         self.slow_upload = 0.0
+        self.required_metadata = ("license", "library_name", "pipeline_tag")  # stricter than the Hub, which warns
         self.lock = threading.Lock()
         hub = self
 
@@ -39,6 +40,18 @@ class Hub:
     def close(self):
         self.server.shutdown()
         self.server.server_close()
+
+    def environment(self, folder, token: str | None = "hf_good") -> dict[str, str]:
+        """Of a process that takes this for the Hub and keeps its cache in `folder`."""
+        result = {
+            "HF_ENDPOINT": self.url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(folder / "hf_home"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
+        }
+        return {**result, "HF_TOKEN": token} if token is not None else result
 
     def revision(self, repository: str) -> str:
         return self.commits[repository][-1]
@@ -120,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         content = json.loads(body)["content"]
         match = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
         data = yaml.safe_load(match[1]) if match else {}
-        errors = [f"missing {key}" for key in ("license", "library_name", "pipeline_tag") if key not in data]
+        errors = [f"missing {key}" for key in self.hub.required_metadata if key not in data]
         errors += [
             f"{key} must be a list" for key in ("tags", "datasets") if key in data and not isinstance(data[key], list)
         ]

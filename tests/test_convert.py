@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES, MODEL_CASES, ROOT, case_folder, load_case
-from hub_server import Hub
 from safetensors.torch import load_file
 from test_package import bare_environment, run_python
 
@@ -474,30 +473,11 @@ def test_everything_in_the_table_that_lies_here(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------- onto a Hub
 
 
-@pytest.fixture
-def hub():
-    server = Hub()
-    yield server
-    server.close()
-
-
-def hub_environment(hub, tmp_path, token="hf_good"):
-    environment = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(tmp_path / "hf_home"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
-    }
-    return {**environment, "HF_TOKEN": token} if token is not None else environment
-
-
 def run_converter(hub, tmp_path, *arguments, token="hf_good", wait=True):
-    environment = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
+    environment = {k: v for k, v in os.environ.items() if k != "HF_TOKEN"}
     process = subprocess.Popen(
         [sys.executable, "-m", "convert.classification", *map(str, arguments)],
-        cwd=ROOT, env={**environment, **hub_environment(hub, tmp_path, token)},
+        cwd=ROOT, env={**environment, **hub.environment(tmp_path, token)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     if not wait:
@@ -542,7 +522,7 @@ def test_convert_push_and_load(hub, tmp_path):
         print(type(model).__module__.split(".")[0])
     """
     expected = FIXTURES / "t_like" / "expected.safetensors"
-    environment = hub_environment(hub, tmp_path)
+    environment = hub.environment(tmp_path)
     assert run_python(program, expected, "with", **environment) == "internimage_hf\n"
     bare = bare_environment(tmp_path)
     assert run_python(program, expected, "without", cwd=tmp_path, **environment, **bare) == "transformers_modules\n"

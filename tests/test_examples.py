@@ -1,6 +1,5 @@
 """The example programs, on small inputs."""
 
-import importlib
 import json
 import os
 import shutil
@@ -28,19 +27,6 @@ def run_example(name: str, *arguments: object, expect: int = 0) -> str:
     )
     assert result.returncode == expect, result.stderr[-3000:]
     return result.stdout if expect == 0 else result.stderr
-
-
-@pytest.fixture
-def photos(tmp_path) -> Path:
-    """A folder of class folders: dark and bright noise of different sizes, one of them with an alpha channel."""
-    rng = np.random.default_rng(0)
-    for name, low, high in (("bright", 150, 256), ("dark", 0, 100)):
-        folder = tmp_path / "photos" / name
-        folder.mkdir(parents=True)
-        for i in range(20):
-            pixels = rng.integers(low, high, (60 + i, 80, 4 if i == 3 else 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{i}.png")
-    return tmp_path / "photos"
 
 
 def test_classification_on_a_folder_from_a_checkpoint_and_resume(photos, tmp_path):
@@ -90,78 +76,6 @@ def test_classification_recipe_file_and_bad_flags(photos, tmp_path):
 
 
 # --- detection and segmentation: in this process, which has loaded the libraries once
-
-
-@pytest.fixture(scope="module")
-def programs():
-    """The example programs as modules, as Python finds what a script imports from its own folder."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        names = ("embedded_data", "common", "object_detection", "semantic_segmentation")
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    finally:
-        sys.path.remove(str(ROOT / "examples"))
-
-
-@pytest.fixture(scope="module")
-def scenes(programs):
-    return programs.embedded_data.load_digit_scenes(train=9, evaluation=4, size=64)
-
-
-@pytest.fixture(scope="module")
-def coco_folder(scenes, tmp_path_factory) -> Path:
-    """COCO's layout: ids with gaps, images of two sizes, one of them without objects, a crowd."""
-    root = tmp_path_factory.mktemp("coco")
-    (root / "annotations").mkdir()
-    for split, name in (("train", "train2017"), ("validation", "val2017")):
-        (root / name).mkdir()
-        images, annotations = [], []
-        for i, scene in enumerate(scenes[split]):
-            scale = 1 + i % 2
-            image = scene["image"].resize((64 * scale, 96 * scale))  # higher than wide
-            image.save(root / name / f"{i:06}.jpg", quality=95)
-            images.append(
-                {"id": 1000 + 7 * i, "file_name": f"{i:06}.jpg", "width": image.width, "height": image.height}
-            )
-            if i == 1:
-                continue
-            for (x, y, width, height), category in zip(
-                scene["objects"]["bbox"], scene["objects"]["category"], strict=True
-            ):
-                box = [x * scale, 1.5 * y * scale, width * scale, 1.5 * height * scale]
-                annotations.append(
-                    {
-                        "id": 1 + len(annotations),
-                        "image_id": images[-1]["id"],
-                        "category_id": 3 + 5 * category,
-                        "bbox": box,
-                        "area": box[2] * box[3],
-                        "iscrowd": int(i == 2),
-                    }
-                )
-        categories = [{"id": 3 + 5 * i, "name": f"the {i}"} for i in reversed(range(10))]
-        content = {"images": images, "annotations": annotations, "categories": categories}
-        (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
-    return root
-
-
-@pytest.fixture(scope="module")
-def mask_folder(scenes, tmp_path_factory) -> Path:
-    """ADE20K's layout and numbers: 0 is no class, the background is 1. Masks as palette images."""
-    root = tmp_path_factory.mktemp("masks")
-    for split, name in (("train", "training"), ("validation", "validation")):
-        for kind in ("images", "annotations"):
-            (root / kind / name).mkdir(parents=True)
-        for i, scene in enumerate(scenes[split]):
-            scene["image"].resize((96, 64)).save(root / "images" / name / f"{i}.jpg")
-            mask = np.asarray(scene["annotation"].resize((96, 64), Image.Resampling.NEAREST)) + 1
-            mask[:4] = 0
-            palette = Image.fromarray(mask.astype(np.uint8)).convert("P")
-            palette.putdata(mask.flatten().tolist())
-            palette.save(root / "annotations" / name / f"{i}.png")
-    names = {i: "background" if i == 0 else f"the {i - 1}" for i in range(11)}
-    (root / "id2label.json").write_text(json.dumps(names))
-    return root
 
 
 SMALL_DETECTOR = {"decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16}
@@ -375,6 +289,16 @@ def test_random_transformations_depend_on_seed_epoch_and_index_alone(programs, s
         ("object_detection", ["--head_config_overrides", '{"queries": 1}'], "queries is not a field of RTDetrConfig"),
         ("object_detection", ["--head_config_overrides", "{"], "--head_config_overrides is not JSON"),
         ("object_detection", ["--model", "m", "--backbone", "t"], "--backbone is for an untrained head"),
+        (
+            "object_detection",
+            ["--backbone", "t", "--image_size", 64],
+            "64 is too small: RTDetrForObjectDetection has 84 places",
+        ),
+        (
+            "object_detection",
+            ["--head", "deformable_detr", "--image_size", 32],
+            "22 places .* fewer than its 30 queries",
+        ),
         ("object_detection", ["--random_crop_scale", 0], "--random_crop_scale must be above 0"),
         ("object_detection", ["--train_annotations", "no.json"], "--train_annotations no.json is not a file"),
         ("object_detection", ["--train_images", "nowhere"], "name their folder by --train_images"),

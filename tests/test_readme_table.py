@@ -1,0 +1,337 @@
+"""The README's table "I want to … | do this": each row runs as it is written, with small things in the place of large ones."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import FIXTURES, ROOT, TINY
+from safetensors.torch import load_file
+from test_distributed import launch
+from test_examples import SMALL_HEADS
+from test_heads import ALL_STAGES, HEADS
+
+import internimage_hf
+from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageImageProcessor
+
+
+def read_table() -> dict[str, str]:
+    """What to do, by what is wanted."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("| I want to … | do this |\n|---|---|\n")[2]
+    lines = text.partition("\n\n")[0].splitlines()
+    return dict((cell.strip() for cell in line.strip("|").split("|")) for line in lines)
+
+
+TABLE = read_table()
+TESTED = set()
+
+
+def row(*wanted: str):
+    """Says which rows a test runs."""
+    TESTED.update(wanted)
+    return lambda test: test
+
+
+def code_of(wanted: str) -> list[str]:
+    """The pieces of code in what a row says."""
+    return re.findall(r"`(.+?)`", TABLE[wanted])
+
+
+def test_every_row_has_a_test():
+    assert set(TABLE) == TESTED
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """In the place of the Hub's."""
+    config = InternImageConfig(**{**TINY, "depths": [1, 1, 1, 1], "num_labels": 1000, "image_size": 64})
+    size = {"height": 64, "width": 64}
+    folder = tmp_path / "checkpoint"
+    InternImageForImageClassification(config).save_pretrained(folder)
+    InternImageImageProcessor(size={"shortest_edge": 64}, crop_size=size).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(programs, checkpoint, photos, monkeypatch, tmp_path):
+    """Runs the first command of a row in an empty folder, with other words for some of its words, and more flags."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    others = {"my/photos": photos}
+
+    def run(wanted: str, *more: object, **replaced: object):
+        command = next(code for code in code_of(wanted) if code.startswith(("python ", "accelerate ")))
+        words = [
+            str(checkpoint if word.startswith("OpenGVLab/") else {**others, **replaced}.get(word, word))
+            for word in shlex.split(command)
+        ]
+        words += map(str, more)
+        if words[:2] == ["accelerate", "launch"]:
+            assert words[2] == "--config_file" and words[4] == "--num_processes" and Path(words[3]).is_file()
+            return launch(Path(words[3]).stem, Path(words[6]).resolve(), *words[7:])
+        assert words[0] == "python"
+        if words[1] == "-m":
+            return importlib.import_module(words[2]).main(words[3:])
+        assert Path(words[1]).is_file()
+        return importlib.import_module(Path(words[1]).stem).main(words[2:])
+
+    return run
+
+
+STEP = [
+    "--max_steps", 1, "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false", "--use_cpu",
+    "--per_device_train_batch_size", 4, "--logging_strategy", "no", "--output_dir", "out",
+]  # fmt: skip
+
+
+def image_size(folder: str) -> int:
+    return json.loads(Path(folder, "config.json").read_text())["image_size"]
+
+
+@row("classify images")
+def test_classify(checkpoint, photos):
+    code = code_of("classify images")[0].replace("OpenGVLab/internimage_t_1k_224", str(checkpoint))
+    best = eval(code, {"pipeline": transformers.pipeline})(str(photos / "dark" / "0.png"), top_k=1)
+    assert len(best) == 1 and not best[0]["label"].startswith("LABEL")
+
+
+@row("fine-tune on my images", "go on after a crash, also with another number of processes")
+def test_fine_tune_and_go_on(run):
+    steps = ["--eval_strategy", "steps", "--eval_steps", 2, "--save_strategy", "steps", "--save_steps", 2]
+    steps = [*STEP, *steps, "--load_best_model_at_end", "true", "--max_steps"]
+    assert set(run("fine-tune on my images", *steps, 2)) >= {"eval_accuracy", "eval_loss"}
+    (flag,) = (code for code in code_of("go on after a crash, also with another number of processes") if "--" in code)
+    run("fine-tune on my images", *steps, 4, *flag.split())
+    state = json.loads(Path("out", "trainer_state.json").read_text())
+    assert state["global_step"] == 4 and min(entry["step"] for entry in state["log_history"]) == 2
+    config = json.loads(Path("out", "config.json").read_text())
+    assert sorted(config["label2id"]) == ["bright", "dark"] and image_size("out") == 64
+
+
+@row("train as the authors did", "change a recipe")
+def test_recipes(run, photos, checkpoint):
+    """As far as the first step of a small model on small images; the batch of 1024 is gathered from all there are."""
+    small = [*STEP, "--dataset", photos, "--image_size", 32, "--model", checkpoint, "--dataloader_num_workers", 0]
+    small += ["--max_train_samples", 8, "--max_steps", -1, "--num_train_epochs", 1, "--warmup_epochs", 0]
+    run("train as the authors did", *small, "--total_train_batch_size", 8)
+    assert torch.load("out/training_args.bin", weights_only=False).bf16
+    recipes = ROOT / code_of("train as the authors did")[1]
+    assert {file.name.partition("_")[0] for file in recipes.glob("*.yaml")} == {
+        "imagenet1k",
+        "imagenet22k",
+        "coco",
+        "ade20k",
+    }
+    run("change a recipe", *small)
+    arguments = torch.load("out/training_args.bin", weights_only=False)
+    assert arguments.learning_rate == 1e-3 and arguments.gradient_accumulation_steps == 1024 // 4
+    assert arguments.max_grad_norm == 5.0, "what the recipe says and no flag"
+
+
+@row("train a detector")
+def test_detector(run, coco_folder):
+    metrics = run("train a detector", *STEP, "--image_size", 160, COCO_FOLDER=coco_folder)
+    assert metrics["eval_map"] >= 0 and Path("out", "predictions.png").is_file()
+    assert set(code_of("train a detector")[1:]) == set(importlib.import_module("object_detection").HEADS)
+
+
+@row("train a segmenter")
+def test_segmenter(run, mask_folder):
+    metrics = run("train a segmenter", *STEP, "--image_size", 64, "--reduce_labels", FOLDER=mask_folder)
+    assert metrics["eval_mean_iou"] >= 0 and Path("out", "predictions.png").is_file()
+    assert set(code_of("train a segmenter")[1:]) == set(importlib.import_module("semantic_segmentation").HEADS)
+
+
+@row("use another head of transformers")
+def test_another_head():
+    """What each of them does is in test_heads.py."""
+    wanted = "use another head of transformers"
+    assert int(re.search(r"for (\d+)", TABLE[wanted])[1]) == len({head.model for head in HEADS.values()})
+    backbone = code_of(wanted)[0].replace("...", "**fields, out_features=stages")
+    head = eval(f"dict({backbone})", {"InternImageConfig": InternImageConfig, "fields": TINY, "stages": ALL_STAGES})
+    model = transformers.UperNetForSemanticSegmentation(
+        transformers.UperNetConfig(**head, auxiliary_in_channels=32, hidden_size=16, auxiliary_channels=8)
+    )
+    assert model.eval()(torch.randn(1, 3, 64, 64)).logits.shape[-2:] == (64, 64)
+
+
+@row("fine-tune with LoRA")
+def test_lora(checkpoint):
+    peft = pytest.importorskip("peft", reason="needs `pip install internimage-hf[export]`")
+    model = InternImageForImageClassification.from_pretrained(checkpoint)
+    importlib.import_module("internimage_hf.training")
+    names = {"peft": peft, "LoraConfig": peft.LoraConfig, "internimage_hf": internimage_hf, "model": model}
+    trainable, of = eval(code_of("fine-tune with LoRA")[0], names).get_nb_trainable_parameters()
+    assert 0 < trainable - model.classifier.original_module.weight.numel() < of / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "wanted, processes",
+    [
+        ("train on several GPUs", 2),
+        ("train a model too large for one GPU", 2),
+        ("try that without a GPU", None),
+    ],
+)
+@row("train on several GPUs", "train a model too large for one GPU", "try that without a GPU")
+def test_several_processes(run, wanted, processes):
+    replaced = {"8": processes} if processes else {}
+    flags = STEP if processes else [*STEP, "--max_train_samples", 16, "--max_eval_samples", 16]
+    run(wanted, *flags, **replaced)
+    model = InternImageForImageClassification.from_pretrained("out")
+    assert model.config.num_labels == (2 if processes else 10)
+
+
+@row("train on data that does not fit on the disk")
+def test_streaming(run, photos, tmp_path, checkpoint):
+    for split, numbers in (("train", range(15)), ("validation", range(15, 20))):
+        for label in ("dark", "bright"):
+            (tmp_path / "disk" / split / label).mkdir(parents=True)
+            for i in numbers:
+                (photos / label / f"{i}.png").rename(tmp_path / "disk" / split / label / f"{i}.png")
+    small = [
+        "--dataset",
+        tmp_path / "disk",
+        "--model",
+        checkpoint,
+        "--max_steps",
+        4,
+        "--per_device_train_batch_size",
+        4,
+    ]
+    small += ["--use_cpu", "--eval_steps", 2, "--save_steps", 2, "--output_dir", "out"]
+    run("train on data that does not fit on the disk", *small)
+    assert Path("out", "checkpoint-4").is_dir() and Path("out", "predictions.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "image_classification",
+        pytest.param("object_detection", marks=pytest.mark.slow),
+        pytest.param("semantic_segmentation", marks=pytest.mark.slow),
+    ],
+)
+@row("put the result on the Hub")
+def test_push_to_hub(hub, tmp_path, program):
+    hub.required_metadata = ()
+    push, remote_code = code_of("put the result on the Hub")
+    small = [*STEP, "--max_train_samples", 8, "--max_eval_samples", 4]
+    if program != "image_classification":
+        head = "rt_detr" if program == "object_detection" else "upernet"
+        small += ["--image_size", 64, "--head_config_overrides", json.dumps(SMALL_HEADS[head])]
+    result = subprocess.run(
+        [sys.executable, ROOT / "examples" / f"{program}.py", *map(str, small), *push.split(), remote_code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, **hub.environment(tmp_path), "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    (name, files), *others = hub.repositories.items()
+    assert f"--hub_model_id {name}" in push and not others
+    written = {file.name for file in (tmp_path / "out").iterdir() if file.is_file()}
+    assert files.keys() == written >= {"README.md", "config.json", "model.safetensors", "predictions.png", "dcnv3.py"}
+    assert all(content == (tmp_path / "out" / file).read_bytes() for file, content in files.items())
+
+
+@pytest.mark.slow
+@row("classify or embed millions of images")
+def test_batch_inference(run, photos):
+    pytest.importorskip("ray", reason="needs `pip install internimage-hf[batch]`")
+    wanted = "classify or embed millions of images"
+    command = next(code for code in code_of(wanted) if code.startswith("python "))
+    words = [{"DIR_OR_URL": str(photos)}.get(word, word) for word in command.split()]
+    words[words.index("--output") + 1] = "out"
+    words[-1] = "checkpoint"
+    small = ["--num_cpus", "2", "--object_store_mb", "100"]
+    for more in ([], [*code_of(wanted)[1].split(), "--output", "embeddings"]):
+        result = subprocess.run(
+            [sys.executable, *words[1:], *more, *small], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0 and "40 images" in result.stdout, result.stderr[-3000:]
+    assert list(Path("out").glob("part-*.parquet")) and list(Path("embeddings").glob("part-*.parquet"))
+    assert not code_of(wanted)[2].startswith("--") or "address" in vars(
+        importlib.import_module("batch_inference").BatchArguments()
+    )
+
+
+@pytest.mark.slow
+@row(
+    "run it in ONNX Runtime",
+    "export a backbone",
+    "keep DCNv3 as one node for a TensorRT plug-in",
+    "run it without Python",
+    "make the file smaller",
+)
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        "run it in ONNX Runtime",
+        "export a backbone",
+        "keep DCNv3 as one node for a TensorRT plug-in",
+        "run it without Python",
+        "make the file smaller",
+    ],
+)
+def test_export(run, wanted):
+    onnx = pytest.importorskip("onnx", reason="needs `pip install internimage-hf[export]`")
+    run(wanted)
+    file = Path("out", "model.pt2" if "aoti" in TABLE[wanted] else "model.onnx")
+    assert file.stat().st_size > 50_000
+    if file.suffix == ".onnx":
+        graph = onnx.load(file).graph
+        nodes = [node for node in graph.node if node.op_type == "DCNv3"]
+        named = re.search(r"attributes `(.+?)`", TABLE[wanted])
+        if named is not None:
+            assert len(nodes) == 4 and {attribute.name for attribute in nodes[0].attribute} == set(
+                named[1].split(", ")
+            )
+        else:
+            assert not nodes
+        assert len(graph.output) == (3 if "backbone" in wanted else 1)
+
+
+@row("share a model with people who lack this package")
+def test_share(checkpoint, tmp_path):
+    """That it loads without the package is in test_package.py."""
+    model = InternImageForImageClassification.from_pretrained(checkpoint)
+    names = {
+        "save_with_remote_code": internimage_hf.save_with_remote_code,
+        "model": model,
+        "folder": tmp_path / "shared",
+    }
+    eval(code_of("share a model with people who lack this package")[0], names)
+    assert "auto_map" in json.loads((tmp_path / "shared" / "config.json").read_text())
+
+
+@row("convert a released `.pth` file")
+def test_convert(run):
+    source = FIXTURES / "t_like"
+    command = {"internimage_t_1k_224": source / "checkpoint.pth", "FOLDER": "converted"}
+    assert run("convert a released `.pth` file", "--config", source / "config.json", **command) == 0
+    expected = load_file(source / "expected.safetensors")
+    model = InternImageForImageClassification.from_pretrained("converted").eval()
+    torch.testing.assert_close(model(expected["pixel_values"]).logits, expected["logits"], atol=1e-4, rtol=0)
+
+
+@row("make it faster on my CPU")
+def test_make_kernel():
+    environment = Path(sys.prefix)
+    if not (environment / ".installed").is_file():
+        pytest.skip("this environment is not of `make install`")
+    code = code_of("make it faster on my CPU")
+    for command in code[:2]:
+        dry = [] if command == "make kernel" else ["--dry-run"]  # the wheels are built in test_package.py
+        subprocess.run([*command.split(), f"VENV={environment}", *dry], cwd=ROOT, check=True, capture_output=True)
+    report = eval(code[2], {"dcnv3_backend_report": internimage_hf.dcnv3.dcnv3_backend_report})
+    assert "kernel" in str(report)
