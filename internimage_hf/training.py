@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -231,6 +232,9 @@ class InternImageTrainerMixin:
     - Weights are saved under the model's own parameter names. By default transformers saves DETR-like heads under older
       ones, which `from_pretrained` translates back; a resumed `Trainer`, or one that loads its best model at the end,
       does not, and goes on without the backbone's weights.
+    - In several processes, DETR, MaskFormer and their like divide the sum of their losses by the mean number of targets
+      of a process, as their papers say. transformers divides that mean by the number of processes once more, which makes
+      these losses as many times too large.
 
     Raises:
         ValueError: for `sync_batch_norm` without GPUs, or for a model whose BatchNorm layers it cannot replace.
@@ -248,6 +252,11 @@ class InternImageTrainerMixin:
             if any(isinstance(module, InternImageTokenBatchNorm) for module in self.model.modules()):
                 raise ValueError("`sync_batch_norm` is not possible with `use_clip_projector` and `norm_layer='BN'`")
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # in place: the model itself is no BatchNorm
+        if self.is_fsdp_enabled and isinstance(self.model, PreTrainedModel):
+            try:
+                self.model.get_input_embeddings()
+            except NotImplementedError:  # in many heads; accelerate takes None for an answer
+                self.model.get_input_embeddings = lambda: None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -297,6 +306,12 @@ class InternImageTrainerMixin:
         if self.ema is not None and isinstance(resume_from_checkpoint, (str, os.PathLike)):
             self.ema.resume_from = Path(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @contextmanager
+    def compute_loss_context_manager(self):
+        several = self.args.world_size > 1
+        with super().compute_loss_context_manager(), _mean_number_of_targets() if several else nullcontext():
+            yield
 
     def evaluation_loop(self, *args, **kwargs):
         with self.ema.applied(self.model) if self.ema is not None else nullcontext():
@@ -449,6 +464,34 @@ class EMACallback(TrainerCallback):
                 logger.warning(f"no {EMA_FILE} in {file.parent}: the model gets the last average, not the best one's")
         model.load_state_dict(self.averaged)
         self.averaged = None  # the model has it
+
+
+# The modules of transformers that take `accelerate.utils.reduce`, which is a mean, for a sum over the processes.
+_SET_LOSSES = (
+    "transformers.loss.loss_for_object_detection",
+    "transformers.models.mask2former.modeling_mask2former",
+    "transformers.models.maskformer.modeling_maskformer",
+    "transformers.models.oneformer.modeling_oneformer",
+)
+
+
+@contextmanager
+def _mean_number_of_targets() -> Iterator[None]:
+    """Within the block, the losses of set prediction are normalised by the mean number of targets of a process."""
+    from accelerate.utils import reduce
+
+    modules = [
+        module
+        for name in _SET_LOSSES
+        if (module := sys.modules.get(name)) and getattr(module, "reduce", None) is reduce
+    ]
+    for module in modules:
+        module.reduce = partial(reduce, reduction="sum")
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.reduce = reduce
 
 
 @contextmanager

@@ -4,6 +4,7 @@ PyTorch's FSDP2 works on CPUs, by gloo. accelerate passes its configuration on f
 DDP; this does for the CPU what `AcceleratorState` does for a GPU, and nothing else.
 """
 
+import os
 import runpy
 import sys
 
@@ -24,4 +25,5 @@ def _initialise_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
 if __name__ == "__main__":
     AcceleratorState.__init__ = _initialise_with_fsdp
     sys.argv = sys.argv[1:]
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))  # as Python does for a script
     runpy.run_path(sys.argv[0], run_name="__main__")

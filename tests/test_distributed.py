@@ -16,6 +16,7 @@ from conftest import ROOT
 from distributed_worker import GLOBAL_BATCH, IMAGES, make_stream, train
 from PIL import Image
 from safetensors.torch import load_file
+from test_examples import FEW_STEPS, SMALL_HEADS
 
 from internimage_hf import InternImageForImageClassification, InternImageImageProcessor
 from internimage_hf.training import EMA_FILE, last_checkpoint
@@ -355,6 +356,66 @@ def test_the_classification_example_in_two_processes(engine, flags, tmp_path, cl
         "--resume_from_checkpoint", "last",
     )  # fmt: skip
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 64
+
+
+@pytest.mark.slow
+def test_the_detection_example_in_two_processes(coco_folder, tmp_path):
+    """Deformable DETR counts the boxes of all processes: the weights and COCO's metrics are those of one process."""
+    flags = [
+        "--dataset", coco_folder, "--head", "deformable_detr", "--image_size", 64,
+        "--head_config_overrides", json.dumps(SMALL_HEADS["deformable_detr"]), *FEW_STEPS, "--max_train_samples", 8, "--max_steps", 6,
+        # nothing that hides a factor of the gradients, or makes steps of rounding
+        "--optim", "sgd", "--learning_rate", 1e-4, "--max_grad_norm", 1e6, "--logging_strategy", "steps", "--logging_steps", 1,
+        "--random_crop_scale", 1,  # images of one shape: with others, the padding depends on what a process has
+    ]  # fmt: skip
+    for processes in (1, 2):
+        launch(
+            "ddp", ROOT / "examples" / "object_detection.py", *flags, "--output_dir", tmp_path / str(processes),
+            "--per_device_train_batch_size", 4 // processes, "--per_device_eval_batch_size", 2 // processes,
+            processes=processes,
+        )  # fmt: skip
+    off = difference(*(tmp_path / str(processes) / "checkpoint-6" / "model.safetensors" for processes in (1, 2)))
+    print(f"largest difference {off:.1e}")
+    assert off < 1e-5
+    assert (
+        losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4) and len(losses(tmp_path / "1")) == 6
+    )
+    one, two = (json.loads((tmp_path / str(n) / "all_results.json").read_text()) for n in (1, 2))
+    coco = [name for name in one if name.startswith(("eval_map", "eval_mar"))]
+    assert len(coco) == 12 and all(one[name] == pytest.approx(two[name], abs=1e-4) for name in coco)
+    assert (tmp_path / "2" / "predictions.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine, head", [("ddp", "upernet"), ("fsdp2", "mask2former")])
+def test_the_segmentation_example_in_two_processes(engine, head, programs, mask_folder, tmp_path):
+    """Both evaluate the model that is saved."""
+    flags = [
+        "--dataset", mask_folder, "--reduce_labels", "--head", head, "--image_size", 64, "--output_dir", tmp_path / "model",
+        "--head_config_overrides", json.dumps(SMALL_HEADS[head]), *FEW_STEPS, "--learning_rate", 1e-2,
+    ]  # fmt: skip
+    launch(engine, ROOT / "examples" / "semantic_segmentation.py", *flags)
+    metrics = json.loads((tmp_path / "model" / "all_results.json").read_text())
+
+    program = programs.semantic_segmentation
+    data, model, arguments = program.parse_flags(
+        [*map(str, flags[:3]), "--model", str(tmp_path / "model"), *map(str, FEW_STEPS), "--output_dir", str(tmp_path)],
+        program.SegmentationDataArguments, program.SegmentationModelArguments, program.SegmentationTrainingArguments,
+    )  # fmt: skip
+    _, evaluation, labels = program.load_splits(data, arguments.seed)
+    model, processor = program.build_model(model, data, labels)
+    trainer = program.SegmentationTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=programs.common.RandomlyTransformed([], None, 0),
+        eval_dataset=evaluation,
+        data_collator=program.Collate(processor),
+        compute_metrics=program.segmentation_metrics,
+        processing_class=processor,
+    )
+    alone = trainer.evaluate()
+    for name in ("eval_mean_iou", "eval_mean_accuracy", "eval_overall_accuracy"):
+        assert metrics[name] == pytest.approx(alone[name], abs=1e-4)
 
 
 def test_the_classification_example_streams_a_folder(tmp_path, classification):

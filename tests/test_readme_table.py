@@ -155,7 +155,9 @@ def test_another_head():
     wanted = "use another head of transformers"
     assert int(re.search(r"for (\d+)", TABLE[wanted])[1]) == len({head.model for head in HEADS.values()})
     backbone = code_of(wanted)[0].replace("...", "**fields, out_features=stages")
-    head = eval(f"dict({backbone})", {"InternImageConfig": InternImageConfig, "fields": TINY, "stages": list(ALL_STAGES)})
+    head = eval(
+        f"dict({backbone})", {"InternImageConfig": InternImageConfig, "fields": TINY, "stages": list(ALL_STAGES)}
+    )
     model = transformers.UperNetForSemanticSegmentation(
         transformers.UperNetConfig(**head, auxiliary_in_channels=32, hidden_size=16, auxiliary_channels=8)
     )

@@ -264,6 +264,9 @@ def test_every_16_bit_number_survives(backend):
     for dtype in (torch.float16, torch.bfloat16):
         numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         numbers = torch.where(numbers.isfinite(), numbers, 0)  # 0 * inf, of a corner of weight 0, is not 0
+        if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+            # Triton's interpreter makes other numbers of bfloat16's subnormals (3.7, `x.to(tl.float32)`)
+            numbers = torch.where(numbers.abs() >= torch.finfo(dtype).tiny, numbers, 0)
         for channels in (1, 16, 64):
             image = numbers.view(1, -1, 1, channels).to(device)
             zeros = torch.zeros(1, image.shape[1], 1, 2, device=device, dtype=dtype)
