@@ -55,9 +55,9 @@ def definition(input, offset, mask, groups):
 def our_kernels(device: str) -> dict[str, Operator]:
     """The compiled and the Triton variant that were built for the device."""
     operators = {}
-    for folder in kernel_loader._variants(ROOT / "dcnv3_kernel", device):
+    for folder in kernel_loader.find_variants(ROOT / "dcnv3_kernel", device):
         name = "CPU kernel" if device == "cpu" else "CUDA kernel" if "stable-abi" in folder.name else "Triton kernel"
-        module = kernel_loader._load(folder, device)
+        module = kernel_loader.load_variant(folder, device)
         operators.setdefault(
             name, lambda input, offset, mask, groups, m=module: m.dcnv3_softmax(input, offset, mask, groups=groups)
         )

@@ -10,10 +10,10 @@ from internimage_hf import kernel_loader
 def main() -> None:
     folder = next(
         f
-        for f in kernel_loader._variants(Path(__file__).resolve().parents[1] / "dcnv3_kernel", "cuda")
+        for f in kernel_loader.find_variants(Path(__file__).resolve().parents[1] / "dcnv3_kernel", "cuda")
         if "stable-abi" in f.name
     )
-    kernel = kernel_loader._load(folder, "cuda")
+    kernel = kernel_loader.load_variant(folder, "cuda")
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for group_channels in (5, 16, 32):

@@ -417,7 +417,8 @@ def pretrain_backbone(backbone: InternImageBackbone, scenes: datasets.Dataset, e
     mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     pixel_values, labels = (pixel_values - mean) / deviation, torch.tensor(labels)
 
-    config = InternImageConfig.from_dict({**backbone.config.to_dict(), "num_labels": int(labels.max()) + 1})
+    config = InternImageConfig.from_dict(backbone.config.to_dict())
+    config.num_labels = int(labels.max()) + 1
     classifier = InternImageForImageClassification(config).train()
     classifier.internimage.stem, classifier.internimage.encoder = backbone.stem, backbone.encoder
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)

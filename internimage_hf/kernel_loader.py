@@ -100,25 +100,25 @@ def _first_line(error: Exception) -> str:
 def _candidates(device_type: str) -> Iterator[tuple[str, Callable[[], ModuleType]]]:
     """What to try, in order: a description and what loads it."""
     if (local := _local_kernels_path()) is not None:
-        folders = [local] if (local / "metadata.json").is_file() else _variants(local, device_type)
+        folders = [local] if (local / "metadata.json").is_file() else find_variants(local, device_type)
         for folder in folders:
-            yield f"LOCAL_KERNELS, {folder}", lambda folder=folder: _load(folder, device_type)
+            yield f"LOCAL_KERNELS, {folder}", lambda folder=folder: load_variant(folder, device_type)
         if not folders:
             yield f"LOCAL_KERNELS, {local}", lambda: _fail(f"no variant for {device_type} in it")
 
     bundled = [_HERE / "_kernels"]
     if (_HERE.parent / "dcnv3_kernel" / "build.py").is_file():
         bundled.append(_HERE.parent / "dcnv3_kernel")
-    ours = [folder for root in bundled for folder in _variants(root, device_type)]
+    ours = [folder for root in bundled for folder in find_variants(root, device_type)]
     compiled = [folder for folder in ours if "stable-abi" in folder.name]
     for folder in compiled:
-        yield str(folder), lambda folder=folder: _load(folder, device_type)
+        yield str(folder), lambda folder=folder: load_variant(folder, device_type)
 
     if importlib.util.find_spec("kernels") is not None and not _offline():
         yield f"{HUB_REPOSITORY} on the Hub, version {HUB_VERSION}", _load_from_hub
     for folder in ours:
         if folder not in compiled:
-            yield str(folder), lambda folder=folder: _load(folder, device_type)
+            yield str(folder), lambda folder=folder: load_variant(folder, device_type)
 
 
 def _fail(message: str) -> ModuleType:
@@ -138,7 +138,7 @@ def _local_kernels_path() -> Path | None:
     return None
 
 
-def _variants(root: Path, device_type: str) -> list[Path]:
+def find_variants(root: Path, device_type: str) -> list[Path]:
     """The variants in a folder (or its `build/`) that fit this machine, its torch and the device; compiled ones first."""
     if (root / "build").is_dir():
         root = root / "build"
@@ -159,10 +159,14 @@ def _variants(root: Path, device_type: str) -> list[Path]:
     return sorted(compiled, key=lambda folder: folder.name, reverse=True) + triton
 
 
-def _load(folder: Path, device_type: str) -> ModuleType:
+def load_variant(folder: Path, device_type: str) -> ModuleType:
     """Imports a variant's folder as a module of its own name, which its build made unique.
 
     Not `kernels.get_local_kernel`: that is an extra, and refuses a CPU variant where torch was built for CUDA.
+
+    Raises:
+        ValueError: if the variant is for another kind of device.
+        ImportError: if it lacks a function of the kernel; and whatever its own code raises.
     """
     metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
     name, built_for = metadata["id"], metadata["backend"]["type"]
