@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import datasets
 import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from internimage_hf import InternImageBackbone, InternImageConfig
 from internimage_hf.remote_code import write_remote_code
@@ -186,8 +188,22 @@ def build_head(
     if unknown := [name for name in overrides if not hasattr(config_class(backbone_config=backbone.config), name)]:
         raise ValueError(f"--head_config_overrides: {', '.join(unknown)} is not a field of {config_class.__name__}")
     model = model_class(config_class(backbone_config=backbone.config, **{**fields, **overrides}))
-    backbone_of(model).load_state_dict(backbone.state_dict())
+    copy_weights(backbone, backbone_of(model))
     return model
+
+
+def copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
+    """From a model to another of its class, each of which may be sharded already by DeepSpeed's ZeRO-3."""
+    shards = [p for p in (*source.parameters(), *target.parameters()) if hasattr(p, "ds_id")]
+    if shards:
+        import deepspeed
+    with deepspeed.zero.GatheredParameters(shards, modifier_rank=0) if shards else nullcontext():
+        target.load_state_dict(source.state_dict())
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Of the whole model, also where ZeRO-3 has left a part of it to this process."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 
 
 def model_type_of(name: str | os.PathLike) -> str:
@@ -296,9 +312,15 @@ def train_evaluate_save(trainer: HeadTrainer) -> tuple[dict[str, float], dict[st
     return result.metrics, metrics
 
 
+def load_without_the_others() -> None:
+    """Lets one process alone load models: under DeepSpeed's ZeRO-3 `from_pretrained` waits for all of them otherwise."""
+    unset_hf_deepspeed_config()
+
+
 def finish(trainer: HeadTrainer, picture: Callable[[Path], None], summary: dict[str, object]) -> None:
     """Draws the picture and prints the summary on the first process, then pushes all of it to the Hub if asked."""
     if trainer.is_world_process_zero():
+        load_without_the_others()
         file = Path(trainer.args.output_dir) / "predictions.png"
         picture(file)
         width = max(map(len, (*summary, "picture")))

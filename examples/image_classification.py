@@ -34,7 +34,13 @@ import datasets
 import numpy as np
 import torch
 from augmentation import Mix, rand_augment, random_erasing
-from common import ExampleTrainer, ExampleTrainingArguments, checkpoint_to_resume
+from common import (
+    ExampleTrainer,
+    ExampleTrainingArguments,
+    checkpoint_to_resume,
+    count_parameters,
+    load_without_the_others,
+)
 from flags import parse_flags
 from PIL import Image
 from torch.nn.functional import cross_entropy
@@ -416,10 +422,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         else:
             samples = evaluation.shuffle(seed=0).select(range(min(12, len(evaluation))))
             sizes = f"{len(train)} images to train, {len(evaluation)} to evaluate"
+        load_without_the_others()
         summary = use_model(folder, samples, labels)
         summary = {
             "dataset": f"{data_arguments.dataset}: {sizes}, {len(labels)} classes",
-            "model": f"{model.num_parameters():,} parameters, saved in {folder}",
+            "model": f"{count_parameters(model):,} parameters, saved in {folder}",
             "accuracy": f"{metrics['eval_accuracy']:.1%} of the held-out images",
             "training": f"{result.metrics['train_runtime']:.0f} s",
             **summary,

@@ -22,7 +22,9 @@ import contextlib
 import io
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -34,9 +36,9 @@ from common import (
     HeadTrainer,
     ModelArguments,
     RandomlyTransformed,
-    backbone_of,
     build_head,
     check_column,
+    count_parameters,
     finish,
     load_head,
     make_backbone,
@@ -353,8 +355,17 @@ def _field(objects: dict[str, list] | list[dict], name: str) -> list:
     return [one[name] for one in objects if name in one]
 
 
-def build_model(arguments: DetectionModelArguments, labels: list[str], image_size: int | None):
+def build_model(
+    arguments: DetectionModelArguments,
+    labels: list[str],
+    image_size: int | None,
+    pretrain: Callable[[InternImageBackbone], object] | None = None,
+):
     """The detector for `labels`, and its image processor.
+
+    Args:
+        arguments, labels, image_size: the flags, the categories' names.
+        pretrain: called with a backbone without trained weights, before the head is put on it.
 
     Raises:
         ValueError: if `--model` is none of the heads on an InternImage backbone, or the images are too small for the head.
@@ -369,6 +380,8 @@ def build_model(arguments: DetectionModelArguments, labels: list[str], image_siz
         return model, head.processor(**_processor_fields(head, image_size))
     head = HEADS[arguments.head]
     backbone = make_backbone(arguments, head.out_features)
+    if arguments.backbone is None and pretrain is not None:
+        pretrain(backbone)
     fields = {} if arguments.backbone is not None else head.demo
     if head.config is RTDetrConfig:
         fields = {**fields, "encoder_in_channels": backbone.channels}
@@ -673,10 +686,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     set_seed(training_arguments.seed)
     train, evaluation, labels = load_splits(data_arguments, training_arguments.seed)
-    model, processor = build_model(model_arguments, labels, data_arguments.image_size)
-    untrained = model_arguments.backbone is None and model_arguments.model is None
-    if untrained and data_arguments.dataset == "digits" and training_arguments.pretrain_epochs > 0:
-        pretrain_backbone(backbone_of(model), train, training_arguments.pretrain_epochs)
+    pretrain, epochs = None, training_arguments.pretrain_epochs
+    if data_arguments.dataset == "digits" and epochs > 0:
+        pretrain = partial(pretrain_backbone, scenes=train, epochs=epochs)
+    model, processor = build_model(model_arguments, labels, data_arguments.image_size, pretrain)
     trainer = DetectionTrainer(
         model=model,
         args=training_arguments,
@@ -695,7 +708,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         {
             "dataset": f"{data_arguments.dataset}: {len(train)} images to train, {len(evaluation)} to evaluate, "
             f"{len(labels)} categories",
-            "model": f"{trainer.model_class.__name__}, {model.num_parameters():,} parameters, saved in {folder}",
+            "model": f"{trainer.model_class.__name__}, {count_parameters(model):,} parameters, saved in {folder}",
             "mAP": f"{metrics['eval_map']:.3f} (at IoU 0.5: {metrics['eval_map_50']:.3f}) on the held-out images",
             "training": f"{training['train_runtime']:.0f} s",
         },

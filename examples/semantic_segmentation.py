@@ -35,6 +35,7 @@ from common import (
     RandomlyTransformed,
     build_head,
     check_column,
+    count_parameters,
     finish,
     load_head,
     make_backbone,
@@ -511,7 +512,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         {
             "dataset": f"{data_arguments.dataset}: {len(train)} images to train, {len(evaluation)} to evaluate, "
             f"{len(labels)} classes",
-            "model": f"{trainer.model_class.__name__}, {model.num_parameters():,} parameters, saved in {folder}",
+            "model": f"{trainer.model_class.__name__}, {count_parameters(model):,} parameters, saved in {folder}",
             "mean IoU": f"{metrics['eval_mean_iou']:.3f} on the held-out images, {metrics['eval_overall_accuracy']:.1%} "
             "of their pixels right",
             "training": f"{training['train_runtime']:.0f} s",

@@ -422,6 +422,9 @@ class InternImagePreTrainedModel(PreTrainedModel):
         does, other linear layers normal. Each module is judged by itself: transformers never asks about a module of
         outside code that has no parameter of its own.
         """
+        if any(hasattr(p, "ds_id") and p.numel() == 0 for p in module.parameters(recurse=False)):
+            # DeepSpeed's ZeRO-3 has its shards: a backbone was initialised when it was made, before the head around it
+            return
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
             if getattr(module, "initialization", None) == "zeros":

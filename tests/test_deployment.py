@@ -272,12 +272,7 @@ def test_the_demo_in_int8(tmp_path):
         if "accuracy of the" in line
     )
     assert before > 95 and after > before - 2
-    assert (
-        json.loads((tmp_path / "outputs" / "export" / "config.json").read_text())[
-            "num_classes" if False else "image_size"
-        ]
-        == 32
-    )
+    assert json.loads((tmp_path / "outputs" / "export" / "config.json").read_text())["image_size"] == 32
 
 
 # ------------------------------------------------------------------------------------------------------- int8 and LoRA

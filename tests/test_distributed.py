@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FIXTURES, ROOT
 from distributed_worker import GLOBAL_BATCH, IMAGES, make_stream, train
 from PIL import Image
 from safetensors.torch import load_file
@@ -26,6 +26,12 @@ pytest.importorskip("accelerate")
 
 CONFIGURATIONS = ROOT / "examples" / "accelerate"
 TESTS = Path(__file__).parent
+ENVIRONMENT = {
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+}
 STEPS = 9
 CHECKPOINT = 4
 
@@ -45,7 +51,7 @@ def launch(engine: str, program: Path, *arguments: object, processes: int = 2, c
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, **ENVIRONMENT},
     )
     try:
         output, _ = process.communicate(timeout=400)
@@ -241,6 +247,51 @@ def test_two_processes_one_of_them_killed(engine, tmp_path):
     assert difference(tmp_path / "parts" / "model.safetensors", tmp_path / "whole" / "model.safetensors") < 1e-6
 
 
+@pytest.mark.slow
+def test_deepspeed_is_training_in_one_process(single, tmp_path):
+    """ZeRO-3, and a checkpoint of two processes resumed by them."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    run("deepspeed_zero3", {"folder": tmp_path / "whole"})
+    run("deepspeed_zero3", {"folder": tmp_path / "parts", "resume": tmp_path / "whole" / "checkpoint-4"})
+    assert result(tmp_path / "whole")["engine"].endswith("DEEPSPEED")
+    for name in ("whole", "parts"):
+        off = difference(tmp_path / name / "model.safetensors", single / "frozen" / "model.safetensors")
+        print(f"largest difference {off:.1e}")
+        assert off < 1e-5
+    expected = torch.tensor(losses(single / "frozen"))
+    assert (torch.tensor(losses(tmp_path / "whole")) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "head, flags",
+    [
+        ("detr", ["--image_size", 64]),
+        ("rt_detr", ["--image_size", 160]),
+        ("upernet", ["--image_size", 64, "--reduce_labels"]),
+    ],
+)
+def test_heads_on_a_checkpoint_under_deepspeed(head, flags, coco_folder, mask_folder, tmp_path):
+    """Without learning they keep the checkpoint's backbone, though ZeRO-3 shards it before the head is there."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    detects = head.endswith("detr")
+    launch(
+        "deepspeed_zero3", ROOT / "examples" / ("object_detection.py" if detects else "semantic_segmentation.py"),
+        "--dataset", coco_folder if detects else mask_folder, "--backbone", FIXTURES / "hf_t_like", "--head", head, *flags,
+        "--head_config_overrides", json.dumps(SMALL_HEADS[head]), "--output_dir", tmp_path, *FEW_STEPS,
+        "--per_device_train_batch_size", 2, "--learning_rate", 0, "--weight_decay", 0,
+    )  # fmt: skip
+    checkpoint = InternImageForImageClassification.from_pretrained(FIXTURES / "hf_t_like").internimage.state_dict()
+    saved = load_file(tmp_path / "model.safetensors")
+    found = 0
+    for name, tensor in saved.items():
+        _, is_backbone, rest = name.partition("encoder.stages.")
+        if is_backbone and "backbone" in name:
+            torch.testing.assert_close(tensor, checkpoint["encoder.stages." + rest], atol=0, rtol=0)
+            found += 1
+    assert found > 100
+
+
 @pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_and_resumed(stream, tmp_path):
     """Killed within the second epoch; and what it was writing then is passed over."""
@@ -252,7 +303,7 @@ def test_killed_and_resumed(stream, tmp_path):
         json.dumps([{"folder": str(parts), "kill_at": 11, **options}]),
     ]
     killed = subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
+        [*map(str, command)], capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}, check=False
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     assert sorted(f.name for f in parts.iterdir()) == ["checkpoint-4", "checkpoint-8"]
