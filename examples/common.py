@@ -74,6 +74,12 @@ class ExampleTrainingArguments(InternImageTrainingFlags, TrainingArguments):
         default=False,
         metadata={"help": "save the package's code with the model, for readers who do not have the package"},
     )
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "1e-4 to go on from trained weights; for untrained models what suits the embedded data, 5e-4 to 4e-3"
+        },
+    )
     weight_decay: float = 0.05
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.05
@@ -86,6 +92,12 @@ class ExampleTrainingArguments(InternImageTrainingFlags, TrainingArguments):
     dataloader_pin_memory: bool = torch.cuda.is_available()
     report_to: None | str | list[str] = "none"  # noqa: RUF036 (HfArgumentParser wants this order)
     seed: int = 0
+
+
+def choose_learning_rate(training: TrainingArguments, checkpoint: str | None, untrained: float) -> None:
+    """Where there is no `--learning_rate`: 1e-4, or `untrained` if `checkpoint` is None or the name of an architecture."""
+    if training.learning_rate is None:
+        training.learning_rate = untrained if checkpoint is None or checkpoint in VARIANTS else 1e-4
 
 
 def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:

@@ -35,9 +35,11 @@ import numpy as np
 import torch
 from augmentation import Mix, rand_augment, random_erasing
 from common import (
+    VARIANTS,
     ExampleTrainer,
     ExampleTrainingArguments,
     checkpoint_to_resume,
+    choose_learning_rate,
     count_parameters,
     load_without_the_others,
 )
@@ -130,7 +132,6 @@ class ClassificationTrainingArguments(ExampleTrainingArguments):
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 64
     num_train_epochs: float = 8
-    learning_rate: float = 2e-3
     warmup_steps: float = 0.1
     metric_for_best_model: str | None = "accuracy"
 
@@ -242,7 +243,7 @@ def build_model(arguments: ModelArguments, labels: list[str], image_size: int | 
             channels=32, depths=[1, 1, 2, 1], groups=[2, 4, 8, 16], image_size=image_size or 32, **fields
         )
         model = AutoModelForImageClassification.from_config(config)
-    elif arguments.model in ("t", "s", "b", "l", "xl", "h", "g"):
+    elif arguments.model in VARIANTS:
         config = InternImageConfig.from_variant(arguments.model, **fields)
         model = AutoModelForImageClassification.from_config(config)
     else:
@@ -369,6 +370,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         argv, DataArguments, ModelArguments, ClassificationTrainingArguments
     )
     set_seed(training_arguments.seed)
+    choose_learning_rate(training_arguments, model_arguments.model, untrained=2e-3)
     if data_arguments.streaming and training_arguments.max_steps <= 0:
         raise ValueError(f"--streaming needs --max_steps of at least 1, got {training_arguments.max_steps}")
 

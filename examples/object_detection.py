@@ -38,6 +38,7 @@ from common import (
     RandomlyTransformed,
     build_head,
     check_column,
+    choose_learning_rate,
     count_parameters,
     finish,
     load_head,
@@ -110,14 +111,17 @@ class DetectionDataArguments(DataArguments):
 class DetectionModelArguments(ModelArguments):
     head: str = field(
         default="rt_detr",
-        metadata={"help": "the detector on the backbone", "choices": ["rt_detr", "deformable_detr", "detr"]},
+        metadata={
+            "help": "the detector on the backbone; DETR learns slowly, some hundred epochs",
+            "choices": ["rt_detr", "deformable_detr", "detr"],
+        },
     )
 
 
 @dataclass
 class DetectionTrainingArguments(ExampleTrainingArguments):
     pretrain_epochs: int = field(
-        default=6,
+        default=15,
         metadata={
             "help": "digits without --backbone: so many epochs the backbone first learns to tell single digits apart, "
             "in place of the ImageNet that real backbones come with"
@@ -126,8 +130,7 @@ class DetectionTrainingArguments(ExampleTrainingArguments):
     output_dir: str | None = "outputs/object_detection"
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 16
-    num_train_epochs: float = 12
-    learning_rate: float = 2e-3
+    num_train_epochs: float = 11
     metric_for_best_model: str | None = "map"
 
 
@@ -139,6 +142,7 @@ class Head:
     config: type
     processor: type
     out_features: list[str]
+    learning_rate: float  # of an untrained one
     demo: dict  # configuration over the small untrained backbone
 
 
@@ -148,6 +152,7 @@ HEADS = {
         RTDetrConfig,
         RTDetrImageProcessorPil,
         ["stage2", "stage3", "stage4"],
+        2e-3,
         {
             "d_model": 64, "encoder_hidden_dim": 64, "decoder_in_channels": [64, 64, 64], "encoder_ffn_dim": 128,
             "decoder_ffn_dim": 128, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
@@ -159,6 +164,7 @@ HEADS = {
         DeformableDetrConfig,
         DeformableDetrImageProcessorPil,
         ["stage2", "stage3", "stage4"],
+        1e-3,
         {
             "d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_layers": 1, "decoder_layers": 3,
             "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_queries": 30, "dropout": 0.0,
@@ -170,10 +176,11 @@ HEADS = {
         DetrConfig,
         DetrImageProcessorPil,
         ["stage4"],
+        5e-4,
         {
             "d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_layers": 1, "decoder_layers": 3,
             "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_queries": 10, "dropout": 0.0,
-            "auxiliary_loss": True,
+            "auxiliary_loss": True, "init_std": 0.1,
         },
     ),
 }  # fmt: skip
@@ -686,6 +693,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     set_seed(training_arguments.seed)
     train, evaluation, labels = load_splits(data_arguments, training_arguments.seed)
+    choose_learning_rate(
+        training_arguments,
+        model_arguments.model or model_arguments.backbone,
+        untrained=HEADS[model_arguments.head].learning_rate,
+    )
     pretrain, epochs = None, training_arguments.pretrain_epochs
     if data_arguments.dataset == "digits" and epochs > 0:
         pretrain = partial(pretrain_backbone, scenes=train, epochs=epochs)

@@ -35,6 +35,7 @@ from common import (
     RandomlyTransformed,
     build_head,
     check_column,
+    choose_learning_rate,
     count_parameters,
     finish,
     load_head,
@@ -111,7 +112,6 @@ class SegmentationTrainingArguments(ExampleTrainingArguments):
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 16
     num_train_epochs: float = 14
-    learning_rate: float = 4e-3
     metric_for_best_model: str | None = "mean_iou"
 
 
@@ -122,6 +122,7 @@ class Head:
     model: type
     config: type
     processor: type
+    learning_rate: float  # of an untrained one
     demo: dict  # configuration over the small untrained backbone
 
 
@@ -130,16 +131,18 @@ HEADS = {
         UperNetForSemanticSegmentation,
         UperNetConfig,
         SegformerImageProcessorPil,
+        4e-3,
         {"hidden_size": 64, "auxiliary_channels": 32},
     ),
     "mask2former": Head(
         Mask2FormerForUniversalSegmentation,
         Mask2FormerConfig,
         Mask2FormerImageProcessorPil,
+        5e-4,
         {
             "feature_size": 64, "mask_feature_size": 64, "hidden_dim": 64, "encoder_feedforward_dim": 128,
             "dim_feedforward": 128, "encoder_layers": 1, "decoder_layers": 3, "num_attention_heads": 4,
-            "num_queries": 20, "train_num_points": 1024,
+            "num_queries": 20, "train_num_points": 1024, "init_std": 0.1,
         },
     ),
 }  # fmt: skip
@@ -490,6 +493,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     set_seed(training_arguments.seed)
     train, evaluation, labels = load_splits(data_arguments, training_arguments.seed)
+    choose_learning_rate(
+        training_arguments,
+        model_arguments.model or model_arguments.backbone,
+        untrained=HEADS[model_arguments.head].learning_rate,
+    )
     model, processor = build_model(model_arguments, data_arguments, labels)
     if isinstance(model, UperNetForSemanticSegmentation):
         train = without_single_image(train, training_arguments)
