@@ -69,7 +69,7 @@ class BatchArguments:
         default=None, metadata={"help": "of a Ray cluster, or `auto`; starts Ray on this machine alone if absent"}
     )
     num_actors: int | None = field(
-        default=None, metadata={"help": "copies of the model; by default one per GPU, or all but one of the CPUs"}
+        default=None, metadata={"help": "copies of the model; by default one per GPU, or one per CPU"}
     )
     gpus_per_actor: float | None = field(default=None, metadata={"help": "by default 1 where there are GPUs, else 0"})
     threads_per_actor: int = field(default=1, metadata={"help": "threads of an actor on CPUs"})
@@ -344,16 +344,20 @@ def run_on_ray(shards: list[dict], arguments: BatchArguments) -> tuple[int, int,
     if gpus is None:
         gpus = 1.0 if resources.get("GPU") else 0.0
     cpus, threads = int(resources["CPU"]), arguments.threads_per_actor
-    actors = arguments.num_actors or max(1, int(resources["GPU"] / gpus) if gpus else (cpus - 1) // threads)
-    # Decoding must find a CPU: where the actors would take them all, they share.
-    actor_cpus = 0 if gpus or actors * threads >= cpus else threads
+    actors = arguments.num_actors or max(1, int(resources["GPU"] / gpus) if gpus else cpus // threads)
+    if gpus:
+        actor_cpus, decoder_cpus, decoders = 0.0, 1.0, cpus
+    else:  # the model takes most of the time: decoders have a quarter of the CPUs, and may use what is idle
+        actor_cpus, decoder_cpus, decoders = 0.75 * min(threads, cpus / actors), 0.25, actors
+        if actor_cpus > 1:  # Ray's resources above 1 are whole numbers
+            actor_cpus = int(actor_cpus)
 
     start, images, errors = time.perf_counter(), 0, 0
     dataset = ray.data.from_items(shards, override_num_blocks=len(shards)).map(
         Decoder,
         fn_constructor_args=[arguments],
-        num_cpus=1,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, cpus - actors * threads)),
+        num_cpus=decoder_cpus,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=decoders),
     )
     results = dataset.map(
         Model,
