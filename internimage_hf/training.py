@@ -119,7 +119,7 @@ def parameter_groups(
             continue
         distance = distances.get(name, 0)
         is_offset = name in distances and _OFFSETS.search(name) is not None
-        decays = parameter.ndim > 1
+        decays = len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # ZeRO-3 leaves flat shards of parameters
         key = (distance, is_offset, decays)
         if key not in groups:
             rate = learning_rate * layer_decay**distance * (offset_lr_multiplier if is_offset else 1.0)

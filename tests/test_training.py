@@ -101,6 +101,15 @@ def test_frozen_parameters_and_other_models():
             parameter_groups(model, 1e-3, **{name: -1.0})
 
 
+def test_parameters_that_deepspeed_has_sharded():
+    """Their shape is elsewhere: what decays is the same."""
+    model = classifier()
+    expected = rates(model, layer_decay=0.9)
+    for parameter in model.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    assert rates(model, layer_decay=0.9) == expected
+
+
 def test_with_torch_optim_alone():
     model = classifier()
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, layer_decay=0.9))
