@@ -121,16 +121,23 @@ class DetectionModelArguments(ModelArguments):
 @dataclass
 class DetectionTrainingArguments(ExampleTrainingArguments):
     pretrain_epochs: int = field(
-        default=15,
+        default=25,
         metadata={
             "help": "digits without --backbone: so many epochs the backbone first learns to tell single digits apart, "
             "in place of the ImageNet that real backbones come with"
         },
     )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "factor of the learning rate from each layer to the one before it; 1, or 0.5 after --pretrain_epochs: "
+            "a new head's first gradients would undo what the backbone has learnt"
+        },
+    )
     output_dir: str | None = "outputs/object_detection"
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 16
-    num_train_epochs: float = 11
+    num_train_epochs: float = 10
     metric_for_best_model: str | None = "map"
 
 
@@ -152,7 +159,7 @@ HEADS = {
         RTDetrConfig,
         RTDetrImageProcessorPil,
         ["stage2", "stage3", "stage4"],
-        2e-3,
+        1e-3,
         {
             "d_model": 64, "encoder_hidden_dim": 64, "decoder_in_channels": [64, 64, 64], "encoder_ffn_dim": 128,
             "decoder_ffn_dim": 128, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
@@ -701,6 +708,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     pretrain, epochs = None, training_arguments.pretrain_epochs
     if data_arguments.dataset == "digits" and epochs > 0:
         pretrain = partial(pretrain_backbone, scenes=train, epochs=epochs)
+    if training_arguments.layer_decay is None:
+        untrained = model_arguments.model is None and model_arguments.backbone is None
+        training_arguments.layer_decay = 0.5 if pretrain is not None and untrained else 1.0
     model, processor = build_model(model_arguments, labels, data_arguments.image_size, pretrain)
     trainer = DetectionTrainer(
         model=model,
