@@ -121,7 +121,7 @@ class DetectionModelArguments(ModelArguments):
 @dataclass
 class DetectionTrainingArguments(ExampleTrainingArguments):
     pretrain_epochs: int = field(
-        default=25,
+        default=15,
         metadata={
             "help": "digits without --backbone: so many epochs the backbone first learns to tell single digits apart, "
             "in place of the ImageNet that real backbones come with"
@@ -130,7 +130,7 @@ class DetectionTrainingArguments(ExampleTrainingArguments):
     layer_decay: float | None = field(
         default=None,
         metadata={
-            "help": "factor of the learning rate from each layer to the one before it; 1, or 0.5 after --pretrain_epochs: "
+            "help": "factor of the learning rate from each layer to the one before it; 1, or 0.6 after --pretrain_epochs: "
             "a new head's first gradients would undo what the backbone has learnt"
         },
     )
@@ -159,7 +159,7 @@ HEADS = {
         RTDetrConfig,
         RTDetrImageProcessorPil,
         ["stage2", "stage3", "stage4"],
-        1e-3,
+        2e-3,
         {
             "d_model": 64, "encoder_hidden_dim": 64, "decoder_in_channels": [64, 64, 64], "encoder_ffn_dim": 128,
             "decoder_ffn_dim": 128, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
@@ -710,7 +710,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         pretrain = partial(pretrain_backbone, scenes=train, epochs=epochs)
     if training_arguments.layer_decay is None:
         untrained = model_arguments.model is None and model_arguments.backbone is None
-        training_arguments.layer_decay = 0.5 if pretrain is not None and untrained else 1.0
+        training_arguments.layer_decay = 0.6 if pretrain is not None and untrained else 1.0
     model, processor = build_model(model_arguments, labels, data_arguments.image_size, pretrain)
     trainer = DetectionTrainer(
         model=model,
