@@ -379,7 +379,7 @@ def build_model(
 
     Args:
         arguments, labels, image_size: the flags, the categories' names.
-        pretrain: called with a backbone without trained weights, before the head is put on it.
+        pretrain: called with the backbone before an untrained head is put on it.
 
     Raises:
         ValueError: if `--model` is none of the heads on an InternImage backbone, or the images are too small for the head.
@@ -394,7 +394,7 @@ def build_model(
         return model, head.processor(**_processor_fields(head, image_size))
     head = HEADS[arguments.head]
     backbone = make_backbone(arguments, head.out_features)
-    if arguments.backbone is None and pretrain is not None:
+    if pretrain is not None:
         pretrain(backbone)
     fields = {} if arguments.backbone is not None else head.demo
     if head.config is RTDetrConfig:
@@ -700,17 +700,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     set_seed(training_arguments.seed)
     train, evaluation, labels = load_splits(data_arguments, training_arguments.seed)
-    choose_learning_rate(
-        training_arguments,
-        model_arguments.model or model_arguments.backbone,
-        untrained=HEADS[model_arguments.head].learning_rate,
-    )
+    checkpoint = model_arguments.model or model_arguments.backbone
+    choose_learning_rate(training_arguments, checkpoint, untrained=HEADS[model_arguments.head].learning_rate)
     pretrain, epochs = None, training_arguments.pretrain_epochs
-    if data_arguments.dataset == "digits" and epochs > 0:
+    if checkpoint is None and data_arguments.dataset == "digits" and epochs > 0:
         pretrain = partial(pretrain_backbone, scenes=train, epochs=epochs)
     if training_arguments.layer_decay is None:
-        untrained = model_arguments.model is None and model_arguments.backbone is None
-        training_arguments.layer_decay = 0.6 if pretrain is not None and untrained else 1.0
+        training_arguments.layer_decay = 1.0 if pretrain is None else 0.6
     model, processor = build_model(model_arguments, labels, data_arguments.image_size, pretrain)
     trainer = DetectionTrainer(
         model=model,

@@ -262,29 +262,22 @@ def test_batch_inference(run, photos):
         )
         assert result.returncode == 0 and "40 images" in result.stdout, result.stderr[-3000:]
     assert list(Path("out").glob("part-*.parquet")) and list(Path("embeddings").glob("part-*.parquet"))
-    assert not code_of(wanted)[2].startswith("--") or "address" in vars(
-        importlib.import_module("batch_inference").BatchArguments()
-    )
+    assert code_of(wanted)[2] == "--address auto"
+    assert "address" in vars(importlib.import_module("batch_inference").BatchArguments())
 
 
-@pytest.mark.slow
-@row(
+EXPORTS = [
     "run it in ONNX Runtime",
     "export a backbone",
     "keep DCNv3 as one node for a TensorRT plug-in",
     "run it without Python",
     "make the file smaller",
-)
-@pytest.mark.parametrize(
-    "wanted",
-    [
-        "run it in ONNX Runtime",
-        "export a backbone",
-        "keep DCNv3 as one node for a TensorRT plug-in",
-        "run it without Python",
-        "make the file smaller",
-    ],
-)
+]
+
+
+@pytest.mark.slow
+@row(*EXPORTS)
+@pytest.mark.parametrize("wanted", EXPORTS)
 def test_export(run, wanted):
     onnx = pytest.importorskip("onnx", reason="needs `pip install internimage-hf[export]`")
     run(wanted)
@@ -333,7 +326,7 @@ def test_make_kernel():
         pytest.skip("this environment is not of `make install`")
     code = code_of("make it faster on my CPU")
     for command in code[:2]:
-        dry = [] if command == "make kernel" else ["--dry-run"]  # the wheels are built in test_package.py
+        dry = [] if command == "make kernel" else ["--dry-run"]  # the wheels are built in test_kernel_loader.py
         subprocess.run([*command.split(), f"VENV={environment}", *dry], cwd=ROOT, check=True, capture_output=True)
     report = eval(code[2], {"dcnv3_backend_report": internimage_hf.dcnv3.dcnv3_backend_report})
     assert "kernel" in str(report)
