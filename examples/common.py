@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -200,17 +200,29 @@ def build_head(
     if unknown := [name for name in overrides if not hasattr(config_class(backbone_config=backbone.config), name)]:
         raise ValueError(f"--head_config_overrides: {', '.join(unknown)} is not a field of {config_class.__name__}")
     model = model_class(config_class(backbone_config=backbone.config, **{**fields, **overrides}))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d) and module.weight is not None:
+            # transformers draws RT-DETR's around 0 with a deviation of 0.01, its authors begin with 1 as PyTorch does
+            with gathered([module.weight]):
+                torch.nn.init.ones_(module.weight)
     copy_weights(backbone, backbone_of(model))
     return model
 
 
 def copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
     """From a model to another of its class, each of which may be sharded already by DeepSpeed's ZeRO-3."""
-    shards = [p for p in (*source.parameters(), *target.parameters()) if hasattr(p, "ds_id")]
-    if shards:
-        import deepspeed
-    with deepspeed.zero.GatheredParameters(shards, modifier_rank=0) if shards else nullcontext():
+    with gathered([*source.parameters(), *target.parameters()]):
         target.load_state_dict(source.state_dict())
+
+
+def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager:
+    """Whole parameters, to be changed by the first process, where ZeRO-3 has sharded them; nothing elsewhere."""
+    shards = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not shards:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(shards, modifier_rank=0)
 
 
 def count_parameters(model: PreTrainedModel) -> int:

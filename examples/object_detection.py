@@ -22,9 +22,7 @@ import contextlib
 import io
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -48,7 +46,6 @@ from common import (
 )
 from flags import parse_flags
 from PIL import Image
-from tqdm import tqdm
 from transformers import (
     AutoModelForObjectDetection,
     DeformableDetrConfig,
@@ -65,8 +62,6 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.deformable_detr.image_processing_pil_deformable_detr import DeformableDetrImageProcessorPil
 from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
 from transformers.models.rt_detr.image_processing_pil_rt_detr import RTDetrImageProcessorPil
-
-from internimage_hf import InternImageBackbone, InternImageConfig, InternImageForImageClassification
 
 
 EMBEDDED_TRAIN, EMBEDDED_EVAL, EMBEDDED_SIZE = 800, 100, 96  # scenes, scenes, pixels
@@ -120,24 +115,10 @@ class DetectionModelArguments(ModelArguments):
 
 @dataclass
 class DetectionTrainingArguments(ExampleTrainingArguments):
-    pretrain_epochs: int = field(
-        default=15,
-        metadata={
-            "help": "digits without --backbone: so many epochs the backbone first learns to tell single digits apart, "
-            "in place of the ImageNet that real backbones come with"
-        },
-    )
-    layer_decay: float | None = field(
-        default=None,
-        metadata={
-            "help": "factor of the learning rate from each layer to the one before it; 1, or 0.6 after --pretrain_epochs: "
-            "a new head's first gradients would undo what the backbone has learnt"
-        },
-    )
     output_dir: str | None = "outputs/object_detection"
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 16
-    num_train_epochs: float = 10
+    num_train_epochs: float = 8
     metric_for_best_model: str | None = "map"
 
 
@@ -163,7 +144,7 @@ HEADS = {
         {
             "d_model": 64, "encoder_hidden_dim": 64, "decoder_in_channels": [64, 64, 64], "encoder_ffn_dim": 128,
             "decoder_ffn_dim": 128, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-            "num_queries": 30, "num_denoising": 30, "hidden_expansion": 0.5,
+            "num_queries": 30, "num_denoising": 30, "hidden_expansion": 0.5, "initializer_range": 0.1,
         },
     ),
     "deformable_detr": Head(
@@ -369,17 +350,11 @@ def _field(objects: dict[str, list] | list[dict], name: str) -> list:
     return [one[name] for one in objects if name in one]
 
 
-def build_model(
-    arguments: DetectionModelArguments,
-    labels: list[str],
-    image_size: int | None,
-    pretrain: Callable[[InternImageBackbone], object] | None = None,
-):
+def build_model(arguments: DetectionModelArguments, labels: list[str], image_size: int | None):
     """The detector for `labels`, and its image processor.
 
     Args:
         arguments, labels, image_size: the flags, the categories' names.
-        pretrain: called with the backbone before an untrained head is put on it.
 
     Raises:
         ValueError: if `--model` is none of the heads on an InternImage backbone, or the images are too small for the head.
@@ -394,8 +369,6 @@ def build_model(
         return model, head.processor(**_processor_fields(head, image_size))
     head = HEADS[arguments.head]
     backbone = make_backbone(arguments, head.out_features)
-    if pretrain is not None:
-        pretrain(backbone)
     fields = {} if arguments.backbone is not None else head.demo
     if head.config is RTDetrConfig:
         fields = {**fields, "encoder_in_channels": backbone.channels}
@@ -428,39 +401,6 @@ def check_queries(model, side: int) -> None:
             f"--image_size {side} is too small: {type(model).__name__} has {places} places in such images, fewer than "
             f"its {queries} queries; --head_config_overrides '{{\"{field_name}\": {places}}}' makes them fewer"
         )
-
-
-def pretrain_backbone(backbone: InternImageBackbone, scenes: datasets.Dataset, epochs: int, size: int = 48) -> float:
-    """Trains the backbone as a classifier of the objects in the scenes, cut out with a margin; returns the last loss."""
-    images, labels = [], []
-    for scene in scenes:
-        for (x, y, width, height), label in zip(scene["objects"]["bbox"], scene["objects"]["category"], strict=True):
-            side = max(width, height) * 1.2
-            left, top = x + (width - side) / 2, y + (height - side) / 2
-            crop = scene["image"].convert("RGB").crop((round(left), round(top), round(left + side), round(top + side)))
-            images.append(np.asarray(crop.resize((size, size)), dtype=np.float32))
-            labels.append(label)
-    pixel_values = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
-    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    pixel_values, labels = (pixel_values - mean) / deviation, torch.tensor(labels)
-
-    config = InternImageConfig.from_dict(backbone.config.to_dict())
-    config.num_labels = int(labels.max()) + 1
-    classifier = InternImageForImageClassification(config).train()
-    classifier.internimage.stem, classifier.internimage.encoder = backbone.stem, backbone.encoder
-    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
-    batches = -(-len(labels) // 64)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=epochs * batches)
-    loss = torch.zeros(())
-    for _ in tqdm(range(epochs), desc="backbone"):
-        for batch in torch.randperm(len(labels)).split(64):
-            loss = classifier(pixel_values=pixel_values[batch], labels=labels[batch]).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    return loss.item()
 
 
 def _processor_fields(head: Head, side: int | None) -> dict:
@@ -702,12 +642,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     train, evaluation, labels = load_splits(data_arguments, training_arguments.seed)
     checkpoint = model_arguments.model or model_arguments.backbone
     choose_learning_rate(training_arguments, checkpoint, untrained=HEADS[model_arguments.head].learning_rate)
-    pretrain, epochs = None, training_arguments.pretrain_epochs
-    if checkpoint is None and data_arguments.dataset == "digits" and epochs > 0:
-        pretrain = partial(pretrain_backbone, scenes=train, epochs=epochs)
-    if training_arguments.layer_decay is None:
-        training_arguments.layer_decay = 1.0 if pretrain is None else 0.6
-    model, processor = build_model(model_arguments, labels, data_arguments.image_size, pretrain)
+    model, processor = build_model(model_arguments, labels, data_arguments.image_size)
     trainer = DetectionTrainer(
         model=model,
         args=training_arguments,
