@@ -107,7 +107,7 @@ class DetectionModelArguments(ModelArguments):
     head: str = field(
         default="rt_detr",
         metadata={
-            "help": "the detector on the backbone; DETR learns slowly, some hundred epochs",
+            "help": "the detector on the backbone; deformable_detr takes longer to learn, detr some hundred epochs",
             "choices": ["rt_detr", "deformable_detr", "detr"],
         },
     )
@@ -157,6 +157,7 @@ HEADS = {
             "d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_layers": 1, "decoder_layers": 3,
             "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_queries": 30, "dropout": 0.0,
             "with_box_refine": True, "two_stage": True, "two_stage_num_proposals": 30, "auxiliary_loss": True,
+            "init_std": 0.1,
         },
     ),
     "detr": Head(
