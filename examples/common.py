@@ -200,11 +200,11 @@ def build_head(
     if unknown := [name for name in overrides if not hasattr(config_class(backbone_config=backbone.config), name)]:
         raise ValueError(f"--head_config_overrides: {', '.join(unknown)} is not a field of {config_class.__name__}")
     model = model_class(config_class(backbone_config=backbone.config, **{**fields, **overrides}))
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d) and module.weight is not None:
-            # transformers draws RT-DETR's around 0 with a deviation of 0.01, its authors begin with 1 as PyTorch does
-            with gathered([module.weight]):
-                torch.nn.init.ones_(module.weight)
+    # transformers draws RT-DETR's around 0 with a deviation of 0.01, its authors begin with 1 as PyTorch does
+    norms = [m.weight for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d) and m.weight is not None]
+    with gathered(norms):
+        for weight in norms:
+            torch.nn.init.ones_(weight)
     copy_weights(backbone, backbone_of(model))
     return model
 

@@ -151,6 +151,15 @@ def test_detection_on_a_coco_folder(programs, coco_folder, tmp_path, head):
     check_unchanged(tmp_path, tmp_path / "again")
 
 
+def test_batch_norms_of_a_new_head_begin_with_1(programs):
+    """transformers draws RT-DETR's around 0, from which the demo learns little and by chance."""
+    detection = programs.object_detection
+    arguments = detection.DetectionModelArguments()
+    model, _ = detection.build_model(arguments, ["one", "two"], None)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert len(norms) > 10 and all((norm.weight == 1).all() for norm in norms)
+
+
 @pytest.mark.parametrize("head", ["upernet", "mask2former"])
 def test_segmentation_on_folders(programs, mask_folder, tmp_path, head):
     flags = [
