@@ -342,7 +342,7 @@ def load_without_the_others() -> None:
 
 
 def finish(trainer: HeadTrainer, picture: Callable[[Path], None], summary: dict[str, object]) -> None:
-    """Draws the picture and prints the summary on the first process, then pushes all of it to the Hub if asked."""
+    """Draws the picture and prints the summary on the first process, pushes all of it to the Hub if asked, and ends."""
     if trainer.is_world_process_zero():
         load_without_the_others()
         file = Path(trainer.args.output_dir) / "predictions.png"
@@ -351,3 +351,4 @@ def finish(trainer: HeadTrainer, picture: Callable[[Path], None], summary: dict[
         print("\n" + "\n".join(f"{name:>{width}}  {value}" for name, value in {**summary, "picture": file}.items()))
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.end_training()  # leaves the process group

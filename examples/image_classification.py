@@ -436,6 +436,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         print("\n" + "\n".join(f"{name:>9}  {value}" for name, value in summary.items()))
     if training_arguments.push_to_hub:  # by all processes: each may hold a part of the model
         trainer.push_to_hub()
+    trainer.accelerator.end_training()  # leaves the process group
     return metrics
 
 

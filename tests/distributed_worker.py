@@ -145,4 +145,5 @@ def train(
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for run in json.loads(sys.argv[1]):
-        train(**run)
+        trainer = train(**run)
+    trainer.accelerator.end_training()
