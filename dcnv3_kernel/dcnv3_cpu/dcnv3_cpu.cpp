@@ -76,7 +76,7 @@ void make_contiguous(Tensor& tensor) {
   if (!tensor.is_contiguous()) tensor = torch::stable::contiguous(tensor);
 }
 
-constexpr int64_t most_groups_at_once = 16, most_bytes_of_sums = 512 * 1024;
+constexpr int64_t many_groups = 16, most_groups_at_once = 16, rows_in_use = 16, most_bytes_in_use = 512 * 1024;
 
 }  // namespace
 
@@ -138,26 +138,34 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(
       grad_mask.mutable_data_ptr(),
       1,
       1,
+      false,
       nullptr,
       nullptr};
-  // At least 8 tasks, for as many threads. Every slice costs a buffer and a pass over it.
-  const int64_t parts = shape.batch * shape.groups;
-  arguments.slices = std::min({(dcnv3::max_slices + parts - 1) / parts, shape.height_out, dcnv3::max_slices});
-  // Several groups at a time read the tensors in longer runs, as long as their sums stay in the second cache and all threads
-  // have enough tasks. The result does not depend on it.
-  const int64_t sums = shape.height * shape.width * shape.group_channels * dcnv3::compute_size(arguments.dtype);
-  const int64_t enough_tasks = 4 * torch::stable::get_num_threads();
-  int64_t at_once = 1;
-  while (2 * at_once <= std::min(shape.groups, most_groups_at_once) && 2 * at_once * sums <= most_bytes_of_sums &&
-         parts * arguments.slices >= 2 * at_once * enough_tasks) {
-    at_once *= 2;
+  // At least 8 tasks, for as many threads; every slice but the first costs a buffer and a pass over it. Two threads that share
+  // an image had better have slices of their own: neighbouring groups of a pixel are in the same cache lines. With many groups
+  // these are fewer, beside the work of a pixel, than what the pass touches.
+  const int64_t parts = shape.batch * shape.groups, threads = torch::stable::get_num_threads();
+  arguments.slices = (dcnv3::max_slices + parts - 1) / parts;
+  if (shape.batch == 1 && shape.groups < many_groups) arguments.slices = std::max(arguments.slices, int64_t(2));
+  arguments.slices = std::min({arguments.slices, shape.height_out, dcnv3::max_slices});
+  // Many groups at a time read the tensors in longer runs, as long as the rows of their sums that are in use stay in the second
+  // cache: all of them if threads can share slices evenly, else as many as leave each thread 4 tasks, of which it writes to the
+  // same lines as another at most in the first and the last. The result does not depend on it.
+  const int64_t slices = shape.batch * arguments.slices, compute_size = dcnv3::compute_size(arguments.dtype);
+  const int64_t bytes_in_use = std::min(shape.height, rows_in_use) * shape.width * shape.group_channels * compute_size;
+  const int64_t most_at_once = std::min(most_groups_at_once, most_bytes_in_use / bytes_in_use);
+  int64_t at_once = shape.groups;
+  const bool evenly = (slices + threads - 1) / threads * shape.groups <= (slices * shape.groups + threads - 1) / threads;
+  if (at_once > most_at_once || !evenly) {
+    while (at_once > 1 && (at_once > most_at_once || parts * arguments.slices < at_once * 4 * threads)) at_once /= 2;
   }
   arguments.groups_at_once = at_once;
-  const int64_t tasks = shape.batch * ((shape.groups + at_once - 1) / at_once) * arguments.slices;
+  arguments.in_place = int64_t(input.element_size()) == compute_size && at_once == shape.groups;
+  const int64_t tasks = slices * ((shape.groups + at_once - 1) / at_once);
   std::unique_ptr<char[]> partial;
   std::unique_ptr<int64_t[]> ranges;
   if (arguments.slices > 1) {
-    const size_t bytes_of_partial = arguments.slices * input.numel() * dcnv3::compute_size(arguments.dtype);
+    const size_t bytes_of_partial = (arguments.slices - (arguments.in_place ? 1 : 0)) * input.numel() * compute_size;
     if (bytes_of_partial <= most_bytes_kept) {
       arguments.partial = kept_memory(bytes_of_partial);
     } else {

@@ -13,8 +13,8 @@ struct ForwardArguments {
   void* output;
 };
 
-// The gradient of the input is summed in buffers of (H, W, D), one for each (image, group, slice of output rows). The number
-// of slices depends on the shape alone, and so the order of every sum: the result is the same for any number of threads.
+// The gradient of the input is summed for each slice of an image's output rows by itself. The number of slices depends on
+// shape and dtype alone, and so the order of every sum: the result is the same for any number of threads.
 constexpr int64_t max_slices = 8;
 struct BackwardArguments {
   Shape shape;
@@ -23,8 +23,9 @@ struct BackwardArguments {
   void *grad_input, *grad_offset, *grad_mask;
   int64_t slices;          // at most max_slices
   int64_t groups_at_once;  // a task is so many groups of a slice of an image
-  void* partial;           // (slices, N, G, H, W, D) float or double if slices > 1
-  int64_t* ranges;         // (tasks, 2) if slices > 1: which rows of the buffers are in use, the first and that after the last
+  bool in_place;           // the first slice's sums are in grad_input: it has their dtype, and a task has all groups
+  void* partial;           // (other slices, N, tasks' groups, H, W, groups_at_once * D) float or double if slices > 1
+  int64_t* ranges;         // (tasks, 2) if slices > 1: which rows of the sums are in use, the first and that after the last
 };
 
 // Bytes per element of the arithmetic: double for float64, float for all others.

@@ -810,7 +810,7 @@ DCNV3_INLINE void multiply(
 // Adds the output's gradient, weighted, to the sums of the four pixels of each point.
 template <class T, class S, int P, int B>
 DCNV3_INLINE void scatter(
-    const Points<T>& p, int64_t at, int64_t dynamic_points, int64_t channels, const S* gradient, T* sums,
+    const Points<T>& p, int64_t at, int64_t dynamic_points, int64_t pixel_stride, const S* gradient, T* sums,
     int64_t right, int64_t down) {
   typedef Piece<T, S, B> Channels;
   typedef typename Channels::V V;
@@ -821,7 +821,7 @@ DCNV3_INLINE void scatter(
   Channels::read(gradient, grad);
 #pragma GCC unroll 3
   for (int64_t i = at; i < at + points; ++i) {
-    const int64_t index = p.index[i] * channels;
+    const int64_t index = p.index[i] * pixel_stride;
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
       const T weight = p.weight[k][i];
@@ -834,14 +834,15 @@ DCNV3_INLINE void scatter(
 // Both, by branches: pixels outside the image are not touched. `sums` has the channels in the order of `scatter`.
 template <class T, class S, int D>
 __attribute__((noinline)) void scatter_exactly(
-    const Points<T>& p, int64_t at, const Shape& s, int64_t channels, const S* gradient, const S* input, T* sums) {
+    const Points<T>& p, int64_t at, const Shape& s, int64_t channels, const S* gradient, const S* input, T* sums,
+    int64_t pixel_stride) {
   for (int64_t i = at; i < at + s.points; ++i) {
     const Corners<T> corners(p.x[i], p.y[i], s.height, s.width);
     for (int k = 0; k < 4; ++k) p.dots[4 * i + k] = 0;
     for (int k = 0; k < 4; ++k) {
       if (!corners.inside[k]) continue;
       const T weight = corners.weight[k] * p.mask[i];
-      T* to = sums + corners.index[k] * channels;
+      T* to = sums + corners.index[k] * pixel_stride;
       for_pieces<D>(channels, [&]<int B>(int64_t c) {
         typedef Piece<T, S, B> Channels;
         typename Channels::V grad[Channels::count];
@@ -939,7 +940,13 @@ DCNV3_INLINE void differentiate(
   }
 }
 
-// The gradient of some groups of one image for the output rows [first_row, last_row). `sums` is (groups, H, W, D), zeroed for
+// Zeroes the rows [from, to) of (H, W, channels) sums.
+template <class T>
+DCNV3_INLINE void clear_rows(const Shape& s, T* sums, int64_t channels, int64_t from, int64_t to) {
+  if (from < to) __builtin_memset(sums + from * s.width * channels, 0, (to - from) * s.width * channels * sizeof(T));
+}
+
+// The gradient of some groups of one image for the output rows [first_row, last_row). `sums` is (H, W, groups * D), zeroed for
 // the rows [range[0], range[1]), which grow as needed.
 template <class T, class S, int P, int D>
 DCNV3_INLINE void backward_rows(
@@ -952,7 +959,7 @@ DCNV3_INLINE void backward_rows(
   const Origin<T> origins_x(s.stride_w, s.padding_w, s.dilation_w, s.kernel_w, s.offset_scale);
   const Origin<T> origins_y(s.stride_h, s.padding_h, s.dilation_h, s.kernel_h, s.offset_scale);
   const Axis<T> columns(s.width), rows(s.height);
-  const int64_t right = s.width > 1 ? 1 : 0, down = s.height > 1 ? s.width : 0, area = s.height * s.width;
+  const int64_t right = s.width > 1 ? 1 : 0, down = s.height > 1 ? s.width : 0, pixel_stride = groups * channels;
   const int64_t pixels_at_once = pixels_of_block(s, groups), end = last_row * s.width_out;
   for (int64_t start = first_row * s.width_out; start < end; start += pixels_at_once) {
     const int64_t count = start + pixels_at_once <= end ? pixels_at_once : end - start;
@@ -966,17 +973,12 @@ DCNV3_INLINE void backward_rows(
     int64_t low = s.height, high = 0;
     locate<true>(p, n, columns, rows, s.width, &low, &high);
     high = high + 2 < s.height ? high + 2 : s.height;
-    const auto clear = [&](int64_t from, int64_t to) {
-      for (int64_t g = 0; g < groups && from < to; ++g) {
-        __builtin_memset(sums + (g * area + from * s.width) * channels, 0, (to - from) * s.width * channels * sizeof(T));
-      }
-    };
     if (range[0] == range[1]) {
-      clear(low, high);
+      clear_rows(s, sums, pixel_stride, low, high);
       range[0] = low, range[1] = high;
     } else {
-      if (low < range[0]) clear(low, range[0]), range[0] = low;
-      if (high > range[1]) clear(range[1], high), range[1] = high;
+      if (low < range[0]) clear_rows(s, sums, pixel_stride, low, range[0]), range[0] = low;
+      if (high > range[1]) clear_rows(s, sums, pixel_stride, range[1], high), range[1] = high;
     }
 
     const S* gradients = static_cast<const S*>(a.grad_output) + pixel * s.channels + group * channels;
@@ -997,19 +999,21 @@ DCNV3_INLINE void backward_rows(
     for (int64_t q = 0; q < count; ++q) {
       for (int64_t g = 0; g < groups; ++g, ++unit) {
         const S* gradient = gradients + q * s.channels + g * channels;
-        T* group_sums = sums + g * area * channels;
+        T* group_sums = sums + g * channels;
         if (__builtin_expect(!finite, 0)) {
           bool unit_is_finite = true;
           for (int64_t i = 4 * unit * points; i < 4 * (unit + 1) * points; ++i) unit_is_finite &= is_finite(p.dots[i]);
           for (int64_t i = unit * points; i < (unit + 1) * points; ++i) unit_is_finite &= is_finite(p.mask[i]);
           if (!unit_is_finite) {
-            scatter_exactly<T, S, D>(p, unit * points, s, channels, gradient, input + g * channels, group_sums);
+            scatter_exactly<T, S, D>(
+                p, unit * points, s, channels, gradient, input + g * channels, group_sums, pixel_stride);
             continue;
           }
         }
         for_pieces<D>(channels, [&]<int B>(int64_t c) __attribute__((always_inline)) {
           scatter<T, S, P, B>(
-              p, unit * points, points, channels, gradient + c, group_sums + c, right * channels, down * channels);
+              p, unit * points, points, pixel_stride, gradient + c, group_sums + c, right * pixel_stride,
+              down * pixel_stride);
         });
       }
     }
@@ -1017,7 +1021,7 @@ DCNV3_INLINE void backward_rows(
   }
 }
 
-// Memory of one thread: points, and (groups, H, W, D) sums.
+// Memory of one thread: points, and (H, W, groups * D) sums unless they have a place already.
 template <class T>
 struct BackwardScratch {
   int64_t capacity;
@@ -1026,24 +1030,39 @@ struct BackwardScratch {
     const Shape& s = a.shape;
     capacity = block_capacity(s, a.groups_at_once);
     points = (Points<T>::bytes(capacity) + 63) / 64 * 64;
-    sums = a.slices > 1 ? 0 : a.groups_at_once * s.height * s.width * s.group_channels * sizeof(T);
+    sums = a.in_place || a.slices > 1 ? 0 : a.groups_at_once * s.height * s.width * s.group_channels * sizeof(T);
   }
   size_t bytes() const { return points + sums; }
 };
 
-// The sum over the slices of one group of one pixel.
+// The (H, W, groups * D) sums of some groups of a slice of an image: in the result itself for the first slice if they may be.
+template <class T>
+DCNV3_INLINE T* sums_of_slice(const BackwardArguments& a, int64_t slice, int64_t image, int64_t group) {
+  const Shape& s = a.shape;
+  const bool in_result = a.in_place && slice == 0;
+  T* first = static_cast<T*>(in_result ? a.grad_input : a.partial);
+  const int64_t buffer = in_result ? 0 : slice - (a.in_place ? 1 : 0);
+  return first + ((buffer * s.batch + image) * s.groups + group) * s.height * s.width * s.group_channels;
+}
+
+// `groups` groups of a row, from the sums of some slices, or zeros if there are none.
 template <class T, class S, int D>
-DCNV3_INLINE void finish_pixel(const T* const* slices, int64_t count, int64_t at, S* to, int64_t channels) {
-  for_pieces<D>(channels, [&]<int B>(int64_t c) __attribute__((always_inline)) {
-    typedef Piece<T, S, B> Channels;
-    typename Channels::V sum[Channels::count] = {};
-    for (int64_t slice = 0; slice < count; ++slice) {
-      for (int j = 0; j < Channels::count; ++j) {
-        sum[j] += load<T, Channels::width>(slices[slice] + at + c + j * Channels::width);
-      }
+DCNV3_INLINE void finish_row(
+    const Shape& s, const T* const* slices, int64_t count, int64_t groups, S* to) {
+  const int64_t channels = D ? D : s.group_channels;
+  for (int64_t x = 0; x < s.width; ++x) {
+    for (int64_t g = 0; g < groups; ++g) {
+      for_pieces<D>(channels, [&]<int B>(int64_t c) __attribute__((always_inline)) {
+        typedef Piece<T, S, B> Channels;
+        typename Channels::V sum[Channels::count] = {};
+        for (int64_t slice = 0; slice < count; ++slice) {
+          const T* from = slices[slice] + (x * groups + g) * channels + c;
+          for (int j = 0; j < Channels::count; ++j) sum[j] += load<T, Channels::width>(from + j * Channels::width);
+        }
+        Channels::write(sum, to + x * s.channels + g * channels + c);
+      });
     }
-    Channels::write(sum, to + c);
-  });
+  }
 }
 
 template <class T, class S, int P, int D>
@@ -1054,30 +1073,29 @@ void backward_tasks(const BackwardArguments& a, int64_t begin, int64_t end, void
   Points<T> p(memory, sizes.capacity);
   p.set_kernel(s, a.groups_at_once);
   T* own_sums = reinterpret_cast<T*>(memory + sizes.points);
-  const int64_t row = s.width * (D ? D : s.group_channels), area = s.height * row, channels = D ? D : s.group_channels;
+  const bool own = !a.in_place && a.slices == 1;
+  const int64_t channels = D ? D : s.group_channels;
   const int64_t chunks = (s.groups + a.groups_at_once - 1) / a.groups_at_once;
   for (int64_t task = begin; task < end; ++task) {
-    // Slices outermost: neighbouring groups of one pixel share cache lines, which two threads had better not write at a time.
+    // slices outermost: neighbouring groups of a pixel share cache lines, which two threads had better not write
     const int64_t chunk = task % chunks, image = task / chunks % s.batch, slice = task / chunks / s.batch;
     const int64_t group = chunk * a.groups_at_once;
     const int64_t groups = group + a.groups_at_once <= s.groups ? a.groups_at_once : s.groups - group;
-    T* sums = own_sums;
-    if (a.slices > 1) sums = static_cast<T*>(a.partial) + (slice * s.batch * s.groups + image * s.groups + group) * area;
-    int64_t own_range[2] = {0, 0};
+    T* sums = own ? own_sums : sums_of_slice<T>(a, slice, image, group);
+    int64_t own_range[2];
     int64_t* range = a.slices > 1 ? a.ranges + 2 * task : own_range;
     range[0] = range[1] = 0;
     backward_rows<T, S, P, D>(
         a, p, image, group, groups, s.height_out * slice / a.slices, s.height_out * (slice + 1) / a.slices, sums, range);
-    if (a.slices > 1) continue;
+    if (a.in_place && slice == 0) {
+      clear_rows(s, sums, s.channels, 0, range[0]);
+      clear_rows(s, sums, s.channels, range[1], s.height);
+    }
+    if (!own) continue;
     S* to = static_cast<S*>(a.grad_input) + image * s.height * s.width * s.channels + group * channels;
     for (int64_t y = 0; y < s.height; ++y) {
-      const bool used = y >= range[0] && y < range[1];
-      for (int64_t x = 0; x < s.width; ++x, to += s.channels) {
-        for (int64_t g = 0; g < groups; ++g) {
-          const T* const from[1] = {sums + g * area};
-          finish_pixel<T, S, D>(from, used, y * row + x * channels, to + g * channels, channels);
-        }
-      }
+      const T* const from[1] = {sums + y * s.width * groups * channels};
+      finish_row<T, S, D>(s, from, y >= range[0] && y < range[1], groups, to + y * s.width * s.channels);
     }
   }
 }
@@ -1085,22 +1103,23 @@ void backward_tasks(const BackwardArguments& a, int64_t begin, int64_t end, void
 template <class T, class S, int P, int D>
 void reduce_slices(const BackwardArguments& a, int64_t begin, int64_t end) {
   const Shape& s = a.shape;
-  const int64_t channels = D ? D : s.group_channels, row = s.width * channels, area = s.height * row;
+  const int64_t channels = D ? D : s.group_channels;
   const int64_t chunks = (s.groups + a.groups_at_once - 1) / a.groups_at_once;
   for (int64_t image_row = begin; image_row < end; ++image_row) {
     const int64_t image = image_row / s.height, y = image_row % s.height;
-    S* to = static_cast<S*>(a.grad_input) + image_row * s.width * s.channels;
-    for (int64_t group = 0; group < s.groups; ++group) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t group = chunk * a.groups_at_once;
+      const int64_t groups = group + a.groups_at_once <= s.groups ? a.groups_at_once : s.groups - group;
       const T* used[max_slices];
       int64_t count = 0;
       for (int64_t slice = 0; slice < a.slices; ++slice) {
-        const int64_t* range = a.ranges + 2 * ((slice * s.batch + image) * chunks + group / a.groups_at_once);
-        if (y < range[0] || y >= range[1]) continue;
-        used[count++] = static_cast<const T*>(a.partial) + (slice * s.batch * s.groups + image * s.groups + group) * area;
+        const int64_t* range = a.ranges + 2 * ((slice * s.batch + image) * chunks + chunk);
+        const bool in_range = y >= range[0] && y < range[1], in_result = a.in_place && slice == 0;
+        if (in_range || in_result) used[count++] = sums_of_slice<T>(a, slice, image, group) + y * s.width * groups * channels;
       }
-      for (int64_t x = 0; x < s.width; ++x) {
-        finish_pixel<T, S, D>(used, count, y * row + x * channels, to + x * s.channels + group * channels, channels);
-      }
+      if (a.in_place && count == 1) continue;
+      S* to = static_cast<S*>(a.grad_input) + image_row * s.width * s.channels + group * channels;
+      finish_row<T, S, D>(s, used, count, groups, to);
     }
   }
 }
