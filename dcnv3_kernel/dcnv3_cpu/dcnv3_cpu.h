@@ -14,7 +14,7 @@ struct ForwardArguments {
 };
 
 // The gradient of the input is summed for each slice of an image's output rows by itself. The number of slices depends on
-// shape and dtype alone, and so the order of every sum: the result is the same for any number of threads.
+// the shape alone, and so the order of every sum: the result is the same for any number of threads.
 constexpr int64_t max_slices = 8;
 struct BackwardArguments {
   Shape shape;

@@ -1047,8 +1047,7 @@ DCNV3_INLINE T* sums_of_slice(const BackwardArguments& a, int64_t slice, int64_t
 
 // `groups` groups of a row, from the sums of some slices, or zeros if there are none.
 template <class T, class S, int D>
-DCNV3_INLINE void finish_row(
-    const Shape& s, const T* const* slices, int64_t count, int64_t groups, S* to) {
+DCNV3_INLINE void finish_row(const Shape& s, const T* const* slices, int64_t count, int64_t groups, S* to) {
   const int64_t channels = D ? D : s.group_channels;
   for (int64_t x = 0; x < s.width; ++x) {
     for (int64_t g = 0; g < groups; ++g) {
