@@ -226,7 +226,7 @@ def test_models_give_the_same_with_and_without_kernel(real_kernel):
 
 def test_a_compiled_model_uses_the_kernel_without_graph_breaks(real_kernel):
     model = InternImageForImageClassification(InternImageConfig(**TINY)).eval()
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # Inductor's code is test_modeling's concern
     pixel_values = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(compiled(pixel_values).logits, model(pixel_values).logits, atol=1e-5, rtol=1e-4)
