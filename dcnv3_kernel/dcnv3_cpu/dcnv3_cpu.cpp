@@ -160,7 +160,8 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(
     while (at_once > 1 && (at_once > most_at_once || parts * arguments.slices < at_once * 4 * threads)) at_once /= 2;
   }
   arguments.groups_at_once = at_once;
-  arguments.in_place = int64_t(input.element_size()) == compute_size && at_once == shape.groups;
+  const bool full_precision = arguments.dtype == dcnv3::Dtype::float32 || arguments.dtype == dcnv3::Dtype::float64;
+  arguments.in_place = full_precision && at_once == shape.groups;
   const int64_t tasks = slices * ((shape.groups + at_once - 1) / at_once);
   std::unique_ptr<char[]> partial;
   std::unique_ptr<int64_t[]> ranges;
