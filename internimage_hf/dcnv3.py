@@ -5,8 +5,8 @@ The operator is defined in section 3.1, equation 2 of https://arxiv.org/abs/2211
 `dcnv3_core_pytorch` in OpenGVLab/InternImage (classification/ops_dcnv3/functions/dcnv3_func.py).
 """
 
-import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -46,7 +46,7 @@ def dcnv3(
     (-1, height) x (-1, width), so one with a NaN offset does not.
 
     Args:
-        input: (batch, height, width, channels), any floating-point dtype. Arithmetic is float32 for 16-bit inputs.
+        input: (batch, height, width, channels), any floating-point dtype. Arithmetic is float32 for all but float64.
         offset: (batch, height_out, width_out, groups * P * 2), in input pixels before scaling; x before y in each pair,
             points down the kernel's columns first (`ix * kernel_height + iy`), groups outermost.
         mask: (batch, height_out, width_out, groups * P), used as it is. P is the size of the kernel, less one with
@@ -59,12 +59,13 @@ def dcnv3(
             `use_dcnv3_backend`, then of the environment variable `DCNV3_BACKEND`, then "auto".
 
     Returns:
-        (batch, height_out, width_out, channels) in the input's dtype, differentiable once in all three tensors.
+        (batch, height_out, width_out, channels) in the input's dtype, differentiable once in all three tensors. Inside
+        `torch.func.grad`, `vmap` and their like it is computed by the PyTorch definition, whatever the backend.
 
     Raises:
         TypeError: if an argument is of the wrong type.
         ValueError: if a shape, dtype, device or value is wrong; the message names the argument.
-        RuntimeError: if `backend` is "kernel" and there is none for the input's device.
+        RuntimeError: if `backend` is "kernel" and there is none for the input's device, or the kernel lacks a dtype.
     """
     geometry = _check(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale, remove_center)
     return _call(input, offset, mask, geometry, False, backend)
@@ -169,7 +170,10 @@ def _chosen_backend(argument: str | None) -> tuple[str, str]:
     return "auto", "default"
 
 
-def _kernel(device_type: str, backend: str | None) -> ModuleType | None:
+_KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _kernel(device_type: str, backend: str | None, dtypes: tuple[torch.dtype, ...]) -> ModuleType | None:
     """The kernel to use, None for the PyTorch definition.
 
     Raises:
@@ -181,7 +185,10 @@ def _kernel(device_type: str, backend: str | None) -> ModuleType | None:
     kernel, reason = get_dcnv3_kernel(device_type)
     if kernel is None and choice == "kernel":
         raise RuntimeError(f"there is no DCNv3 kernel for the device {device_type!r}: {reason}")
-    return kernel
+    unknown = [dtype for dtype in dtypes if dtype not in _KERNEL_DTYPES]
+    if unknown and choice == "kernel":
+        raise RuntimeError(f"the DCNv3 kernel has no {unknown[0]}; the backends 'auto' and 'torch' do")
+    return None if unknown else kernel
 
 
 # torch.compile can follow a look-up in a global dictionary, and take an answer for granted that is a bool.
@@ -189,8 +196,8 @@ _kernels_while_compiling: dict[str, ModuleType] = {}
 
 
 @torch.compiler.assume_constant_result
-def _has_kernel_while_compiling(device_type: str, backend: str | None) -> bool:
-    kernel = _kernel(device_type, backend)
+def _has_kernel_while_compiling(device_type: str, backend: str | None, dtypes: tuple[torch.dtype, ...]) -> bool:
+    kernel = _kernel(device_type, backend, dtypes)
     if kernel is not None:
         _kernels_while_compiling[device_type] = kernel
     return kernel is not None
@@ -217,12 +224,13 @@ def _call(
     backend: str | None,
 ) -> torch.Tensor:
     # Compilers cannot look into ContextVars and the environment: what they say while compiling holds. Exporters want
-    # standard operators alone, if not told otherwise, and so do tensors without data and those that only look like
-    # tensors.
+    # standard operators alone, if not told otherwise, and so do tensors without data, those that only look like tensors,
+    # and the transforms of torch.func.
     if _as_operator_in_export and torch.compiler.is_exporting():
         return dcnv3_cpu_compiled(input, offset, mask, geometry, softmax)
+    dtypes = (input.dtype, offset.dtype, mask.dtype)
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        if _has_kernel_while_compiling(input.device.type, backend):
+        if _has_kernel_while_compiling(input.device.type, backend, dtypes):
             return _call_kernel(_kernels_while_compiling[input.device.type], input, offset, mask, geometry, softmax)
         if input.device.type == "cpu":
             return dcnv3_cpu_compiled(input, offset, mask, geometry, softmax)
@@ -230,11 +238,12 @@ def _call(
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or input.is_meta
+        or torch._C._are_functorch_transforms_active()  # there is no public way to ask
         or type(input) not in (torch.Tensor, torch.nn.Parameter)
     ):
         return dcnv3_plain(input, offset, mask, geometry, softmax)
 
-    kernel = _kernel(input.device.type, backend)
+    kernel = _kernel(input.device.type, backend, dtypes)
     if kernel is not None:
         return _call_kernel(kernel, input, offset, mask, geometry, softmax)
     if input.device.type == "cpu":
@@ -282,7 +291,7 @@ def _check(
         raise ValueError(f"`groups` must be a positive int, got {groups!r}")
     # not `math.isfinite`, which cannot be traced with the symbolic floats of torch.compile(dynamic=True)
     is_number = isinstance(offset_scale, (int, float)) and not isinstance(offset_scale, bool)
-    if not is_number or not abs(offset_scale) < math.inf:
+    if not is_number or not abs(offset_scale) <= sys.float_info.max:
         raise ValueError(f"`offset_scale` must be a finite number, got {offset_scale!r}")
     if not isinstance(remove_center, (bool, int)) or remove_center not in (0, 1):
         raise ValueError(f"`remove_center` must be a bool, got {remove_center!r}")

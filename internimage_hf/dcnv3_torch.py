@@ -85,13 +85,14 @@ def dcnv3_plain(
     x = geometry.base_positions(1, width_out, kernel_columns, dtype) + offset[..., 0] * geometry.offset_scale
     y = geometry.base_positions(0, height_out, kernel_rows, dtype)[:, None] + offset[..., 1] * geometry.offset_scale
     # What does not lie inside (NaN does not) goes where nothing is sampled, and out of reach of an integer overflow.
-    x = torch.where((x > -1) & (x < width), x, -2)
-    y = torch.where((y > -1) & (y < height), y, -2)
+    inside = (x > -1) & (x < width) & (y > -1) & (y < height)
+    x, y = torch.where(inside, x, -2), torch.where(inside, y, -2)
     grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), -1)
 
     mask = mask.to(dtype).unflatten(-1, (groups, points))
-    if softmax:
-        mask = softmax_over_points(mask)
+    mask = (softmax_over_points(mask) if softmax else mask).permute(0, 3, 1, 2, 4)  # (N, G, H_out, W_out, P)
+    if not softmax:  # 0 * inf: one that does not count may be anything. A softmax is NaN at all points or at none.
+        mask = torch.where(inside, mask, 0)
     value = input.to(dtype).unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2)  # (N, G, C/G, H, W)
     sampled = F.grid_sample(
         value.flatten(0, 1),
@@ -101,7 +102,7 @@ def dcnv3_plain(
         align_corners=False,
     )  # (N*G, C/G, H_out, W_out*P)
     sampled = sampled.unflatten(-1, (width_out, points)).unflatten(0, (-1, groups))
-    output = (sampled * mask.permute(0, 3, 1, 2, 4).unsqueeze(2)).sum(-1)  # (N, G, C/G, H_out, W_out)
+    output = (sampled * mask.unsqueeze(2)).sum(-1)  # (N, G, C/G, H_out, W_out)
     return output.permute(0, 3, 4, 1, 2).flatten(-2).to(input.dtype)
 
 
@@ -162,6 +163,10 @@ class _CpuOp:
         mask = mask.reshape(*mask.shape[:2], -1, self.geometry.points).to(self.dtype)
         return softmax_over_points(mask) if self.softmax else mask
 
+    def outside(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Which of the points that `_positions` returned do not count."""
+        return (x <= -1) | (x >= self.width) | (y <= -1) | (y >= self.height)
+
     def split_positions(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Leaves the fractional parts in `x` and `y`; returns the table's row of each point's upper left corner."""
         groups = self.geometry.groups
@@ -189,8 +194,10 @@ class _CpuOp:
 
     def _forward_chunk(self, table: torch.Tensor, images: slice, rows: slice) -> torch.Tensor:
         fx, fy = _positions(self, images, rows)
-        index = self.split_positions(fx, fy)
         upper = self.chunk_mask(images, rows).view_as(fx)
+        if not self.softmax and not upper.sum().isfinite():  # as in `dcnv3_plain`
+            upper = upper.masked_fill(self.outside(fx, fy), 0)
+        index = self.split_positions(fx, fy)
         lower = fy.mul_(upper)
         upper = upper - lower
         upper_right = upper * fx
@@ -256,12 +263,17 @@ class _CpuOp:
         F.threshold_(planes, -1, -_RING).nan_to_num_(nan=-_RING).neg_()
         for plane, size in zip(planes, sizes, strict=True):
             F.threshold_(plane, -size, -size - 1).mul_(-2 / size).add_(1 / size - 1)
+        outside = None
+        if not (self.softmax or (grad_output.sum() + self.mask[images].sum()).isfinite()):  # as in `dcnv3_plain`
+            outside = (planes.abs() > 1 + 2 / planes.new_tensor(sizes).view(2, 1, 1, 1, 1)).any(0)
         grid = planes.flatten(1, 2).permute(1, 2, 3, 0)  # (n*G, P, pixels, 2)
 
         mask = torch.empty_like(planes[0]).copy_(self.mask[images].reshape(per_point).permute(0, 2, 3, 1))
         if self.softmax:
             mask.sub_(mask.amax(2, keepdim=True)).exp_()
             mask.div_(mask.sum(2, keepdim=True))
+        if outside is not None:
+            mask.masked_fill_(outside, 0)
         by_mask = torch.empty_like(mask)
         grad = value.new_empty(number, groups, self.group_channels, num_pixels)
         grad.copy_(grad_output.reshape(number, num_pixels, groups, -1).permute(0, 2, 3, 1))
@@ -287,8 +299,12 @@ class _CpuOp:
 
         if self.softmax:
             by_mask.sub_(torch.mul(by_mask, mask).sum(2, keepdim=True)).mul_(mask)
+        if outside is not None:
+            by_mask.masked_fill_(outside, 0)
         grad_mask.view(per_point).copy_(by_mask.permute(0, 3, 1, 2))
         by_grid = by_grid[0] if len(by_grid) == 1 else torch.cat(by_grid, 1)
+        if outside is not None:
+            by_grid = by_grid.masked_fill(outside.flatten(0, 1).unsqueeze(-1), 0)
         factors = by_grid.new_tensor([2 * scale / size for size in sizes]).repeat(num_pixels)
         by_offset = by_grid.flatten(2).mul_(factors).view(number, groups, points, num_pixels, 2)
         grad_offset.view(*per_point, 2).copy_(by_offset.permute(0, 3, 1, 2, 4))

@@ -286,6 +286,35 @@ def test_infinite_pixels_stay_out_of_samples_outside(formulation):
     assert (FORMULATIONS[formulation](input, offset + 0.25, mask, Geometry(**options), False) == float("inf")).all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+def test_modulations_and_gradients_that_are_not_finite_count_inside_alone(formulation, value):
+    tensors, options = random_arguments(3, 6, 5, 8, torch.float64)
+    inside, outside = tensors[1].clone(), tensors[1].clone()
+    inside.zero_().add_(0.25)
+    outside[:] = 0.25
+    outside.view(3, 6, 5, 2, 9, 2)[:, :, :, 1, 3, 0] = torch.tensor([100.0, -100.0, torch.nan]).view(3, 1, 1)
+    mask = tensors[2].clone()
+    mask.view(3, 6, 5, 2, 9)[..., 1, 3] = value
+
+    def differentiate(offset, mask, of_output=1.0):
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in (tensors[0], offset, mask)]
+        output = FORMULATIONS[formulation](*leaves, Geometry(**options), False)
+        grad_output = torch.ones_like(output)
+        grad_output[1, 3, 2, 4:] = of_output  # of the second group
+        return output, *torch.autograd.grad(output, leaves, grad_output)
+
+    expected = differentiate(outside, torch.where(mask.isfinite(), mask, 1.0))
+    torch.testing.assert_close(differentiate(outside, mask), expected)
+    assert not differentiate(inside, mask)[0][:, 2:4, 2:4, 4:].isfinite().any()
+    _, grad_input, grad_offset, grad_mask = differentiate(outside, mask, of_output=value)
+    assert (
+        not grad_offset.view(3, 6, 5, 2, 9, 2)[..., 1, 3, :].any()
+        and not grad_mask.view(3, 6, 5, 2, 9)[..., 1, 3].any()
+    )
+    assert grad_input[[0, 2]].isfinite().all() and not grad_input[1, 3, 2, 4:].isfinite().any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_of_points_exactly_on_the_edge(dtype):
     """Before training all offsets are zero, and the outermost points lie on -1 or on the size: outside, without gradient."""
@@ -325,6 +354,42 @@ def test_double_backward_is_refused():
     (gradient,) = torch.autograd.grad(dcnv3(*tensors, **options).square().sum(), input, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+def test_transforms_of_torch_func():
+    """Gradients of each image by itself, and the second derivative that `backward` refuses. No forward mode."""
+    tensors, options = random_arguments(3, 5, 4, 8, torch.float64)
+
+    def loss(*args):
+        return dcnv3_softmax(*args, **options).square().sum()
+
+    each = [torch.autograd.functional.vjp(loss, tuple(t[i : i + 1] for t in tensors))[1] for i in range(3)]
+    of_one = torch.func.grad(lambda *args: loss(*(t.unsqueeze(0) for t in args)), argnums=(0, 1, 2))
+    with use_dcnv3_backend("auto"):
+        for actual, expected in zip(torch.func.vmap(of_one)(*tensors), zip(*each, strict=True), strict=True):
+            torch.testing.assert_close(actual, torch.cat(expected))
+
+        def slope(scale):
+            return torch.func.grad(lambda s: loss(s * tensors[0], *tensors[1:]))(scale)
+
+        one = torch.ones((), dtype=torch.float64)
+        torch.testing.assert_close(torch.func.grad(slope)(one), 2 * loss(*tensors))
+        with pytest.raises(NotImplementedError, match="forward AD"):
+            torch.func.jvp(lambda t: loss(t, *tensors[1:]), (tensors[0],), (tensors[0],))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "kernel"])
+def test_dtypes_that_the_kernel_lacks(backend):
+    tensors, options = random_arguments(1, 5, 4, 8)
+    narrow = tensors[0].to(torch.float8_e4m3fn)
+    expected = dcnv3_plain(narrow.float(), *tensors[1:], Geometry(**options), False)
+    if backend == "kernel":
+        with pytest.raises(RuntimeError, match=r"float8_e4m3fn|there is no DCNv3 kernel"):
+            dcnv3(narrow, *tensors[1:], **options, backend=backend)
+    else:
+        actual = dcnv3(narrow, *tensors[1:], **options, backend=backend)
+        assert actual.dtype == torch.float8_e4m3fn
+        torch.testing.assert_close(actual.float(), expected, rtol=0.1, atol=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------- compilers
@@ -419,6 +484,8 @@ GOOD = {"input": (1, 5, 5, 8), "offset": (1, 5, 5, 36), "mask": (1, 5, 5, 18)}
         ({}, {"dilation": 1.5}, ValueError, "dilation"),
         ({}, {"offset_scale": float("inf")}, ValueError, "offset_scale"),
         ({}, {"offset_scale": "1"}, ValueError, "offset_scale"),
+        ({}, {"offset_scale": 10**400}, ValueError, "offset_scale"),
+        ({}, {"kernel_size": 2**32, "padding": 2**31}, ValueError, "offset.*shape"),
         ({}, {"remove_center": 2}, ValueError, "remove_center"),
         ({}, {"remove_center": True, "kernel_size": 2}, ValueError, "remove_center"),
         ({}, {"remove_center": True, "kernel_size": (3, 5)}, ValueError, "remove_center"),

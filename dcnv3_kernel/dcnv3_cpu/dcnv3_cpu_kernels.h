@@ -569,7 +569,7 @@ DCNV3_INLINE void locate(
     columns.weights(from_x, left, right);
     rows.weights(from_y, top, bottom);
     store<int32_t, L>(p.index + i, __builtin_convertvector(y, Int) * int32_t(width) + __builtin_convertvector(x, Int));
-    const V mask = load<T, L>(p.mask + i);  // 0 * mask: a mask that is not finite shows, as in the definition
+    const V mask = load<T, L>(p.mask + i);  // one that is not finite shows in the weights, also where they are 0
     top *= mask, bottom *= mask;
     store<T, L>(p.weight[0] + i, top * left);
     store<T, L>(p.weight[1] + i, top * right);
@@ -592,13 +592,14 @@ DCNV3_INLINE void locate(
 // One point exactly, where what is multiplied by 0 may be infinite: which of the four pixels around it are in the image.
 template <class T>
 struct Corners {
+  bool within;  // the point counts: at least one is
   bool inside[4];
   int64_t index[4];  // of the pixel
   T weight[4];       // bilinear
   int order[4];      // the pixel's number among those that `locate` chose
 
   Corners(T x, T y, int64_t height, int64_t width) {
-    const bool within = x > T(-1) && x < T(width) && y > T(-1) && y < T(height);
+    within = x > T(-1) && x < T(width) && y > T(-1) && y < T(height);
     const T px = within ? x : 0, py = within ? y : 0;
     int64_t x0 = int64_t(px), y0 = int64_t(py);
     x0 -= px < T(x0), y0 -= py < T(y0);
@@ -660,11 +661,10 @@ __attribute__((noinline)) void gather_exactly(
     T total = 0;
     for (int64_t i = at; i < at + s.points; ++i) {
       const Corners<T> corners(p.x[i], p.y[i], s.height, s.width);
-      T sampled = 0;
       for (int k = 0; k < 4; ++k) {
-        if (corners.inside[k]) sampled += corners.weight[k] * T(widen(base[corners.index[k] * s.channels + c]));
+        if (!corners.inside[k]) continue;
+        total += corners.weight[k] * (p.mask[i] * factor) * T(widen(base[corners.index[k] * s.channels + c]));
       }
-      total += sampled * (p.mask[i] * factor);
     }
     narrow(total, to + c);
   }
@@ -887,10 +887,11 @@ DCNV3_INLINE void copy_row(const S* from, S* to, int64_t n) {
   for (; i < n; ++i) to[i] = from[i];
 }
 
-// Gradients of a block's offsets and modulations, from the dot products.
+// Gradients of a block's offsets and modulations, from the dot products. finite: whether these and the modulations are.
 template <class T, class S, int P>
 DCNV3_INLINE void differentiate(
-    const BackwardArguments& a, const Points<T>& p, const Block& block, const Axis<T>& columns, const Axis<T>& rows) {
+    const BackwardArguments& a, const Points<T>& p, const Block& block, const Axis<T>& columns, const Axis<T>& rows,
+    bool finite) {
   constexpr int L = lanes<T>;
   typedef Register<T> V;
   typedef MaskRegister<T> M;
@@ -922,6 +923,9 @@ DCNV3_INLINE void differentiate(
     const V by_x = top * (left_slope * d[0] + right_slope * d[1]) + bottom * (left_slope * d[2] + right_slope * d[3]);
     const V by_y = left * (top_slope * d[0] + bottom_slope * d[2]) + right * (top_slope * d[1] + bottom_slope * d[3]);
     write_offsets<T>(by_x * factor, by_y * factor, by_offset + 2 * i);
+  }
+  for (int64_t i = 0; !finite && i < n; ++i) {  // 0 * inf: a point that does not count has no gradient
+    if (!Corners<T>(p.x[i], p.y[i], s.height, s.width).within) by_offset[2 * i] = by_offset[2 * i + 1] = S{};
   }
   for (int64_t unit = 0; s.softmax && unit < units; ++unit) {
     T* by_mask = p.by_mask + unit * points;
@@ -1017,7 +1021,7 @@ DCNV3_INLINE void backward_rows(
         });
       }
     }
-    differentiate<T, S, P>(a, p, block, columns, rows);
+    differentiate<T, S, P>(a, p, block, columns, rows, finite);
   }
 }
 

@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.autograd import forward_ad
 
 
 pytestmark = pytest.mark.kernels_ci
@@ -100,9 +101,12 @@ def definition(
         for cx, cy in itertools.product((0, 1), (0, 1)):
             column, row = (x0 + cx).long(), (y0 + cy).long()
             valid = inside & (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            weight = (x - x0 if cx else 1 - (x - x0)) * (y - y0 if cy else 1 - (y - y0)) * mask[..., i]
+            # what does not count is replaced before it is multiplied, so that it has no part in the derivatives either
+            modulation = torch.where(valid, mask[..., i], 0.0)
             corner = value[image, row.clamp(0, height - 1), column.clamp(0, width - 1), group]
-            output = output + torch.where(valid.unsqueeze(-1), corner * weight.unsqueeze(-1), 0.0)
+            corner = torch.where(valid.unsqueeze(-1), corner, 0.0)
+            weight = (x - x0 if cx else 1 - (x - x0)) * (y - y0 if cy else 1 - (y - y0)) * modulation
+            output = output + corner * weight.unsqueeze(-1)
     return output.reshape(batch, out_h, out_w, channels)
 
 
@@ -338,6 +342,28 @@ def test_infinite_pixels_stay_out_of_samples_outside(backend, group_channels):
         alone[..., 2 * point : 2 * point + 2] = 0.25
         sampled = definition(image, alone, mask, groups=1).sum(-1)
         assert torch.equal(grad_mask[..., point].cpu().isfinite(), sampled.isfinite()), point
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("group_channels", [5, 16])
+@pytest.mark.parametrize("fraction", [0.25, 0.0])
+def test_modulations_that_are_not_finite_count_inside_alone(backend, value, group_channels, fraction):
+    kernel, device = backend
+    torch.manual_seed(0)
+    image = torch.randn(1, 6, 6, group_channels, dtype=torch.float64)
+    offset = torch.zeros(1, 6, 6, 18, dtype=torch.float64) + fraction
+    offset[..., 6:8] = 100.0  # point 3 lies outside everywhere, others at the border
+    mask = torch.rand(1, 6, 6, 9, dtype=torch.float64)
+    mask[..., 3] = value
+    mask[0, 0, 0, 0] = mask[0, 3, 3, 8] = value  # one outside, one inside
+    expected = run_and_differentiate(definition, (image, offset, mask), {"groups": 1})
+    actual = run_and_differentiate(kernel.dcnv3, [t.to(device) for t in (image, offset, mask)], {"groups": 1})
+    for what, a, e in zip(NAMES, actual, expected, strict=True):
+        if what != "grad_offset" or fraction:  # at a pixel the derivative by the position jumps
+            finite = e.isfinite()
+            assert torch.equal(a.cpu().isfinite(), finite), what  # inf or NaN: that depends on the order of a sum
+            assert relative_error(a.cpu()[finite], e[finite]) < 1e-10, what
+    assert actual[2].view(36, 9, 2)[1:21].isfinite().all()
 
 
 def test_gradients_that_are_not_finite_stay_where_they_belong(backend):
@@ -583,32 +609,120 @@ def test_lesser_instruction_sets(capability):
         assert result.stdout.strip() == "baseline", "a machine without AVX2 has nothing else"
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"offset": (1, 5, 5, 17)}, "offset must be"),
-        ({"mask": (1, 5, 4, 9)}, "mask must be"),
-        ({"input": (5, 5, 16)}, "dimensions"),
-        ({"groups": 3}, "groups must divide"),
-        ({"groups": 0}, "groups must divide"),
-        ({"kernel_size": 7, "padding": 0}, "too small"),
-        ({"stride": 0}, "positive"),
-        ({"padding": -1}, "negative"),
-        ({"offset_scale": float("inf")}, "offset_scale"),
-        ({"kernel_size": 2, "remove_center": True}, "odd"),
-        ({"dtype": torch.int32}, "dtype"),
-    ],
-)
-def test_bad_input(backend, change, message):
-    kernel, device = backend
-    change = dict(change)
-    dtype = change.pop("dtype", torch.float32)
+BAD_INPUT = [
+    ({"offset": (1, 5, 5, 17)}, r"offset must be \(1, 5, 5, 18\), got \(1, 5, 5, 17\)"),
+    ({"mask": (1, 5, 4, 9)}, r"mask must be \(1, 5, 5, 9\), got \(1, 5, 4, 9\)"),
+    ({"mask": (2, 5, 5, 9)}, r"mask must be \(1, 5, 5, 9\), got \(2, 5, 5, 9\)"),
+    ({"input": (5, 5, 16)}, "input must have 4 dimensions .* got 3"),
+    ({"offset": (1, 5, 5, 9, 2)}, "offset must have 4 dimensions .* got 5"),
+    ({"input": (1, 5, 5, 0)}, "input must have a number of channels of at least 1, got 0"),
+    ({"input": (1, 0, 5, 16)}, "input must have a height of at least 1, got 0"),
+    ({"groups": 3}, "groups must divide the channels of input, 16, got 3"),
+    ({"groups": 0}, "groups must be at least 1, got 0"),
+    ({"kernel_size": 7, "padding": 0}, r"too small for kernel_size \(7, 7\)"),
+    ({"kernel_size": (3, 0)}, r"kernel_size must be at least 1 .* got \(3, 0\)"),
+    ({"stride": 0}, r"stride must be at least 1 .* got \(0, 0\)"),
+    ({"padding": (1, -1)}, r"padding must be at least 0 .* got \(1, -1\)"),
+    ({"dilation": (-1, 1)}, r"dilation must be at least 1 .* got \(-1, 1\)"),
+    # what overflows an integer, to a kernel without points and to sizes that fit
+    ({"kernel_size": 2**32, "padding": 2**31}, "kernel_size must be .* at most 2147483647"),
+    ({"kernel_size": 2**16, "padding": 2**15}, "kernel_size must have at most 2147483647 points"),
+    ({"padding": 2**63 - 1}, "padding must be .* at most 2147483647"),
+    ({"dilation": 2**62, "kernel_size": 5}, "dilation must be .* at most 2147483647"),
+    ({"stride": 2**62}, "stride must be .* at most 2147483647"),
+    ({"offset_scale": float("inf")}, "offset_scale must be finite, got inf"),
+    ({"offset_scale": float("nan")}, "offset_scale must be finite, got nan"),
+    ({"kernel_size": 2, "remove_center": True}, r"square kernel_size of odd size above 1, got \(2, 2\)"),
+    ({"dtype": torch.int32}, "input must have the dtype float32, .* got torch.int32"),
+    ({"dtype": (torch.int64, torch.float32, torch.float32)}, "input must have the dtype float32, .* got torch.int64"),
+    ({"dtype": (torch.float32, torch.int32, torch.float32)}, "offset must have the dtype float32, .* got torch.int32"),
+    ({"dtype": (torch.float32, torch.float32, torch.bool)}, "mask must have the dtype float32, .* got torch.bool"),
+    ({"dtype": torch.complex64}, "input must have the dtype float32, .* got torch.complex64"),
+]
+
+
+def bad_call(function, change, device):
+    change = {"groups": 1, **change}
+    dtypes = change.pop("dtype", torch.float32)
+    dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,) * 3
     shapes = [
         change.pop(name, shape)
         for name, shape in (("input", (1, 5, 5, 16)), ("offset", (1, 5, 5, 18)), ("mask", (1, 5, 5, 9)))
     ]
+    tensors = [torch.ones(shape, dtype=d, device=device) for shape, d in zip(shapes, dtypes, strict=True)]
+    return function(*tensors, **change)
+
+
+@pytest.mark.parametrize("change, message", BAD_INPUT)
+def test_bad_input(backend, change, message):
+    kernel, device = backend
     with pytest.raises(RuntimeError, match=message):
-        kernel.dcnv3(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes), **{"groups": 1, **change})
+        bad_call(kernel.dcnv3, change, device)
+
+
+@pytest.mark.parametrize("change, message", BAD_INPUT)
+def test_bad_input_without_data(backend, change, message):
+    """What computes shapes alone refuses what the operators refuse."""
+    kernel, _ = backend
+    with pytest.raises(RuntimeError, match=message):
+        bad_call(kernel.dcnv3, change, "meta")
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_tensors_of_two_devices(backend, position):
+    """Whichever of them is without data, the operators' own answer would be without data or not written."""
+    kernel, device = backend
+    tensors = [torch.ones(1, 5, 5, c, device=device) for c in (16, 18, 9)]
+    tensors[position] = tensors[position].to("meta")
+    with pytest.raises(RuntimeError, match="must be on the device of input"):
+        kernel.dcnv3(*tensors, groups=1)
+    gradient = [torch.ones(1, 5, 5, 16, device=device), *tensors]
+    with pytest.raises(RuntimeError, match="must be on the device of input"):
+        kernel.ops.dcnv3_backward(*gradient, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1.0, False, False, False)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"input": None}, "input must be a tensor, got NoneType"),
+        ({"offset": [1.0]}, "offset must be a tensor, got list"),
+        ({"kernel_size": (3,)}, r"kernel_size must be an int or .* got \(3,\)"),
+        ({"kernel_size": (3,), "stride": (3, 1, 1)}, r"kernel_size must be an int or .* got \(3,\)"),
+        ({"padding": 1.0}, r"padding must be an int or .* got 1.0"),
+        ({"dilation": "1"}, r"dilation must be an int or .* got '1'"),
+    ],
+)
+def test_arguments_of_a_wrong_type(backend, change, message):
+    kernel, device = backend
+    tensors = {n: torch.ones(1, 5, 5, c, device=device) for n, c in (("input", 16), ("offset", 18), ("mask", 9))}
+    with pytest.raises(TypeError, match=message):
+        kernel.dcnv3(**{**tensors, "groups": 1, **change})
+
+
+@pytest.mark.parametrize("change", [{"shape": (1, 5, 4, 16)}, {"dtype": torch.float64}, {"shape": (5, 5, 16)}])
+@pytest.mark.parametrize("meta", [False, True])
+def test_bad_gradients(backend, change, meta):
+    kernel, device = backend
+    device = "meta" if meta else device
+    gradient = torch.ones(change.get("shape", (1, 5, 5, 16)), dtype=change.get("dtype"), device=device)
+    tensors = [torch.ones(1, 5, 5, c, device=device) for c in (16, 18, 9)]
+    with pytest.raises(RuntimeError, match="grad_output must"):
+        kernel.ops.dcnv3_backward(gradient, *tensors, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1.0, False, False, False)
+
+
+def test_forward_mode_differentiation_is_refused(backend):
+    """PyTorch would take the derivative for zero."""
+    kernel, device = backend
+    tensors = [torch.ones(1, 5, 5, c, device=device) for c in (16, 18, 9)]
+    for i, name in enumerate(("input", "offset", "mask_logits")):
+
+        def function(tensor, i=i):
+            return kernel.dcnv3_softmax(*tensors[:i], tensor, *tensors[i + 1 :], groups=1)
+
+        with pytest.raises(RuntimeError, match=f"no forward-mode derivative, and {name}"):
+            torch.func.jvp(function, (tensors[i],), (tensors[i],))
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            function(forward_ad.make_dual(tensors[i], tensors[i]))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <string>
 #include <tuple>
 
@@ -26,33 +27,68 @@ std::string dcnv3_cpu_capability();
 
 namespace dcnv3 {
 
+// The words are those of torch-ext/dcnv3/_checks.py.
+inline void check_like_input(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& input) {
+  STD_TORCH_CHECK(
+      tensor.dim() == 4, "dcnv3: ", name, " must have 4 dimensions (batch, height, width, channels), got ", tensor.dim());
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == input.scalar_type(), "dcnv3: ", name, " must have the dtype of input, ",
+      torch::headeronly::toString(input.scalar_type()), ", got ", torch::headeronly::toString(tensor.scalar_type()));
+  const auto device = [](const torch::stable::Tensor& t) {
+    return std::string(t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda" : "another type") + ":" +
+        std::to_string(t.get_device_index());
+  };
+  STD_TORCH_CHECK(
+      tensor.is_cuda() == input.is_cuda() && tensor.is_cpu() == input.is_cpu() &&
+          tensor.get_device_index() == input.get_device_index(),
+      "dcnv3: ", name, " must be on the device of input, ", device(input), ", got ", device(tensor));
+}
+
+constexpr int64_t largest = INT32_MAX;  // of a size or a hyper-parameter: products of two of them do not overflow
+
+inline void check_pair(const char* name, int64_t h, int64_t w, int64_t least) {
+  STD_TORCH_CHECK(
+      least <= h && least <= w && h <= largest && w <= largest, "dcnv3: ", name, " must be at least ", least,
+      " and at most ", largest, ", got (", h, ", ", w, ")");
+}
+
+inline void check_size(const char* name, int64_t size) {
+  STD_TORCH_CHECK(size >= 1, "dcnv3: input must have a ", name, " of at least 1, got ", size);
+  STD_TORCH_CHECK(size <= largest, "dcnv3: input must have a ", name, " of at most ", largest, ", got ", size);
+}
+
+inline void check_per_point(const char* name, const torch::stable::Tensor& tensor, const Shape& s, int64_t last) {
+  STD_TORCH_CHECK(
+      tensor.size(0) == s.batch && tensor.size(1) == s.height_out && tensor.size(2) == s.width_out &&
+          tensor.size(3) == last,
+      "dcnv3: ", name, " must be (", s.batch, ", ", s.height_out, ", ", s.width_out, ", ", last, "), got (",
+      tensor.size(0), ", ", tensor.size(1), ", ", tensor.size(2), ", ", tensor.size(3), ")");
+}
+
 inline Shape checked_shape(
     const torch::stable::Tensor& input, const torch::stable::Tensor& offset, const torch::stable::Tensor& mask,
     int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
     int64_t dilation_h, int64_t dilation_w, int64_t groups, double offset_scale, bool remove_center, bool softmax) {
+  check_like_input("input", input, input);
+  check_like_input("offset", offset, input);
+  check_like_input("mask", mask, input);
+  check_pair("kernel_size", kernel_h, kernel_w, 1);
+  check_pair("stride", stride_h, stride_w, 1);
+  check_pair("padding", padding_h, padding_w, 0);
+  check_pair("dilation", dilation_h, dilation_w, 1);
   STD_TORCH_CHECK(
-      input.dim() == 4 && offset.dim() == 4 && mask.dim() == 4,
-      "dcnv3: input, offset and mask must be (batch, height, width, channels), they have ", input.dim(), ", ",
-      offset.dim(), " and ", mask.dim(), " dimensions");
-  STD_TORCH_CHECK(
-      input.scalar_type() == offset.scalar_type() && input.scalar_type() == mask.scalar_type(),
-      "dcnv3: input, offset and mask must have one dtype");
-  STD_TORCH_CHECK(
-      input.is_cuda() == offset.is_cuda() && input.is_cuda() == mask.is_cuda() &&
-          input.get_device_index() == offset.get_device_index() && input.get_device_index() == mask.get_device_index(),
-      "dcnv3: input, offset and mask must be on one device");
-  STD_TORCH_CHECK(
-      kernel_h > 0 && kernel_w > 0 && stride_h > 0 && stride_w > 0 && padding_h >= 0 && padding_w >= 0 &&
-          dilation_h > 0 && dilation_w > 0,
-      "dcnv3: kernel size, stride and dilation must be positive, padding must not be negative");
+      kernel_h * kernel_w <= largest, "dcnv3: kernel_size must have at most ", largest, " points, got (", kernel_h, ", ",
+      kernel_w, ")");
   STD_TORCH_CHECK(
       !remove_center || (kernel_h == kernel_w && kernel_h % 2 == 1 && kernel_h > 1),
-      "dcnv3: remove_center needs a square kernel of odd size above 1, got ", kernel_h, " x ", kernel_w);
+      "dcnv3: remove_center needs a square kernel_size of odd size above 1, got (", kernel_h, ", ", kernel_w, ")");
   STD_TORCH_CHECK(std::isfinite(offset_scale), "dcnv3: offset_scale must be finite, got ", offset_scale);
+  check_size("height", input.size(1));
+  check_size("width", input.size(2));
+  check_size("number of channels", input.size(3));
+  STD_TORCH_CHECK(groups >= 1, "dcnv3: groups must be at least 1, got ", groups);
   STD_TORCH_CHECK(
-      groups > 0 && input.size(3) > 0 && input.size(3) % groups == 0, "dcnv3: groups must divide the channels, ",
-      input.size(3), ", got ", groups);
-  STD_TORCH_CHECK(input.size(1) > 0 && input.size(2) > 0, "dcnv3: input has no pixels");
+      input.size(3) % groups == 0, "dcnv3: groups must divide the channels of input, ", input.size(3), ", got ", groups);
   Shape s;
   s.batch = input.size(0), s.height = input.size(1), s.width = input.size(2), s.channels = input.size(3);
   s.kernel_h = kernel_h, s.kernel_w = kernel_w, s.stride_h = stride_h, s.stride_w = stride_w;
@@ -62,19 +98,14 @@ inline Shape checked_shape(
   s.offset_scale = offset_scale, s.remove_center = remove_center, s.softmax = softmax;
   const int64_t room_h = s.height + 2 * padding_h - dilation_h * (kernel_h - 1) - 1;
   const int64_t room_w = s.width + 2 * padding_w - dilation_w * (kernel_w - 1) - 1;
-  STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, "dcnv3: input of ", s.height, " x ", s.width, " is too small for the kernel");
+  STD_TORCH_CHECK(
+      room_h >= 0 && room_w >= 0, "dcnv3: input of (", s.height, ", ", s.width, ") pixels is too small for kernel_size (",
+      kernel_h, ", ", kernel_w, "), padding (", padding_h, ", ", padding_w, "), dilation (", dilation_h, ", ", dilation_w,
+      ")");
   s.height_out = room_h / stride_h + 1;
   s.width_out = room_w / stride_w + 1;
-  STD_TORCH_CHECK(
-      offset.size(0) == s.batch && offset.size(1) == s.height_out && offset.size(2) == s.width_out &&
-          offset.size(3) == groups * s.points * 2,
-      "dcnv3: offset must be (", s.batch, ", ", s.height_out, ", ", s.width_out, ", ", groups * s.points * 2, "), got (",
-      offset.size(0), ", ", offset.size(1), ", ", offset.size(2), ", ", offset.size(3), ")");
-  STD_TORCH_CHECK(
-      mask.size(0) == s.batch && mask.size(1) == s.height_out && mask.size(2) == s.width_out &&
-          mask.size(3) == groups * s.points,
-      "dcnv3: mask must be (", s.batch, ", ", s.height_out, ", ", s.width_out, ", ", groups * s.points, "), got (",
-      mask.size(0), ", ", mask.size(1), ", ", mask.size(2), ", ", mask.size(3), ")");
+  check_per_point("offset", offset, s, groups * s.points * 2);
+  check_per_point("mask", mask, s, groups * s.points);
   return s;
 }
 
@@ -90,18 +121,15 @@ inline Dtype dtype_of(const torch::stable::Tensor& tensor) {
     case ScalarType::BFloat16:
       return Dtype::bfloat16;
     default:
-      STD_TORCH_CHECK(false, "dcnv3: the dtype must be float32, float64, float16 or bfloat16");
+      STD_TORCH_CHECK(false, "dcnv3: input must have the dtype float32, float64, float16 or bfloat16, got ",
+          torch::headeronly::toString(tensor.scalar_type()));
       return Dtype::float32;
   }
 }
 
 inline void check_grad_output(const torch::stable::Tensor& grad_output, const torch::stable::Tensor& input, const Shape& s) {
-  STD_TORCH_CHECK(
-      grad_output.dim() == 4 && grad_output.size(0) == s.batch && grad_output.size(1) == s.height_out &&
-          grad_output.size(2) == s.width_out && grad_output.size(3) == s.channels &&
-          grad_output.scalar_type() == input.scalar_type() &&
-          grad_output.get_device_index() == input.get_device_index(),
-      "dcnv3: grad_output must have the output's shape, dtype and device");
+  check_like_input("grad_output", grad_output, input);
+  check_per_point("grad_output", grad_output, s, s.channels);
 }
 
 }  // namespace dcnv3

@@ -1,7 +1,9 @@
 """DCNv3, the deformable convolution of InternImage (arXiv 2211.05778, section 3.1, equation 2)."""
 
 import torch
+from torch.autograd import forward_ad
 
+from ._checks import check_dtype, check_grad_output, output_size
 from ._ops import add_op_namespace_prefix, ops
 
 
@@ -10,11 +12,15 @@ from ._ops import add_op_namespace_prefix, ops
 
 @torch.library.register_fake(add_op_namespace_prefix("dcnv3_forward"))
 def _(input, offset, mask, *options):
+    *hyper_parameters, _softmax = options
+    output_size(input, offset, mask, *hyper_parameters)
     return input.new_empty(*offset.shape[:3], input.shape[3])
 
 
 @torch.library.register_fake(add_op_namespace_prefix("dcnv3_backward"))
 def _(grad_output, input, offset, mask, *options):
+    *hyper_parameters, _softmax, _deterministic = options
+    check_grad_output(grad_output, input, output_size(input, offset, mask, *hyper_parameters))
     return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (input, offset, mask))
 
 
@@ -69,9 +75,11 @@ def dcnv3(
         (batch, height_out, width_out, channels) in the input's dtype, differentiable once.
 
     Raises:
-        RuntimeError: if shapes or values do not fit; the message names them.
+        TypeError: if an argument is of the wrong type.
+        RuntimeError: if a shape, dtype, device or value does not fit, the message names it; for forward-mode differentiation
+            (`torch.func.jvp`), which there is none of.
     """
-    pairs = (kernel_size, stride, padding, dilation)
+    pairs = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
     return _call(input, offset, mask, pairs, groups, offset_scale, remove_center, False)
 
 
@@ -89,19 +97,33 @@ def dcnv3_softmax(
     remove_center: bool = False,
 ) -> torch.Tensor:
     """`dcnv3` with a softmax of `mask_logits` over the P points of each group, computed inside."""
-    pairs = (kernel_size, stride, padding, dilation)
+    pairs = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
     return _call(input, offset, mask_logits, pairs, groups, offset_scale, remove_center, True)
 
 
 def _call(input, offset, mask, pairs, groups, offset_scale, remove_center, softmax):
+    tensors = {"input": input, "offset": offset, "mask_logits" if softmax else "mask": mask}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"dcnv3: {name} must be a tensor, got {type(tensor).__name__}")
+        check_dtype(name, tensor)
+        # PyTorch has operators' tangents ignored, not refused; its compiler cannot look for them
+        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"dcnv3 has no forward-mode derivative, and {name} has a tangent")
     dtype = input.dtype
     if offset.dtype != dtype or mask.dtype != dtype:
         widest = torch.promote_types(dtype, torch.promote_types(offset.dtype, mask.dtype))
         input, offset, mask = input.to(widest), offset.to(widest), mask.to(widest)
-    numbers = [n for pair in pairs for n in (pair if isinstance(pair, (tuple, list)) else (pair, pair))]
-    arguments = (input, offset, mask, *numbers, groups, offset_scale, remove_center, softmax)
-    output = ops.dcnv3_forward(*arguments)
+    numbers = [number for name, value in pairs.items() for number in _pair(name, value)]
+    output = ops.dcnv3_forward(input, offset, mask, *numbers, groups, offset_scale, remove_center, softmax)
     return output if output.dtype == dtype else output.to(dtype)
+
+
+def _pair(name, value):
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not all(isinstance(number, int) for number in pair):
+        raise TypeError(f"dcnv3: {name} must be an int or a (vertical, horizontal) pair of them, got {value!r}")
+    return pair
 
 
 from . import layers  # noqa: E402 (it needs the functions)

@@ -15,7 +15,6 @@ a point counts if it lies strictly inside (-1, height) x (-1, width).
 import contextlib
 import ctypes
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ import triton
 import triton.language as tl
 from triton.testing import do_bench
 
+from ._checks import check_grad_output, output_size
 from ._ops import add_op_namespace_prefix
 
 
@@ -548,47 +548,6 @@ def _require(condition: bool, message: str) -> None:
         raise RuntimeError(f"dcnv3: {message}")
 
 
-def _checked_size(
-    input, offset, mask, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups,
-    offset_scale, remove_center,
-):  # fmt: skip
-    """The output's height and width. The checks, and their words, are those of torch_binding.h and dcnv3_cuda."""
-    _require(
-        input.dim() == 4 and offset.dim() == 4 and mask.dim() == 4,
-        "input, offset and mask must be (batch, height, width, channels), they have "
-        f"{input.dim()}, {offset.dim()} and {mask.dim()} dimensions",
-    )
-    _require(input.dtype == offset.dtype == mask.dtype, "input, offset and mask must have one dtype")
-    _require(input.device == offset.device == mask.device, "input, offset and mask must be on one device")
-    _require(
-        min(kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w) > 0 and min(padding_h, padding_w) >= 0,
-        "kernel size, stride and dilation must be positive, padding must not be negative",
-    )
-    _require(
-        not remove_center or (kernel_h == kernel_w and kernel_h % 2 == 1 and kernel_h > 1),
-        f"remove_center needs a square kernel of odd size above 1, got {kernel_h} x {kernel_w}",
-    )
-    _require(math.isfinite(offset_scale), f"offset_scale must be finite, got {offset_scale}")
-    batch, height, width, channels = input.shape
-    _require(
-        groups > 0 and channels > 0 and channels % groups == 0,
-        f"groups must divide the channels, {channels}, got {groups}",
-    )
-    _require(height > 0 and width > 0, "input has no pixels")
-    room_h = height + 2 * padding_h - dilation_h * (kernel_h - 1) - 1
-    room_w = width + 2 * padding_w - dilation_w * (kernel_w - 1) - 1
-    _require(room_h >= 0 and room_w >= 0, f"input of {height} x {width} is too small for the kernel")
-    size = (batch, room_h // stride_h + 1, room_w // stride_w + 1)
-    points = groups * (kernel_h * kernel_w - remove_center)
-    for name, tensor, last in (("offset", offset, 2 * points), ("mask", mask, points)):
-        _require(
-            tuple(tensor.shape) == (*size, last),
-            f"{name} must be ({', '.join(map(str, (*size, last)))}), got ({', '.join(map(str, tensor.shape))})",
-        )
-    _require(input.dtype in _COMPUTE, "the dtype must be float32, float64, float16 or bfloat16")
-    return size[1:]
-
-
 # The dtype of the sums, and how wide it is, for each dtype of the tensors.
 _COMPUTE = {
     torch.float32: torch.float32,
@@ -795,7 +754,7 @@ def _forward(
         kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups, offset_scale,
         remove_center,
     )  # fmt: skip
-    size = _checked_size(input, offset, mask, *options)
+    size = output_size(input, offset, mask, *options)
     output = input.new_empty((input.shape[0], *size, input.shape[3]))
     if output.numel() == 0:
         return output
@@ -815,13 +774,8 @@ def _backward(
         kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups, offset_scale,
         remove_center,
     )  # fmt: skip
-    size = _checked_size(input, offset, mask, *options)
-    _require(
-        grad_output.shape == (input.shape[0], *size, input.shape[3])
-        and grad_output.dtype == input.dtype
-        and grad_output.device == input.device,
-        "grad_output must have the output's shape, dtype and device",
-    )
+    size = output_size(input, offset, mask, *options)
+    check_grad_output(grad_output, input, size)
     contiguous = {"memory_format": torch.contiguous_format}
     grad_offset = torch.empty_like(offset, **contiguous)
     grad_mask = torch.empty_like(mask, **contiguous)
