@@ -13,5 +13,12 @@
     kernel-builder.lib.genKernelFlakeOutputs {
       inherit self;
       path = ./.;
+
+      pythonCheckInputs =
+        pkgs: with pkgs; [
+          hypothesis
+          numpy
+          safetensors
+        ];
     };
 }

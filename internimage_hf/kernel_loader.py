@@ -165,13 +165,15 @@ def load_variant(folder: Path, device_type: str) -> ModuleType:
     Not `kernels.get_local_kernel`: that is an extra, and refuses a CPU variant where torch was built for CUDA.
 
     Raises:
-        ValueError: if the variant is for another kind of device.
+        ValueError: if the variant is for another kind of device, or for other GPUs than those here.
         ImportError: if it lacks a function of the kernel; and whatever its own code raises.
     """
     metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
     name, built_for = metadata["id"], metadata["backend"]["type"]
     if {"rocm": "cuda"}.get(built_for, built_for) != device_type:
         raise ValueError(f"it is built for {built_for}, not for {device_type}")
+    if built_for == "cuda":
+        _check_gpus(metadata["backend"].get("archs") or [])
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(
@@ -187,6 +189,25 @@ def load_variant(folder: Path, device_type: str) -> ModuleType:
             del sys.modules[loaded]
         raise
     return module
+
+
+def _check_gpus(architectures: list[str]) -> None:
+    """Of what was compiled for other GPUs, the first launch would fail. Code runs on later minor versions, PTX on all later ones."""
+    if not architectures or not torch.cuda.is_available():
+        return
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        for name in architectures:
+            parsed = re.fullmatch(r"(\d+)\.(\d+)(\+PTX)?", name)
+            if parsed is None:
+                continue
+            built, ptx = (int(parsed[1]), int(parsed[2])), parsed[3]
+            if built <= (major, minor) and (ptx or built[0] == major):
+                break
+        else:
+            raise ValueError(
+                f"it is built for GPUs of the compute capabilities {', '.join(architectures)}, cuda:{device} has {major}.{minor}"
+            )
 
 
 def _check_interface(module: ModuleType) -> None:

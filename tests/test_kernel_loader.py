@@ -44,10 +44,10 @@ def warnings(caplog):
     return lambda: [r.getMessage() for r in caplog.records if r.name == "internimage_hf.kernel_loader"]
 
 
-def variant(folder, backend="cpu", code=FAKE, name=None):
+def variant(folder, backend="cpu", code=FAKE, name=None, **more):
     folder.mkdir(parents=True)
     name = name or f"_dcnv3_{folder.name.replace('-', '_')}_{abs(hash(str(folder)))}"
-    (folder / "metadata.json").write_text(json.dumps({"id": name, "backend": {"type": backend}}))
+    (folder / "metadata.json").write_text(json.dumps({"id": name, "backend": {"type": backend, **more}}))
     (folder / "__init__.py").write_text(code)
     return folder
 
@@ -110,6 +110,34 @@ def test_a_broken_one_does_not_hide_the_next(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/dcnv3={variant(tmp_path / 'bad', code='1/0')}")
     bundled(tmp_path)
     assert (call() == 7).all()
+
+
+@pytest.mark.parametrize(
+    "archs, fits",
+    [
+        (["8.0", "9.0+PTX"], True),
+        (["9.0+PTX"], True),
+        (["8.0+PTX"], True),
+        (["10.2"], True),
+        (["10.0", "12.0+PTX"], True),
+        (["10.4"], False),
+        (["9.0"], False),
+        (["11.0", "12.0+PTX"], False),
+        (None, True),
+    ],
+)
+def test_not_for_these_gpus(tmp_path, monkeypatch, archs, fits):
+    """A GPU of the capability 10.3 beside one of 12.1: code is for later minor versions, PTX for all later ones."""
+    capabilities = [(10, 3)] if archs and "12.0+PTX" not in archs else [(10, 3), (12, 1)] if archs else [(7, 5)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
+    folder = variant(tmp_path / "one", backend="cuda", archs=archs)
+    if fits:
+        assert kernel_loader.load_variant(folder, "cuda").dcnv3
+    else:
+        with pytest.raises(ValueError, match=r"compute capabilities .*, cuda:0 has 10\.3"):
+            kernel_loader.load_variant(folder, "cuda")
 
 
 def test_not_for_this_machine(tmp_path, warnings):

@@ -12,9 +12,20 @@
 #include "../torch-ext/torch_binding.h"
 #include "dcnv3_cpu.h"
 
+#ifdef DCNV3_X86_VARIANTS
+#include <cpuid.h>
+#endif
+
 namespace {
 
 using torch::stable::Tensor;
+
+#ifdef DCNV3_X86_VARIANTS
+bool has_f16c() {  // which clang's __builtin_cpu_supports does not know
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 // The best set of kernels for this machine; DCNV3_CPU_CAPABILITY=baseline|avx2 asks for a lesser one.
 const dcnv3::Kernels& kernels() {
@@ -22,8 +33,8 @@ const dcnv3::Kernels& kernels() {
 #ifdef DCNV3_X86_VARIANTS
     const char* wanted = std::getenv("DCNV3_CPU_CAPABILITY");
     if (wanted == nullptr) wanted = "";
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-        __builtin_cpu_supports("bmi2");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+        has_f16c();
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool baseline = std::strcmp(wanted, "baseline") == 0;

@@ -45,7 +45,7 @@ struct Kernels {
   void (*backward_reduce)(const BackwardArguments&, int64_t begin, int64_t end);
 };
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__)
 #define DCNV3_X86_VARIANTS 1
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;

@@ -5,9 +5,16 @@
 #ifdef DCNV3_X86_VARIANTS
 #include <immintrin.h>
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2,lzcnt,movbe,popcnt"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,lzcnt,movbe,popcnt,prefer-vector-width=256")
+#endif
 #define DCNV3_ISA avx2
 #define DCNV3_VECTOR_BYTES 32
 #define DCNV3_F16C 1
 #include "dcnv3_cpu_kernels.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

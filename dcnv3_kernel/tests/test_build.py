@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -11,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
-pytestmark = pytest.mark.kernels_ci
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,6 +27,52 @@ def test_unknown_architecture_and_backend():
     assert result.returncode != 0 and ("compute capability" in result.stderr or "no nvcc" in result.stderr)
     result = build("--backend", "metal")
     assert result.returncode != 0 and "--backend" in result.stderr
+
+
+def test_what_is_damaged_is_built_again(tmp_path):
+    def triton_build():
+        result = build("--backend", "triton", "--output", tmp_path)
+        assert result.returncode == 0, result.stderr
+        return ["up to date" in line for line in result.stdout.splitlines()]
+
+    assert triton_build() == [False] * 3
+    assert triton_build() == [True] * 3
+    (tmp_path / "torch-rocm" / "triton_kernels.py").unlink()
+    assert triton_build() == [True, False, True]
+    (tmp_path / "torch-xpu" / "layers.py").write_text("raise SystemExit")
+    (tmp_path / "torch-cuda" / "metadata.json").write_text('{"id": "_dcnv3')
+    assert triton_build() == [False, True, False]
+    (tmp_path / "torch-xpu" / "__pycache__").mkdir()
+    (tmp_path / "torch-xpu" / "__pycache__" / "layers.pyc").write_text("")
+    assert triton_build() == [True] * 3
+
+
+def test_the_compiler_is_what_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    result = build("--backend", "cpu", "--output", tmp_path)
+    assert result.returncode == 1 and "CXX is 'no-such-compiler -m64'" in result.stderr
+    monkeypatch.setenv("CXX", "false --an-option")  # the program of that name, which fails
+    result = build("--backend", "cpu", "--output", tmp_path)
+    assert result.returncode == 1 and "\nfalse --an-option -std=c++20 " in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_clang_builds_the_code_of_all_instruction_sets(tmp_path, monkeypatch):
+    if shutil.which("clang++") is None:
+        pytest.skip("no clang++")
+    monkeypatch.setenv("CXX", "clang++")
+    result = build("--backend", "cpu", "--output", tmp_path)
+    assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
+    (library,) = tmp_path.glob("*/*.so")
+    disassembly = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True).stdout
+    assert platform.machine() != "x86_64" or ("%zmm" in disassembly and "vfmadd" in disassembly)
+    monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/dcnv3={tmp_path}")
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "(cpu or instruction_sets) and not compile"]
+    result = subprocess.run(
+        [*command, ROOT / "tests" / "test_dcnv3_kernel.py"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0 and "passed" in result.stdout, result.stdout
 
 
 def test_build_toml_names_every_source():
@@ -66,7 +111,7 @@ def test_cuda_compiles_without_warnings_or_spills(tmp_path):
 
     (folder,) = tmp_path.iterdir()
     metadata = json.loads((folder / "metadata.json").read_text())
-    assert metadata["backend"] == {"type": "cuda"} and re.fullmatch(
+    assert metadata["backend"] == {"type": "cuda", "archs": ["8.0", "9.0", "12.0+PTX"]} and re.fullmatch(
         r"torch-stable-abi211-cu\d+-\w+-linux", folder.name
     )
     (library,) = folder.glob("*.so")

@@ -27,6 +27,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PARITY = (ROOT.parent / "tests" / "fixtures", ROOT.parents[1] / "shared" / "parity")
 
 
+@pytest.fixture(autouse=True)
+def _slow_ones_are_for_us(request):
+    if request.config.option.markexpr == "kernels_ci" and request.node.get_closest_marker("slow"):
+        pytest.skip("too slow for kernel-builder's continuous integration")
+
+
 def load_variant(folder: Path):
     name = json.loads((folder / "metadata.json").read_text())["id"]
     if name not in sys.modules:
@@ -39,7 +45,14 @@ def load_variant(folder: Path):
 
 
 def built(pattern: str) -> Path | None:
-    return next(iter(sorted((ROOT / "build").glob(pattern), reverse=True)), None)
+    """The variant to test: of LOCAL_KERNELS, which kernel-builder's shells and continuous integration set, or built here."""
+    roots = [ROOT / "build"]
+    for entry in filter(None, os.environ.get("LOCAL_KERNELS", "").split(":")):
+        name, _, path = entry.partition("=")
+        if name.strip().endswith("/dcnv3"):
+            roots = [Path(path), Path(path) / "build", Path(path).parent]  # the last one of a variant itself
+    found = (folder for root in roots for folder in sorted(root.glob(pattern), reverse=True))
+    return next((folder for folder in found if (folder / "metadata.json").is_file()), None)
 
 
 # The patterns of the folders, and the device of the tensors. Where there is no GPU, two stand in for one: the CUDA kernels

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_dcnv3_kernel import built, load_variant
+from test_dcnv3_kernel import _slow_ones_are_for_us, built, load_variant  # noqa: F401 (a fixture)
 
 
 pytestmark = pytest.mark.kernels_ci
