@@ -476,7 +476,7 @@ struct FixedPointSums {
     const int largest_exponent = sizeof(C) == 4 ? 129 : 1025;  // products above are not finite
     const int exponent = exponent_of_double(largest[0]) + (softmax ? 1 : exponent_of_double(largest[1]));
     const int wanted = 62 - (exponent < largest_exponent ? exponent : largest_exponent) - bits_of_terms;
-    const int most = sizeof(C) == 4 ? 120 : 1000;
+    const int most = sizeof(C) == 4 ? 126 : 1022;  // 2^-e is a normal number
     return wanted < most ? wanted : most;
   }
   DCNV3_DEVICE C power_of_two(int e) const {

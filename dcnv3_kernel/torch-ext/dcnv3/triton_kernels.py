@@ -834,7 +834,7 @@ def _fixed_exponent(
             return (largest.view(torch.int64) >> 52) - 1022
         return ((largest.float().view(torch.int32) >> 23) - 126).long()
 
-    most_product, most_scale = (1025, 1000) if compute == torch.float64 else (129, 120)
+    most_product, most_scale = (1025, 1022) if compute == torch.float64 else (129, 126)
     product = exponent(grad_output) + (1 if mask is None else exponent(mask))
     return (62 - terms.bit_length() - product.clamp(max=most_product)).clamp(max=most_scale)
 
