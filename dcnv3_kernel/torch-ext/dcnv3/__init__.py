@@ -79,7 +79,7 @@ def dcnv3(
         RuntimeError: if a shape, dtype, device or value does not fit, the message names it; for forward-mode differentiation
             (`torch.func.jvp`), which there is none of.
     """
-    pairs = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+    pairs = (kernel_size, stride, padding, dilation)
     return _call(input, offset, mask, pairs, groups, offset_scale, remove_center, False)
 
 
@@ -97,33 +97,30 @@ def dcnv3_softmax(
     remove_center: bool = False,
 ) -> torch.Tensor:
     """`dcnv3` with a softmax of `mask_logits` over the P points of each group, computed inside."""
-    pairs = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+    pairs = (kernel_size, stride, padding, dilation)
     return _call(input, offset, mask_logits, pairs, groups, offset_scale, remove_center, True)
 
 
 def _call(input, offset, mask, pairs, groups, offset_scale, remove_center, softmax):
-    tensors = {"input": input, "offset": offset, "mask_logits" if softmax else "mask": mask}
-    for name, tensor in tensors.items():
+    compiling = torch.compiler.is_compiling()  # what cannot look for tangents
+    for name, tensor in (("input", input), ("offset", offset), ("mask_logits" if softmax else "mask", mask)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"dcnv3: {name} must be a tensor, got {type(tensor).__name__}")
         check_dtype(name, tensor)
-        # PyTorch has operators' tangents ignored, not refused; its compiler cannot look for them
-        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
+        if not compiling and forward_ad.unpack_dual(tensor).tangent is not None:  # PyTorch would ignore it
             raise RuntimeError(f"dcnv3 has no forward-mode derivative, and {name} has a tangent")
     dtype = input.dtype
     if offset.dtype != dtype or mask.dtype != dtype:
         widest = torch.promote_types(dtype, torch.promote_types(offset.dtype, mask.dtype))
         input, offset, mask = input.to(widest), offset.to(widest), mask.to(widest)
-    numbers = [number for name, value in pairs.items() for number in _pair(name, value)]
-    output = ops.dcnv3_forward(input, offset, mask, *numbers, groups, offset_scale, remove_center, softmax)
+    sizes = []
+    for name, value in zip(("kernel_size", "stride", "padding", "dilation"), pairs, strict=True):
+        pair = (value, value) if isinstance(value, int) else value
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(size, int) for size in pair):
+            raise TypeError(f"dcnv3: {name} must be an int or a (vertical, horizontal) pair of them, got {value!r}")
+        sizes += pair
+    output = ops.dcnv3_forward(input, offset, mask, *sizes, groups, offset_scale, remove_center, softmax)
     return output if output.dtype == dtype else output.to(dtype)
-
-
-def _pair(name, value):
-    pair = value if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(number, int) for number in pair):
-        raise TypeError(f"dcnv3: {name} must be an int or a (vertical, horizontal) pair of them, got {value!r}")
-    return pair
 
 
 from . import layers  # noqa: E402 (it needs the functions)
