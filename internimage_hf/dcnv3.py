@@ -142,7 +142,7 @@ def dcnv3_as_operator() -> Iterator[None]:
 
 def dcnv3_backend_report() -> dict[str, dict[str, str]]:
     """What would compute DCNv3 on each kind of device here, and why: `{"cpu": {"backend": ..., "reason": ...}}`."""
-    choice, source = _chosen_backend(None)
+    choice, source = chosen_backend(None)
     report = {}
     for device_type in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         if choice == "torch":
@@ -159,7 +159,7 @@ def _known(backend: object, name: str) -> str:
     return backend
 
 
-def _chosen_backend(argument: str | None) -> tuple[str, str]:
+def chosen_backend(argument: str | None) -> tuple[str, str]:
     """The backend to use and what chose it."""
     if argument is not None:
         return _known(argument, "backend"), "the argument `backend`"
@@ -179,7 +179,7 @@ def _kernel(device_type: str, backend: str | None, dtypes: tuple[torch.dtype, ..
     Raises:
         RuntimeError: if a kernel was asked for and there is none.
     """
-    choice, _ = _chosen_backend(backend)
+    choice, _ = chosen_backend(backend)
     if choice == "torch":
         return None
     kernel, reason = get_dcnv3_kernel(device_type)

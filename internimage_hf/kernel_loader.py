@@ -5,6 +5,8 @@ Looked for, the first that works: `LOCAL_KERNELS`, a compiled variant that came 
 checkout (`make kernel`), the Hub (through the `kernels` library, if it is installed), and last the Triton variant.
 """
 
+import base64
+import hashlib
 import importlib.util
 import json
 import os
@@ -52,7 +54,7 @@ def offer_kernel_layer(layer_name: str, device_type: str) -> None:
 
     Where there is no kernel, and where the user told it another (`kernels.register_kernel_mapping`), nothing changes.
     """
-    if importlib.util.find_spec("kernels") is None:
+    if not _has_kernels_library():
         return
     from kernels import register_kernel_mapping
     from kernels.layer.globals import _KERNEL_MAPPING  # there is no public way to ask
@@ -81,7 +83,10 @@ def _find(device_type: str) -> tuple[ModuleType | None, str]:
     for what, load in _candidates(device_type):
         try:
             return load(), what
-        except Exception as error:  # a kernel is code from elsewhere: whatever it raises, the model must run
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # a kernel is code from elsewhere: whatever it raises, the model must run
             problems.append(f"{what}: {type(error).__name__}: {_first_line(error)}")
     if not problems:
         problems.append(
@@ -93,18 +98,23 @@ def _find(device_type: str) -> tuple[ModuleType | None, str]:
     return None, reason
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
 def _candidates(device_type: str) -> Iterator[tuple[str, Callable[[], ModuleType]]]:
     """What to try, in order: a description and what loads it."""
-    if (local := _local_kernels_path()) is not None:
-        folders = [local] if (local / "metadata.json").is_file() else find_variants(local, device_type)
+    if (path := _local_kernels_path()) is not None:
+        try:
+            local = Path(path).expanduser()
+            folders = [local] if (local / "metadata.json").is_file() else find_variants(local, device_type)
+            problem = FileNotFoundError(f"no variant for {device_type} in it")
+        except (OSError, RuntimeError) as error:  # a path that cannot be, the home of nobody
+            folders, problem = [], error
         for folder in folders:
             yield f"LOCAL_KERNELS, {folder}", lambda folder=folder: load_variant(folder, device_type)
         if not folders:
-            yield f"LOCAL_KERNELS, {local}", lambda: _fail(f"no variant for {device_type} in it")
+            yield f"LOCAL_KERNELS, {path}", lambda: _fail(problem)
 
     bundled = [_HERE / "_kernels"]
     if (_HERE.parent / "dcnv3_kernel" / "build.py").is_file():
@@ -114,27 +124,34 @@ def _candidates(device_type: str) -> Iterator[tuple[str, Callable[[], ModuleType
     for folder in compiled:
         yield str(folder), lambda folder=folder: load_variant(folder, device_type)
 
-    if importlib.util.find_spec("kernels") is not None and not _offline():
-        yield f"{HUB_REPOSITORY} on the Hub, version {HUB_VERSION}", _load_from_hub
+    if _has_kernels_library() and not _offline():
+        yield f"{HUB_REPOSITORY} on the Hub, version {HUB_VERSION}", lambda: _load_from_hub(device_type)
     for folder in ours:
         if folder not in compiled:
             yield str(folder), lambda folder=folder: load_variant(folder, device_type)
 
 
-def _fail(message: str) -> ModuleType:
-    raise FileNotFoundError(message)
+def _fail(problem: Exception) -> ModuleType:
+    raise problem
+
+
+def _has_kernels_library() -> bool:
+    try:
+        return importlib.util.find_spec("kernels") is not None
+    except ValueError:  # something that was put in its place
+        return False
 
 
 def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _local_kernels_path() -> Path | None:
+def _local_kernels_path() -> str | None:
     """The entry of `LOCAL_KERNELS` ("owner/name=path:...") for a kernel named dcnv3."""
     for entry in os.environ.get("LOCAL_KERNELS", "").split(":"):
         name, _, path = entry.partition("=")
         if path and name.strip().split("/")[-1] == "dcnv3":
-            return Path(path.strip()).expanduser()
+            return path.strip()
     return None
 
 
@@ -145,14 +162,15 @@ def find_variants(root: Path, device_type: str) -> list[Path]:
     machine, system = platform.machine().lower(), platform.system().lower()
     torch_version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
     compiled = []
-    for folder in root.glob(f"torch-stable-abi*-*-{machine}-{system}"):
-        abi, compute = re.fullmatch(r"torch-stable-abi(\d+)-(\w+)-.*", folder.name).groups()
-        if (int(abi[0]), int(abi[1:])) > torch_version:
-            continue
-        cuda_major = (torch.version.cuda or "").split(".")[0]
-        if (device_type == "cpu" and compute == "cpu") or (
-            device_type == "cuda" and cuda_major and re.fullmatch(rf"cu{cuda_major}\d", compute)
-        ):
+    if device_type == "cuda" and torch.version.cuda:
+        compute = rf"cu{torch.version.cuda.split('.')[0]}\d"  # any minor version
+    elif device_type == "cuda" and torch.version.hip:
+        compute = "rocm" + "".join(torch.version.hip.split(".")[:2])
+    else:
+        compute = re.escape(device_type)
+    for folder in root.glob(f"torch-stable-abi*-{machine}-{system}"):
+        name = re.fullmatch(rf"torch-stable-abi(\d)(\d+)-{compute}-{machine}-{system}", folder.name)
+        if name is not None and (int(name[1]), int(name[2])) <= torch_version:
             compiled.append(folder)
     noarch = {"cuda": "torch-rocm" if torch.version.hip else "torch-cuda", "xpu": "torch-xpu"}.get(device_type)
     triton = [root / noarch] if noarch and (root / noarch).is_dir() else []
@@ -165,17 +183,17 @@ def load_variant(folder: Path, device_type: str) -> ModuleType:
     Not `kernels.get_local_kernel`: that is an extra, and refuses a CPU variant where torch was built for CUDA.
 
     Raises:
-        ValueError: if the variant is for another kind of device, or for other GPUs than those here.
+        ValueError: if the variant is for another kind of device or other GPUs than those here, or not as it was built.
         ImportError: if it lacks a function of the kernel; and whatever its own code raises.
     """
-    metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-    name, built_for = metadata["id"], metadata["backend"]["type"]
-    if {"rocm": "cuda"}.get(built_for, built_for) != device_type:
-        raise ValueError(f"it is built for {built_for}, not for {device_type}")
-    if built_for == "cuda":
-        _check_gpus(metadata["backend"].get("archs") or [])
+    metadata = _metadata_for(folder, device_type)
+    name = metadata["id"]
     if name in sys.modules:
+        _check_interface(sys.modules[name])
         return sys.modules[name]
+    if hasattr(getattr(torch.ops, name), "dcnv3_forward"):  # to register operators twice ends the process
+        raise ImportError(f"the operators of {name} are there already, of a copy that could not be loaded")
+    _check_files(folder, metadata.get("digest") or {})
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -189,6 +207,26 @@ def load_variant(folder: Path, device_type: str) -> ModuleType:
             del sys.modules[loaded]
         raise
     return module
+
+
+def _metadata_for(folder: Path, device_type: str) -> dict:
+    """A variant's metadata, if it is one for this kind of device."""
+    metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    built_for = metadata["backend"]["type"]
+    if {"rocm": "cuda"}.get(built_for, built_for) != device_type:
+        raise ValueError(f"it is built for {built_for}, not for {device_type}")
+    if built_for == "cuda":
+        _check_gpus(metadata["backend"].get("archs") or [])
+    return metadata
+
+
+def _check_files(folder: Path, digest: dict) -> None:
+    """Of a library that was cut short, the dynamic linker ends the process."""
+    if digest.get("algorithm") != "sha256":
+        return
+    for name, expected in digest["files"].items():
+        if base64.b64encode(hashlib.sha256((folder / name).read_bytes()).digest()).decode() != expected:
+            raise ValueError(f"its {name} is not the one that was built: damaged, or changed since")
 
 
 def _check_gpus(architectures: list[str]) -> None:
@@ -216,8 +254,11 @@ def _check_interface(module: ModuleType) -> None:
             raise ImportError(f"it has no function {function}")
 
 
-def _load_from_hub() -> ModuleType:
+def _load_from_hub(device_type: str) -> ModuleType:
     """Asks the Hub, for so long and no longer; what a slow download leaves in the cache serves the next process."""
+    # by itself `kernels` takes the variant for the devices that torch was built for, which the tensors may not be on
+    for_others = torch.version.cuda or torch.version.hip or torch.version.xpu
+    options = {"backend": "cpu"} if device_type == "cpu" and for_others else {}
     result: list[ModuleType] = []
     problem: list[Exception] = []
 
@@ -225,7 +266,7 @@ def _load_from_hub() -> ModuleType:
         try:
             from kernels import get_kernel
 
-            result.append(get_kernel(HUB_REPOSITORY, version=HUB_VERSION))
+            result.append(get_kernel(HUB_REPOSITORY, version=HUB_VERSION, **options))
         except Exception as error:
             problem.append(error)
 
@@ -237,4 +278,6 @@ def _load_from_hub() -> ModuleType:
     if not result:
         raise TimeoutError(f"no answer within {_HUB_SECONDS:g} s")
     _check_interface(result[0])
+    if file := getattr(result[0], "__file__", None):
+        _metadata_for(Path(file).parent, device_type)
     return result[0]

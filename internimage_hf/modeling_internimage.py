@@ -31,7 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .checkpoint import OfficialNames
 from .configuration_internimage import InternImageConfig
-from .dcnv3 import dcnv3_softmax
+from .dcnv3 import chosen_backend, dcnv3_softmax
 from .kernel_loader import offer_kernel_layer
 
 
@@ -452,7 +452,7 @@ class InternImagePreTrainedModel(PreTrainedModel):
         )
 
     def set_use_kernels(self, use_kernels: bool, *args, **kwargs) -> None:
-        if use_kernels:
+        if use_kernels and chosen_backend(None)[0] != "torch":
             offer_kernel_layer("DCNv3", self.device.type)
         super().set_use_kernels(use_kernels, *args, **kwargs)
 

@@ -92,6 +92,7 @@ def bundled_name(tmp_path):
         ("import nothing_of_this_name", "nothing_of_this_name"),
         ("x = 1", "no function dcnv3"),
         ("def (", "SyntaxError"),
+        ("raise SystemExit(3)", "SystemExit"),
     ],
 )
 def test_a_broken_kernel_is_one_warning(tmp_path, warnings, code, complaint):
@@ -110,6 +111,56 @@ def test_a_broken_one_does_not_hide_the_next(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/dcnv3={variant(tmp_path / 'bad', code='1/0')}")
     bundled(tmp_path)
     assert (call() == 7).all()
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "~nobody-of-this-name/x", "/" + "a" * 300, "", "not-a-folder"])
+def test_a_path_that_cannot_be(tmp_path, monkeypatch, warnings, path):
+    (tmp_path / "not-a-folder").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/dcnv3={path}")
+    assert call().isfinite().all()
+    (message,) = warnings()
+    assert not path or f"LOCAL_KERNELS, {path}: " in message
+    kernel_loader.forget_kernels()
+    bundled(tmp_path)
+    assert (call() == 7).all()
+
+
+def test_folders_whose_names_are_no_variants(tmp_path):
+    machine = f"{platform.machine().lower()}-{platform.system().lower()}"
+    for name in ("abi2.11-cpu", "abi2-cpu", "abi-cpu", "abi211-cpu-x"):
+        variant(tmp_path / "package" / "_kernels" / f"torch-stable-{name}-{machine}", code="1/0")
+    folder = bundled(tmp_path)
+    assert kernel_loader.find_variants(folder.parent, "cpu") == [folder]
+
+
+@pytest.mark.parametrize(
+    "cuda, hip, device_type, expected",
+    [
+        ("12.8", None, "cuda", ["cu129", "cu126", "torch-cuda"]),
+        ("13.0", None, "cuda", ["cu130", "torch-cuda"]),
+        (None, "7.1.25424", "cuda", ["rocm71", "torch-rocm"]),
+        (None, "6.4.1", "cuda", ["torch-rocm"]),
+        (None, None, "xpu", ["torch-xpu"]),
+        ("13.0", None, "cpu", ["cpu"]),
+    ],
+)
+def test_variants_for_what_torch_was_built_for(tmp_path, monkeypatch, cuda, hip, device_type, expected):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    machine = f"{platform.machine().lower()}-{platform.system().lower()}"
+    for compute in ("cu126", "cu129", "cu130", "rocm70", "rocm71", "cpu"):
+        (tmp_path / "build" / f"torch-stable-abi211-{compute}-{machine}").mkdir(parents=True)
+    for name in ("torch-cuda", "torch-rocm", "torch-xpu"):
+        (tmp_path / "build" / name).mkdir()
+    found = [folder.name for folder in kernel_loader.find_variants(tmp_path, device_type)]
+    assert [name.removeprefix("torch-stable-abi211-").removesuffix(f"-{machine}") for name in found] == expected
+
+
+def test_a_name_that_something_else_has(tmp_path, warnings):
+    bundled(tmp_path, name="json")
+    assert call().isfinite().all()
+    assert "no function dcnv3" in warnings()[0] and json.loads("1") == 1
 
 
 @pytest.mark.parametrize(
@@ -163,6 +214,46 @@ def test_a_shared_library_that_is_none(tmp_path, warnings):
     assert len(warnings()) == 1
 
 
+@pytest.mark.parametrize("damage", ["cut short", "zeros", "gone", "changed", "fails late"])
+def test_a_damaged_copy_does_not_end_the_process(tmp_path, damage):
+    """Nor does the undamaged build of the same name after it, whose operators must not be registered twice."""
+    built = next((ROOT / "dcnv3_kernel" / "build").glob("torch-stable-abi*-cpu-*"), None)
+    if built is None:
+        pytest.skip("no kernel was built: `make kernel`")
+    folder = tmp_path / built.name
+    shutil.copytree(built, folder)
+    (library,) = folder.glob("*.so")
+    content = library.read_bytes()
+    if damage == "cut short":
+        library.write_bytes(content[: len(content) // 2])
+    elif damage == "zeros":
+        library.write_bytes(content[: len(content) // 4] + bytes(len(content) // 2) + content[-len(content) // 4 :])
+    elif damage == "gone":
+        library.unlink()
+    elif damage == "changed":
+        (folder / "layers.py").write_text("raise SystemExit(3)")
+    else:  # as built, but for something that this machine lacks
+        (folder / "layers.py").write_text("import nothing_of_this_name")
+        metadata = json.loads((folder / "metadata.json").read_text())
+        del metadata["digest"]
+        (folder / "metadata.json").write_text(json.dumps(metadata))
+    program = """
+        import json, sys, torch
+        from internimage_hf import dcnv3_backend_report, kernel_loader
+        from internimage_hf.dcnv3 import dcnv3
+        tensors = [torch.randn(1, 4, 4, c) for c in (8, 18, 9)]
+        for here in (kernel_loader.Path(sys.argv[1]) / "nothing", kernel_loader._HERE):
+            kernel_loader._HERE = here
+            kernel_loader.forget_kernels()
+            torch.testing.assert_close(dcnv3(*tensors, groups=1), dcnv3(*tensors, groups=1, backend="torch"))
+            print(json.dumps(dcnv3_backend_report()["cpu"]))
+    """
+    output = run_python(program, tmp_path, LOCAL_KERNELS=f"kernels-community/dcnv3={folder}", HF_HUB_OFFLINE="1")
+    alone, with_ours = map(json.loads, output.splitlines())
+    assert alone["backend"] == "torch" and "LOCAL_KERNELS" in alone["reason"]
+    assert with_ours["backend"] == ("torch" if damage == "fails late" else "kernel"), with_ours
+
+
 def hub(monkeypatch, get_kernel):
     """`kernels` with another way to the Hub."""
     module = types.ModuleType("kernels")
@@ -183,6 +274,26 @@ def test_the_hub_is_asked_for_a_pinned_version_of_a_trusted_publisher(monkeypatc
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert (call() == 7).all() and (call() == 7).all()
     assert asked == [("kernels-community/dcnv3", {"version": 1})]  # and no trust_remote_code
+
+
+def test_tensors_on_a_cpu_get_no_kernel_for_gpus(tmp_path, monkeypatch, warnings):
+    """`kernels` by itself takes what torch was built for."""
+    folder = variant(tmp_path / "from_the_hub", backend="cuda")
+
+    def get_kernel(repository, *, version, backend=None):
+        assert (repository, version, backend) == ("kernels-community/dcnv3", 1, "cpu")
+        kernel = types.ModuleType("kernel")
+        kernel.__file__ = str(folder / "__init__.py")
+        exec(FAKE, kernel.__dict__)
+        return kernel
+
+    hub(monkeypatch, get_kernel)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert not (call() == 7).any() and "built for cuda, not for cpu" in warnings()[0]
+    kernel_loader.forget_kernels()
+    folder = variant(tmp_path / "for_cpus")
+    assert (call() == 7).all()
 
 
 def test_offline_and_torch_ask_nobody(monkeypatch):
@@ -308,12 +419,14 @@ def test_use_kernels_needs_no_registration(real_kernel, tmp_path):
         import warnings
         import torch
         from kernels import register_kernel_mapping
-        from internimage_hf import InternImageForImageClassification
+        from internimage_hf import InternImageForImageClassification, use_dcnv3_backend
 
         def load():
             model = InternImageForImageClassification.from_pretrained("model", use_kernels=True)
             return model, model.internimage.encoder.stages[0].layers[0].dcn.sampling.forward.__func__.__globals__
 
+        with use_dcnv3_backend("torch"):
+            print(load()[1]["__name__"])
         warnings.simplefilter("error")
         model, where = load()
         print(where["__file__"].endswith("layers.py") and "dcnv3_kernel" in where["__file__"])
@@ -331,7 +444,7 @@ def test_use_kernels_needs_no_registration(real_kernel, tmp_path):
         register_kernel_mapping({"DCNv3": {"cpu": Layer()}})
         print(load()[1]["__name__"])
     """
-    assert run_python(program, cwd=tmp_path) == "True\n1\n__main__\n"
+    assert run_python(program, cwd=tmp_path) == "internimage_hf.modeling_internimage\nTrue\n1\n__main__\n"
 
 
 def test_a_copied_build_is_the_same_kernel(real_kernel, tmp_path, monkeypatch):
