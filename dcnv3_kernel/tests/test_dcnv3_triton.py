@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_dcnv3_kernel import _slow_ones_are_for_us, built, load_variant  # noqa: F401 (a fixture)
+from test_dcnv3_kernel import BAD_INPUT, _slow_ones_are_for_us, bad_call, built, load_variant  # noqa: F401 (a fixture)
 
 
 pytestmark = pytest.mark.kernels_ci
@@ -335,28 +335,15 @@ def test_the_checks_are_those_of_the_compiled_kernels(kernels):
     """Word for word."""
     if (cpu := built("torch-stable-abi*-cpu-*")) is None:
         pytest.skip("no cpu variant was built: run dcnv3_kernel/build.py")
-    compiled = load_variant(cpu)
-    ours = load_variant(built("torch-cuda"))
-    right = {"input": (1, 5, 5, 16), "offset": (1, 5, 5, 18), "mask": (1, 5, 5, 9)}
-    for change in (
-        {"offset": (1, 5, 5, 17)}, {"mask": (2, 5, 4, 9)}, {"input": (5, 5, 16)}, {"groups": 3}, {"groups": 0},
-        {"kernel_size": 7, "padding": 0}, {"stride": 0}, {"dilation": (1, 0)}, {"padding": -1}, {"input": (1, 0, 5, 16)},
-        {"offset_scale": float("inf")}, {"offset_scale": float("nan")}, {"kernel_size": 2, "remove_center": True},
-        {"kernel_size": (3, 5), "remove_center": True}, {"input": (1, 5, 5, 0)},
-    ):  # fmt: skip
-        tensors = [torch.zeros(change.get(name, shape)) for name, shape in right.items()]
-        options = {"groups": 1, **{k: v for k, v in change.items() if k not in right}}
-        with pytest.raises(RuntimeError) as wanted:
-            compiled.dcnv3(*tensors, **options)
-        pairs = [
-            options.pop(name, default)
-            for name, default in (("kernel_size", 3), ("stride", 1), ("padding", 1), ("dilation", 1))
-        ]
-        numbers = [n for pair in pairs for n in (pair if isinstance(pair, tuple) else (pair, pair))]
-        more = (options["groups"], options.get("offset_scale", 1.0), options.get("remove_center", False))
-        with pytest.raises(RuntimeError) as actual:
-            kernels._checked_size(*tensors, *numbers, *more)
-        assert str(wanted.value).splitlines()[0].endswith(str(actual.value)), change
+    compiled, ours = load_variant(cpu), load_variant(built("torch-cuda"))
+    words = re.compile(r"dcnv3: [^\n]*")
+    for change, _ in BAD_INPUT:
+        said = []
+        for kernel, device in ((compiled, "cpu"), (ours, "meta")):
+            with pytest.raises(RuntimeError) as error:
+                bad_call(kernel.dcnv3, change, device)
+            said.append(words.search(str(error.value))[0])
+        assert said[0] == said[1], change
     for name in ("dcnv3_forward", "dcnv3_backward"):
         schemas = [str(getattr(module.ops, name).default._schema).split("::")[1] for module in (ours, compiled)]
         assert schemas[0] == schemas[1]
