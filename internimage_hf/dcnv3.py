@@ -196,6 +196,12 @@ _kernels_while_compiling: dict[str, ModuleType] = {}
 
 
 @torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    # itself, torch.compiler.is_exporting is always true for what torch 2.11 compiles
+    return torch.compiler.is_exporting()
+
+
+@torch.compiler.assume_constant_result
 def _has_kernel_while_compiling(device_type: str, backend: str | None, dtypes: tuple[torch.dtype, ...]) -> bool:
     kernel = _kernel(device_type, backend, dtypes)
     if kernel is not None:
@@ -226,10 +232,10 @@ def _call(
     # Compilers cannot look into ContextVars and the environment: what they say while compiling holds. Exporters want
     # standard operators alone, if not told otherwise, and so do tensors without data, those that only look like tensors,
     # and the transforms of torch.func.
-    if _as_operator_in_export and torch.compiler.is_exporting():
+    if _as_operator_in_export and _is_exporting():
         return dcnv3_cpu_compiled(input, offset, mask, geometry, softmax)
     dtypes = (input.dtype, offset.dtype, mask.dtype)
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not _is_exporting():
         if _has_kernel_while_compiling(input.device.type, backend, dtypes):
             return _call_kernel(_kernels_while_compiling[input.device.type], input, offset, mask, geometry, softmax)
         if input.device.type == "cpu":

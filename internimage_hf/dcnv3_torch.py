@@ -29,7 +29,7 @@ class Geometry(NamedTuple):
 
     @property
     def points(self) -> int:
-        return self.kernel_size[0] * self.kernel_size[1] - self.remove_center
+        return self.kernel_size[0] * self.kernel_size[1] - int(self.remove_center)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         return tuple(

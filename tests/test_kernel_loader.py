@@ -271,6 +271,7 @@ def test_the_hub_is_asked_for_a_pinned_version_of_a_trusted_publisher(monkeypatc
         return kernel
 
     hub(monkeypatch, get_kernel)
+    monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert (call() == 7).all() and (call() == 7).all()
     assert asked == [("kernels-community/dcnv3", {"version": 1})]  # and no trust_remote_code

@@ -10,15 +10,13 @@ from ._ops import add_op_namespace_prefix, ops
 # ------------------------------------------------------------------------------------------------ registration
 
 
-@torch.library.register_fake(add_op_namespace_prefix("dcnv3_forward"))
-def _(input, offset, mask, *options):
+def _fake_forward(input, offset, mask, *options):
     *hyper_parameters, _softmax = options
     output_size(input, offset, mask, *hyper_parameters)
     return input.new_empty(*offset.shape[:3], input.shape[3])
 
 
-@torch.library.register_fake(add_op_namespace_prefix("dcnv3_backward"))
-def _(grad_output, input, offset, mask, *options):
+def _fake_backward(grad_output, input, offset, mask, *options):
     *hyper_parameters, _softmax, _deterministic = options
     check_grad_output(grad_output, input, output_size(input, offset, mask, *hyper_parameters))
     return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (input, offset, mask))
@@ -39,8 +37,15 @@ def _double_backward(ctx, *grads):
     raise RuntimeError("dcnv3 cannot be differentiated twice")
 
 
-torch.library.register_autograd(add_op_namespace_prefix("dcnv3_forward"), _backward, setup_context=_save_for_backward)
-torch.library.register_autograd(add_op_namespace_prefix("dcnv3_backward"), _double_backward)
+# Once for these operators, also if this is imported twice: by `kernels`, and by somebody else under another name.
+if not getattr(ops, "python_side_is_registered", False):
+    torch.library.register_fake(add_op_namespace_prefix("dcnv3_forward"), _fake_forward)
+    torch.library.register_fake(add_op_namespace_prefix("dcnv3_backward"), _fake_backward)
+    torch.library.register_autograd(
+        add_op_namespace_prefix("dcnv3_forward"), _backward, setup_context=_save_for_backward
+    )
+    torch.library.register_autograd(add_op_namespace_prefix("dcnv3_backward"), _double_backward)
+    ops.python_side_is_registered = True
 
 
 # --------------------------------------------------------------------------------------------------- functions

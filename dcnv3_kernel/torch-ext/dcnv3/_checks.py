@@ -90,7 +90,7 @@ def output_size(
             ),
         )
     size = (room_h // stride_h + 1, room_w // stride_w + 1)
-    points = groups * (kernel_h * kernel_w - remove_center)
+    points = groups * (kernel_h * kernel_w - int(remove_center))
     _check_shape("offset", offset, (batch, *size, 2 * points))
     _check_shape("mask", mask, (batch, *size, points))
     return size
