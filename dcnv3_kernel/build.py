@@ -199,6 +199,8 @@ def compile_library(
         host_flags.append("-march=x86-64-v2")
     if backend == "emulation":
         host_flags += ["-DDCNV3_EMULATION", f"-I{ROOT / 'tests/emulation'}", "-Wno-unknown-pragmas"]
+        # A GPU faults where an address is not aligned for its type, and so shall this: with an illegal instruction.
+        host_flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 
     def command(source: str) -> list[str]:
         if not source.endswith(".cu"):

@@ -329,13 +329,15 @@ struct Shared {
   Four<Index>* corners;
   Fractions<C>* fractions;  // backward
 
-  static constexpr int bytes(bool backward) {
-    return static_cast<int>(sizeof(Four<C>) + sizeof(Four<Index>) + (backward ? sizeof(Fractions<C>) : 0));
+  // Of a warp, for so many points of all its units.
+  static constexpr int64_t bytes(int64_t count, bool backward) {
+    const int64_t point = sizeof(Four<C>) + sizeof(Four<Index>) + (backward ? sizeof(Fractions<C>) : 0);
+    return (count * point + 15) / 16 * 16;  // the next warp's are aligned too
   }
   // The memory of this lane's unit: of point i at [i * units].
   DCNV3_DEVICE Shared(int lanes, int points, bool backward) {
     const int units = 32 / lanes, count = points * units, unit = static_cast<int>(thread_number()) % 32 / lanes;
-    char* memory = static_cast<char*>(shared_memory()) + static_cast<int>(thread_number() / 32) * (count * bytes(backward));
+    char* memory = static_cast<char*>(shared_memory()) + static_cast<int>(thread_number() / 32) * static_cast<int>(bytes(count, backward));
     weights = reinterpret_cast<Four<C>*>(memory) + unit;
     corners = reinterpret_cast<Four<Index>*>(memory + count * sizeof(Four<C>)) + unit;
     fractions = reinterpret_cast<Fractions<C>*>(memory + count * (sizeof(Four<C>) + sizeof(Four<Index>))) + unit;
@@ -690,9 +692,11 @@ Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int mult
   if (q.lanes > 32) q.lanes = 32;
 
   // A warp's shared memory holds the points of its units.
-  const int64_t point_size = plan.wide ? Shared<C, int64_t>::bytes(backward) : Shared<C, int32_t>::bytes(backward);
   int warps = 8;
-  const auto shared = [&] { return warps * (32 / q.lanes) * s.points * point_size; };
+  const auto shared = [&] {
+    const int64_t count = s.points * (32 / q.lanes);
+    return warps * (plan.wide ? Shared<C, int64_t>::bytes(count, backward) : Shared<C, int32_t>::bytes(count, backward));
+  };
   while (warps > 1 && shared() > shared_limit) warps /= 2;
   while (q.lanes < 32 && shared() > shared_limit) q.lanes *= 2;
   if (shared() > shared_limit) {

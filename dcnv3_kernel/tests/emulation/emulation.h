@@ -1,7 +1,8 @@
 // Runs the GPU kernels on a CPU, lane by lane, so that their arithmetic and their exchange between lanes can be tested where
 // there is no GPU: it replaces what dcnv3_platform.h offers on one. The lanes of a warp are fibers that take turns at every
-// exchange; warps and blocks run one after another. It says nothing of speed, of memory ordering beyond a warp's exchanges,
-// and of what a compiler for GPUs does.
+// exchange, forwards and backwards, so that one that relies on what another has not yet been waited for goes wrong; warps and
+// blocks run one after another. It says nothing of speed, of memory ordering beyond a warp's exchanges, and of what a compiler
+// for GPUs does.
 
 #pragma once
 
@@ -92,8 +93,12 @@ inline void run_warp() {
     lane.exchanges = 0;
     makecontext(&lane.start, lane_main, 0);
   }
-  for (bool first = true; !s.lanes[0].finished; first = false) {
-    for (s.lane = 0; s.lane < 32; ++s.lane) resume(first);
+  for (int turn = 0; !s.lanes[0].finished; ++turn) {
+    const bool backwards = (static_cast<unsigned>(turn) + s.warp + s.block_number) % 2 != 0;
+    for (int i = 0; i < 32; ++i) {
+      s.lane = backwards ? 31 - i : i;
+      resume(turn == 0);
+    }
     for (const Lane& lane : s.lanes) {
       if (lane.finished != s.lanes[0].finished || lane.exchanges != s.lanes[0].exchanges) {
         fail("the lanes of a warp do not come to the same exchanges");
