@@ -13,18 +13,27 @@ const char* launch_backward(
         is_aligned(offset, 2 * sizeof(T)) && is_aligned(grad_offset, 2 * sizeof(T));
     const auto plan = plan_call<T>(shape, true, aligned, device.multiprocessors);
     if (plan.error != nullptr) return plan.error;
-    const auto launch = [&](auto kernel, auto destination) {
-      DCNV3_LAUNCH(
-          kernel, plan.grid, plan.block, plan.shared_bytes, device.stream, plan.problem,
-          static_cast<const T*>(grad_output), static_cast<const T*>(input), static_cast<const T*>(offset),
-          static_cast<const T*>(mask), destination, static_cast<T*>(grad_offset), static_cast<T*>(grad_mask));
+    const auto launch = [&](auto destination) {
+      typedef decltype(destination) S;
+      const auto launch_kernel = [&](auto kernel) {
+        DCNV3_LAUNCH(
+            kernel, plan.grid, plan.block, plan.shared_bytes, device.stream, plan.problem,
+            static_cast<const T*>(grad_output), static_cast<const T*>(input), static_cast<const T*>(offset),
+            static_cast<const T*>(mask), destination, static_cast<T*>(grad_offset), static_cast<T*>(grad_mask));
+      };
+      if constexpr (sizeof(T) < 8) {
+        if (plan.windows) {
+          return with_main_shape(plan.problem, [&](auto channels, auto points) {
+            launch_kernel(window_backward_kernel<T, channels.value, points.value, S>);
+          });
+        }
+      }
+      with_vector<16 / sizeof(C)>(plan, [&](auto vector, auto index) {
+        launch_kernel(backward_kernel<T, vector.value, decltype(index), S>);
+      });
     };
     if (!fixed_point) {
-      const FloatingSums<C> destination{static_cast<C*>(sums.floating)};
-      with_kernel<T, true>(plan, [&](auto vector, auto lanes, auto points, auto index) {
-        launch(
-            backward_kernel<T, vector.value, lanes.value, points.value, decltype(index), FloatingSums<C>>, destination);
-      });
+      launch(FloatingSums<C>{static_cast<C*>(sums.floating)});
       return launch_error();
     }
 
@@ -45,10 +54,7 @@ const char* launch_backward(
       DCNV3_LAUNCH(
           largest_kernel<T>, blocks(count), 256u, 0u, device.stream, static_cast<const T*>(mask), count, largest + 1);
     }
-    with_kernel<T, false>(plan, [&](auto vector, auto lanes, auto points, auto index) {
-      launch(
-          backward_kernel<T, vector.value, lanes.value, points.value, decltype(index), FixedPointSums<C>>, destination);
-    });
+    launch(destination);
     const int64_t count = shape.batch * shape.height * shape.width * shape.channels;
     DCNV3_LAUNCH(
         fixed_point_to_floating_kernel<T>, blocks(count), 256u, 0u, device.stream, destination, count,

@@ -9,12 +9,24 @@ const char* launch_forward(
     const bool aligned = is_aligned(input) && is_aligned(output) && is_aligned(offset, 2 * sizeof(T));
     const auto plan = plan_call<T>(shape, false, aligned, device.multiprocessors);
     if (plan.error != nullptr) return plan.error;
-    with_kernel<T, true>(plan, [&](auto vector, auto lanes, auto points, auto index) {
+    const auto launch = [&](auto kernel) {
       DCNV3_LAUNCH(
-          (forward_kernel<T, vector.value, lanes.value, points.value, decltype(index)>), plan.grid, plan.block,
-          plan.shared_bytes, device.stream, plan.problem, static_cast<const T*>(input), static_cast<const T*>(offset),
-          static_cast<const T*>(mask), static_cast<T*>(output));
-    });
+          kernel, plan.grid, plan.block, plan.shared_bytes, device.stream, plan.problem, static_cast<const T*>(input),
+          static_cast<const T*>(offset), static_cast<const T*>(mask), static_cast<T*>(output));
+    };
+    constexpr int full = 16 / sizeof(T);
+    const auto& q = plan.problem;
+    if constexpr (sizeof(T) < 8) {
+      if (plan.vector == full && plan.small_kernel && (q.group_channels == 16 || q.group_channels == 32) &&
+          q.lanes * full == q.group_channels) {
+        with_main_shape(q, [&](auto channels, auto points) {
+          launch(forward_kernel<T, full, channels.value / full, points.value, int32_t>);
+        });
+        return launch_error();
+      }
+    }
+    with_vector<full>(
+        plan, [&](auto vector, auto index) { launch(forward_kernel<T, vector.value, 0, 0, decltype(index)>); });
     return launch_error();
   });
 }

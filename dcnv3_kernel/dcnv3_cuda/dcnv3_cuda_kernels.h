@@ -10,6 +10,10 @@
 //
 // A corner outside the image is neither read nor added to: it has no number. A warp all of whose corners lie inside, as in the
 // middle of an image, does not ask.
+//
+// Backward, additions to the gradient of the input in global memory are what takes the time: 4 * P rows a unit, and most meet
+// at the same pixels. Where the points are close together (3 x 3, neither stride nor dilation) a worker therefore takes all
+// units of one group in a tile, and adds them up in shared memory first: see `window_backward_kernel`.
 
 #pragma once
 
@@ -56,6 +60,8 @@ struct Problem {
   int64_t tiles;
   Divisor by_tiles_per_image, by_tiles_x, by_groups;
   int tiles_x, tiles_per_image, tile_width_log2, tile_height_log2;
+  Divisor by_tile_width;  // of a window, as the next two
+  int tile_width, tile_height;
   int lanes, points;
   int height, width, height_out, width_out, channels, groups, group_channels;
   int kernel_h, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
@@ -76,37 +82,59 @@ DCNV3_DEVICE void narrow(double value, double* to) { *to = value; }
 DCNV3_DEVICE void narrow(float value, Half* to) { to->bits = half_of_float(value); }
 DCNV3_DEVICE void narrow(float value, BFloat16* to) { to->bits = bfloat16_of_float(value); }
 
-DCNV3_DEVICE void unpack(const uint32_t (&words)[4], const float*, float* to) {
+template <int N>
+DCNV3_DEVICE void unpack(const uint32_t (&words)[N], const float*, float* to) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) to[i] = float_of_bits(words[i]);
+  for (int i = 0; i < N; ++i) to[i] = float_of_bits(words[i]);
 }
-DCNV3_DEVICE void unpack(const uint32_t (&words)[4], const double*, double* to) {
-  to[0] = double_of_bits(words[0], words[1]);
-  to[1] = double_of_bits(words[2], words[3]);
-}
-DCNV3_DEVICE void unpack(const uint32_t (&words)[4], const BFloat16*, float* to) {
+template <int N>
+DCNV3_DEVICE void unpack(const uint32_t (&words)[N], const double*, double* to) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < N; i += 2) to[i / 2] = double_of_bits(words[i], words[i + 1]);
+}
+template <int N>
+DCNV3_DEVICE void unpack(const uint32_t (&words)[N], const BFloat16*, float* to) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
     to[2 * i] = float_of_bits(words[i] << 16);
     to[2 * i + 1] = float_of_bits(words[i] & 0xffff0000u);
   }
 }
-DCNV3_DEVICE void unpack(const uint32_t (&words)[4], const Half*, float* to) {
+template <int N>
+DCNV3_DEVICE void unpack(const uint32_t (&words)[N], const Half*, float* to) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < N; ++i) {
     to[2 * i] = float_of_half(static_cast<uint16_t>(words[i]));
     to[2 * i + 1] = float_of_half(static_cast<uint16_t>(words[i] >> 16));
   }
 }
 
-// V neighbouring channels: one, or 16 bytes of them.
+// V neighbouring channels: one, or 16 bytes of them; of 16-bit numbers 8 bytes as well.
 template <int V, class T>
 DCNV3_DEVICE void load(const T* from, Compute<T> (&to)[V]) {
   if constexpr (V == 1) {
     to[0] = widen(*from);
+  } else if constexpr (V * sizeof(T) == 8) {
+    const uint2 loaded = load_8_bytes(from);
+    const uint32_t words[2] = {loaded.x, loaded.y};
+    unpack(words, from, to);
   } else {
     static_assert(V * sizeof(T) == 16);
     const uint4 loaded = load_16_bytes(from);
+    const uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+    unpack(words, from, to);
+  }
+}
+
+// Zeros where `inside` is false: then nothing is read.
+template <int V, class T>
+DCNV3_DEVICE void load_if(bool inside, const T* from, Compute<T> (&to)[V]) {
+  if constexpr (V == 1) {
+    to[0] = inside ? widen(*from) : Compute<T>(0);
+  } else {
+    static_assert(V * sizeof(T) == 16);
+    uint4 loaded{0u, 0u, 0u, 0u};
+    if (inside) loaded = load_16_bytes(from);
     const uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
     unpack(words, from, to);
   }
@@ -278,7 +306,7 @@ struct Modulation {
   const T* mask;
   bool softmax;
   C largest, scale;
-  C kept[keeps ? (POINTS + LANES - 1) / LANES : 1];
+  C kept[own_points<LANES, POINTS>];
 
   DCNV3_DEVICE Modulation(const Problem<C>& q, int lanes, int points, int member, const T* own_mask)
       : mask(own_mask), softmax(q.softmax), largest(C(0)), scale(C(1)) {
@@ -337,7 +365,8 @@ struct Shared {
   // The memory of this lane's unit: of point i at [i * units].
   DCNV3_DEVICE Shared(int lanes, int points, bool backward) {
     const int units = 32 / lanes, count = points * units, unit = static_cast<int>(thread_number()) % 32 / lanes;
-    char* memory = static_cast<char*>(shared_memory()) + static_cast<int>(thread_number() / 32) * static_cast<int>(bytes(count, backward));
+    const int warp = static_cast<int>(thread_number() / 32);
+    char* memory = static_cast<char*>(shared_memory()) + warp * static_cast<int>(bytes(count, backward));
     weights = reinterpret_cast<Four<C>*>(memory) + unit;
     corners = reinterpret_cast<Four<Index>*>(memory + count * sizeof(Four<C>)) + unit;
     fractions = reinterpret_cast<Fractions<C>*>(memory + count * (sizeof(Four<C>) + sizeof(Four<Index>))) + unit;
@@ -382,16 +411,19 @@ DCNV3_DEVICE void sum_points(const T* image, const Shared<C, Index>& shared, int
   for (int i = 0; i < points; ++i) {
     const Four<Index> corners = shared.corners[i * units];
     const Four<C> weights = shared.weights[i * units];
-    C values[4][V] = {};
+    C values[4][V];
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
-      if (has_all || corners.of[corner] >= 0) load<V>(at_corner(image, corners.of[corner]), values[corner]);
+      if constexpr (has_all) {
+        load<V>(at_corner(image, corners.of[corner]), values[corner]);
+      } else {
+        load_if<V>(corners.of[corner] >= 0, at_corner(image, corners.of[corner]), values[corner]);
+      }
     }
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
-      const C weight = has_all || corners.of[corner] >= 0 ? weights.of[corner] : C(0);  // which may be anything outside
 #pragma unroll
-      for (int v = 0; v < V; ++v) sum[v] += weight * values[corner][v];
+      for (int v = 0; v < V; ++v) sum[v] += weights.of[corner] * values[corner][v];
     }
   }
 }
@@ -411,13 +443,31 @@ DCNV3_KERNEL(256, sizeof(T) == 8 ? 2 : sizeof(T) == 4 || sizeof(Index) == 8 ? 3 
     // of the lane's first point
     const T* own_offset = offset + origins.units * points * 2 + (unit.number * points + member) * 2;
     const T* own_mask = mask + origins.units * points + (unit.number * points + member);
+    // On their way while the softmax is computed, where registers last.
+    constexpr bool early = LANES != 0 && (LANES == 2 || sizeof(T) == 4);
+    [[maybe_unused]] Pair<T> offsets[own_points<LANES, POINTS>];
+    if constexpr (early) {
+      for_own_points<LANES, POINTS>(lanes, points, member, [&](int i) {
+        offsets[i / LANES] = *reinterpret_cast<const Pair<T>*>(own_offset + 2 * i);
+      });
+    }
     const Modulation<T, LANES, POINTS> modulation(q, lanes, points, member, own_mask);
     bool has_all = true;
     for_own_points<LANES, POINTS>(lanes, points, member, [&](int i) {
-      const auto at = locate<V, POINTS>(q, unit, member + i, own_offset + 2 * i);
-      has_all = has_all && at.has_all();
-      shared.corners[(member + i) * units] = corners_of<T, C, Index>(q, at, unit.group);
-      shared.weights[(member + i) * units] = weights_of(at, modulation(i));
+      const T* pair = own_offset + 2 * i;
+      if constexpr (early) pair = &offsets[i / LANES].first;
+      const auto at = locate<V, POINTS>(q, unit, member + i, pair);
+      const Four<Index> corners = corners_of<T, C, Index>(q, at, unit.group);
+      shared.corners[(member + i) * units] = corners;
+      Four<C> weights = weights_of(at, modulation(i));
+      if (!at.has_all()) [[unlikely]] {
+        has_all = false;
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner) {
+          if (corners.of[corner] < 0) weights.of[corner] = C(0);  // which may be anything outside
+        }
+      }
+      shared.weights[(member + i) * units] = weights;
     });
     has_all = all_lanes(has_all);  // and what they wrote to shared memory is seen by all
     if (unit.active) {
@@ -427,7 +477,7 @@ DCNV3_KERNEL(256, sizeof(T) == 8 ? 2 : sizeof(T) == 4 || sizeof(Index) == 8 ? 3 
         if (POINTS != 0 && has_all) {
           sum_points<true, V, POINTS>(from, shared, points, units, sum);
         } else {
-          sum_points<false, V, 0>(from, shared, points, units, sum);
+          sum_points<false, V, POINTS>(from, shared, points, units, sum);
         }
         store<V>(sum, output + origins.units * channels + (unit.number * channels + channel));
       }
@@ -510,14 +560,35 @@ struct FixedPointSums {
   DCNV3_DEVICE Adder adder() const { return {sums, not_finite, power_of_two(exponent())}; }
 };
 
-// S: where the gradient of the input goes.
-template <class T, int V, int LANES, int POINTS, class Index, class S>
+// Of a point: what grad_output times its bilinear sample is, and how it changes with the point's place. `products`: grad_output
+// times each corner.
+template <class C>
+struct Sample {
+  C value, change_x, change_y;
+
+  DCNV3_DEVICE Sample(const C (&products)[4], Fractions<C> fraction) {
+    const C left = C(1) - fraction.x, top = C(1) - fraction.y;
+    const C upper = left * products[0] + fraction.x * products[1];
+    const C lower = left * products[2] + fraction.x * products[3];
+    value = top * upper + fraction.y * lower;
+    change_x = top * (products[1] - products[0]) + fraction.y * (products[3] - products[2]);
+    change_y = lower - upper;
+  }
+};
+
+// Whether any of a point's corners is in the image; else its fractions may be no numbers.
+template <class Index>
+DCNV3_DEVICE bool has_any(const Four<Index>& corners) {
+  return (corners.of[0] & corners.of[1] & corners.of[2] & corners.of[3]) >= 0;
+}
+
+// For any call. S: where the gradient of the input goes.
+template <class T, int V, class Index, class S>
 DCNV3_KERNEL(256, 2) backward_kernel(
     const Problem<Compute<T>> q, const T* __restrict__ grad_output, const T* __restrict__ input, const T* __restrict__ offset,
     const T* __restrict__ mask, const S grad_input, T* __restrict__ grad_offset, T* __restrict__ grad_mask) {
   typedef Compute<T> C;
-  const int lanes = LANES ? LANES : q.lanes, points = POINTS ? POINTS : q.points, units = 32 / lanes;
-  const int channels = LANES ? LANES * V : q.group_channels;
+  const int lanes = q.lanes, points = q.points, units = 32 / lanes, channels = q.group_channels;
   const int member = static_cast<int>(thread_number()) % lanes;
   const Shared<C, Index> shared(lanes, points, true);
   const auto add = grad_input.adder();
@@ -528,29 +599,25 @@ DCNV3_KERNEL(256, 2) backward_kernel(
     const T* own_offset = offset + at_mask * 2;
     T* own_grad_offset = grad_offset + at_mask * 2;
     T* own_grad_mask = grad_mask + at_mask;
-    const Modulation<T, LANES, POINTS> modulation(q, lanes, points, member, mask + at_mask);
-    for_own_points<LANES, POINTS>(lanes, points, member, [&](int i) {
-      const auto at = locate<V, POINTS>(q, unit, member + i, own_offset + 2 * i);
+    const Modulation<T, 0, 0> modulation(q, lanes, points, member, mask + at_mask);
+    for_own_points<0, 0>(lanes, points, member, [&](int i) {
+      const auto at = locate<V, 0>(q, unit, member + i, own_offset + 2 * i);
       shared.corners[(member + i) * units] = corners_of<T, C, Index>(q, at, unit.group);
       shared.weights[(member + i) * units] = weights_of(at, modulation(i));
       shared.fractions[(member + i) * units] = {at.x.fraction, at.y.fraction};
     });
     sync_warp();
 
-    // For each point: what grad_output times its bilinear sample is, and how it changes with the fractions. These go where
-    // the weights were.
+    // The points' samples go where their weights were.
     const T* grad = grad_output + origins.units * channels + unit.number * channels;
-    C grads[V] = {};
-    if (LANES) load<V>(grad + member * V, grads);
-    [[maybe_unused]] constexpr int at_once = POINTS ? 3 : 1;
-#pragma unroll at_once
     for (int i = 0; i < points; ++i) {
       C products[4] = {};
       if (unit.active) {
         const Four<Index> corners = shared.corners[i * units];
         const Four<C> weights = shared.weights[i * units];
         for (int channel = member * V; channel < channels; channel += lanes * V) {
-          if (!LANES) load<V>(grad + channel, grads);
+          C grads[V];
+          load<V>(grad + channel, grads);
           const T* from = input + origins.input + channel;
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
@@ -564,49 +631,257 @@ DCNV3_KERNEL(256, 2) backward_kernel(
           }
         }
       }
-      const Fractions<C> fraction = shared.fractions[i * units];
-      const C left = C(1) - fraction.x, top = C(1) - fraction.y;
-      const C upper = left * products[0] + fraction.x * products[1];
-      const C lower = left * products[2] + fraction.x * products[3];
-      const C sample = sum_of_lanes(top * upper + fraction.y * lower, lanes);
-      const C change_x =
-          sum_of_lanes(top * (products[1] - products[0]) + fraction.y * (products[3] - products[2]), lanes);
-      const C change_y = sum_of_lanes(lower - upper, lanes);
+      Sample<C> sample(products, shared.fractions[i * units]);
+      sample.value = sum_of_lanes(sample.value, lanes);
+      sample.change_x = sum_of_lanes(sample.change_x, lanes);
+      sample.change_y = sum_of_lanes(sample.change_y, lanes);
       sync_warp();
-      if (member == 0) shared.weights[i * units] = {{sample, change_x, change_y, C(0)}};
+      if (member == 0) shared.weights[i * units] = {{sample.value, sample.change_x, sample.change_y, C(0)}};
     }
     sync_warp();
 
     C dot = C(0);
-    for_own_points<LANES, POINTS>(lanes, points, member, [&](int i) {
-      Four<C>& sums = shared.weights[(member + i) * units];
-      const Four<Index> corners = shared.corners[(member + i) * units];
-      const bool inside = (corners.of[0] & corners.of[1] & corners.of[2] & corners.of[3]) >= 0;  // else its fraction may be NaN
-      const C grad_modulation = inside ? sums.of[0] : C(0);
+    for_own_points<0, 0>(lanes, points, member, [&](int i) {
+      Four<C>& sample = shared.weights[(member + i) * units];
+      const bool inside = has_any(shared.corners[(member + i) * units]);
+      const C grad_modulation = inside ? sample.of[0] : C(0);
       const C scaled = modulation(i) * q.offset_scale;
-      Pair<T> pair;
-      narrow(inside ? scaled * sums.of[1] : C(0), &pair.first);
-      narrow(inside ? scaled * sums.of[2] : C(0), &pair.second);
       if (unit.active) {
-        if constexpr (V == 1) {
-          own_grad_offset[2 * i] = pair.first, own_grad_offset[2 * i + 1] = pair.second;
-        } else {
-          *reinterpret_cast<Pair<T>*>(own_grad_offset + 2 * i) = pair;
-        }
+        narrow(inside ? scaled * sample.of[1] : C(0), own_grad_offset + 2 * i);
+        narrow(inside ? scaled * sample.of[2] : C(0), own_grad_offset + 2 * i + 1);
         if (!q.softmax) narrow(grad_modulation, own_grad_mask + i);
       }
-      sums.of[0] = grad_modulation;  // this lane alone reads it
+      sample.of[0] = grad_modulation;  // this lane alone reads it
       dot += modulation(i) * grad_modulation;
     });
     if (q.softmax) {
       dot = sum_of_lanes(dot, lanes);
-      for_own_points<LANES, POINTS>(lanes, points, member, [&](int i) {
+      for_own_points<0, 0>(lanes, points, member, [&](int i) {
         const C grad_logit = modulation(i) * (shared.weights[(member + i) * units].of[0] - dot);
         if (unit.active) narrow(grad_logit, own_grad_mask + i);
       });
     }
     sync_warp();
   });
+}
+
+// A window is a tile of output pixels, where their kernels' centres lie in the input, and so many pixels around it. Behind its
+// cells are two more, for corners that are not in it: the first of those in the image, the second of those outside.
+constexpr int window_margin = 3;
+// How many units' points are worked out together, as the exchange between lanes takes its time: 16 lanes work out a unit's.
+constexpr int window_rounds = 4;
+
+// What a worker's lanes tell each other of one corner of a point.
+struct alignas(16) WindowCorner {
+  int32_t at;    // as in `Shared`, but 0 outside the image
+  int32_t cell;  // in bytes
+  float weight;
+  float product;  // grad_output times the corner
+};
+
+constexpr int window_bytes(int cells, int group_channels, int points) {
+  return (cells + 2) * group_channels * static_cast<int>(sizeof(float)) +
+      window_rounds * group_channels / 16 * 4 * points * static_cast<int>(sizeof(WindowCorner));
+}
+
+// For 3 x 3 kernels without stride and dilation, and D of 16 or 32. A worker is D lanes: D / 4 for each of the four corners of
+// a point, 4 channels each. It alone writes its window, whose sums therefore come in one order. Blocks are of one warp, which
+// has all the registers that it wants, as shared memory holds few of them.
+template <class T, int D, int POINTS, class S>
+DCNV3_KERNEL(32, 1) window_backward_kernel(
+    const Problem<float> q, const T* __restrict__ grad_output, const T* __restrict__ input, const T* __restrict__ offset,
+    const T* __restrict__ mask, const S grad_input, T* __restrict__ grad_offset, T* __restrict__ grad_mask) {
+  static_assert(sizeof(Compute<T>) == 4 && POINTS <= 16);
+  constexpr int workers = 32 / D, quads = D / 4, at_once = D / 16, all_units = window_rounds * at_once;
+  constexpr int cell_bytes = D * static_cast<int>(sizeof(float));
+  const int member = static_cast<int>(thread_number()) % D, worker = static_cast<int>(thread_number()) / D;
+  const int corner = member / quads, channel = member % quads * 4;
+  const bool has_point = member % 16 < POINTS;
+  const int point = has_point ? member % 16 : 0, first_unit = member / 16;
+  const auto add = grad_input.adder();
+
+  const int width = q.tile_width + 2 * window_margin, height = q.tile_height + 2 * window_margin, cells = width * height;
+  char* memory = static_cast<char*>(shared_memory()) + worker * window_bytes(cells, D, POINTS);
+  char* window = memory + channel * sizeof(float);
+  WindowCorner* corners = reinterpret_cast<WindowCorner*>(memory + (cells + 2) * cell_bytes);  // [unit, corner, point]
+  const auto sums_of = [&](int cell) -> Four<float>& { return *reinterpret_cast<Four<float>*>(window + cell); };
+  for (int cell = corner; cell < cells + 2; cell += 4) sums_of(cell * cell_bytes) = {};
+
+  // The groups of a tile are neighbours.
+  const int64_t task = static_cast<int64_t>(block_number()) * workers + worker;
+  const bool active = task < q.tiles * q.groups;
+  const uint32_t number = active ? static_cast<uint32_t>(task) : 0u;
+  const uint32_t tile = q.by_groups(number), image = q.by_tiles_per_image(tile);
+  const int group = static_cast<int>(number - tile * static_cast<uint32_t>(q.groups));
+  const int tile_of_image = static_cast<int>(tile - image * static_cast<uint32_t>(q.tiles_per_image));
+  const int tile_y = static_cast<int>(q.by_tiles_x(static_cast<uint32_t>(tile_of_image)));
+  const int first_x = (tile_of_image - tile_y * q.tiles_x) * q.tile_width, first_y = tile_y * q.tile_height;
+  const int window_x = first_x + 1 - q.padding_w - window_margin, window_y = first_y + 1 - q.padding_h - window_margin;
+  const int pixels = active ? q.tile_width * q.tile_height : 0;
+  const auto unit_of = [&](int pixel) {
+    const int row = static_cast<int>(q.by_tile_width(static_cast<uint32_t>(pixel)));
+    Unit<int32_t> unit{false, 0, group, first_x + pixel - row * q.tile_width, first_y + row};
+    unit.active = pixel < pixels && unit.x < q.width_out && unit.y < q.height_out;
+    if (unit.active) unit.number = (unit.y * q.width_out + unit.x) * q.groups + group;
+    return unit;
+  };
+
+  // of these channels, and of this lane's point
+  const Origins origins(q, image);
+  const T* values_of_image = input + origins.input + channel;
+  const T* own_grad_output = grad_output + origins.units * D + channel;
+  const int64_t at_point = origins.units * POINTS + point;
+  const T* own_mask = mask + at_point;
+  const Pair<T>* own_offset = reinterpret_cast<const Pair<T>*>(offset) + at_point;
+  T* own_grad_mask = grad_mask + at_point;
+  Pair<T>* own_grad_offset = reinterpret_cast<Pair<T>*>(grad_offset) + at_point;
+
+  for (int first = 0; first < q.tile_width * q.tile_height; first += all_units) {
+    Unit<int32_t> unit[window_rounds];
+    Pair<T> offsets[window_rounds];
+    float modulation[window_rounds], largest[window_rounds], sum[window_rounds];
+#pragma unroll
+    for (int r = 0; r < window_rounds; ++r) {
+      unit[r] = unit_of(first + r * at_once + first_unit);
+      modulation[r] = widen(own_mask[unit[r].number * POINTS]);
+      offsets[r] = own_offset[unit[r].number * POINTS];
+      largest[r] = modulation[r];
+    }
+    if (q.softmax) {
+      for (int d = 8; d > 0; d /= 2) {
+#pragma unroll
+        for (int r = 0; r < window_rounds; ++r) largest[r] = fmax(largest[r], shuffle_xor(largest[r], d));
+      }
+#pragma unroll
+      for (int r = 0; r < window_rounds; ++r) {
+        modulation[r] = exponential(modulation[r] - largest[r]);
+        sum[r] = has_point ? modulation[r] : 0.0f;
+      }
+      for (int d = 8; d > 0; d /= 2) {
+#pragma unroll
+        for (int r = 0; r < window_rounds; ++r) sum[r] += shuffle_xor(sum[r], d);
+      }
+#pragma unroll
+      for (int r = 0; r < window_rounds; ++r) modulation[r] *= reciprocal(sum[r]);
+    }
+    Fractions<float> fraction[window_rounds];
+    int inside[window_rounds];  // a bit for each corner
+    bool all_in_window = true;
+#pragma unroll
+    for (int r = 0; r < window_rounds; ++r) {
+      const auto at = locate<4, POINTS>(q, unit[r], point, &offsets[r].first);
+      const Four<float> weights = weights_of(at, modulation[r]);
+      fraction[r] = {at.x.fraction, at.y.fraction};
+      inside[r] = 15;
+      const unsigned x = static_cast<unsigned>(at.x.low) - static_cast<unsigned>(window_x);
+      const unsigned y = static_cast<unsigned>(at.y.low) - static_cast<unsigned>(window_y);
+      const unsigned cell = y * static_cast<unsigned>(width) + x, below = cell + static_cast<unsigned>(width);
+      Four<int32_t> places = corners_of<T, float, int32_t>(q, at, group);
+      Four<unsigned> in_window{{cell, cell + 1, below, below + 1}};
+      const bool in_whole = x < static_cast<unsigned>(width - 1) && y < static_cast<unsigned>(height - 1);
+      if (!unit[r].active || !at.has_all() || !in_whole) [[unlikely]] {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          if (!unit[r].active || places.of[c] < 0) {
+            places.of[c] = 0, in_window.of[c] = static_cast<unsigned>(cells + 1), inside[r] &= ~(1 << c);
+          } else if (x + c % 2 >= static_cast<unsigned>(width) || y + c / 2 >= static_cast<unsigned>(height)) {
+            in_window.of[c] = static_cast<unsigned>(cells), all_in_window = false;
+          }
+        }
+      }
+      if (!has_point) continue;
+      WindowCorner* own = corners + ((r * at_once + first_unit) * 4 * POINTS + point);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        own[c * POINTS] = {places.of[c], static_cast<int32_t>(in_window.of[c] * cell_bytes), weights.of[c], 0.0f};
+      }
+    }
+    all_in_window = all_lanes(all_in_window);  // and what they wrote to shared memory is seen by all
+
+    // Now each lane takes one corner of all points, some channels of it.
+#pragma unroll 1
+    for (int u = 0; u < all_units; ++u) {
+      WindowCorner* own = corners + (u * 4 + corner) * POINTS;
+      const Unit<int32_t> own_unit = unit_of(first + u);
+      float grads[4] = {};
+      if (own_unit.active) load<4>(own_grad_output + own_unit.number * D, grads);
+      // All loads, then all exchanges, then the sums, each of which waits for the one before.
+      WindowCorner at[POINTS];
+      float values[POINTS][4], products[POINTS];
+#pragma unroll
+      for (int i = 0; i < POINTS; ++i) {
+        at[i] = own[i];
+        load<4>(at_corner(values_of_image, at[i].at), values[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < POINTS; ++i) {
+        products[i] = grads[0] * values[i][0];
+#pragma unroll
+        for (int v = 1; v < 4; ++v) products[i] += grads[v] * values[i][v];
+      }
+      for (int d = quads / 2; d > 0; d /= 2) {
+#pragma unroll
+        for (int i = 0; i < POINTS; ++i) products[i] += shuffle_xor(products[i], d);
+      }
+      if (channel == 0) {
+#pragma unroll
+        for (int i = 0; i < POINTS; ++i) own[i].product = products[i];
+      }
+#pragma unroll
+      for (int i = 0; i < POINTS; ++i) {
+        Four<float> sums = sums_of(at[i].cell);
+#pragma unroll
+        for (int v = 0; v < 4; ++v) sums.of[v] += at[i].weight * grads[v];
+        sums_of(at[i].cell) = sums;
+        sync_warp();
+      }
+      if (!all_in_window) {
+#pragma unroll
+        for (int i = 0; i < POINTS; ++i) {
+          if (at[i].cell == cells * cell_bytes) {
+            add.template operator()<4>(
+                origins.input + channel + at[i].at / static_cast<int>(sizeof(T)), at[i].weight, grads);
+          }
+        }
+      }
+    }
+    sync_warp();
+
+    // And a point again.
+#pragma unroll
+    for (int r = 0; r < window_rounds; ++r) {
+      const WindowCorner* own = corners + ((r * at_once + first_unit) * 4 * POINTS + point);
+      float products[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) products[c] = (inside[r] >> c & 1) != 0 ? own[c * POINTS].product : 0.0f;
+      const Sample<float> sample(products, fraction[r]);
+      const float grad_modulation = inside[r] != 0 ? sample.value : 0.0f, scaled = modulation[r] * q.offset_scale;
+      float grad_of_mask = grad_modulation;
+      if (q.softmax) {
+        float dot = has_point ? modulation[r] * grad_modulation : 0.0f;
+        for (int d = 8; d > 0; d /= 2) dot += shuffle_xor(dot, d);
+        grad_of_mask = modulation[r] * (grad_modulation - dot);
+      }
+      if (unit[r].active && has_point) {
+        Pair<T> pair;
+        narrow(inside[r] != 0 ? scaled * sample.change_x : 0.0f, &pair.first);
+        narrow(inside[r] != 0 ? scaled * sample.change_y : 0.0f, &pair.second);
+        own_grad_offset[unit[r].number * POINTS] = pair;
+        narrow(grad_of_mask, own_grad_mask + unit[r].number * POINTS);
+      }
+    }
+    sync_warp();
+  }
+
+  for (int y = 0; y < height; ++y) {
+    for (int x = corner; x < width; x += 4) {
+      const Four<float> sums = sums_of((y * width + x) * cell_bytes);
+      if (sums.of[0] != 0.0f || sums.of[1] != 0.0f || sums.of[2] != 0.0f || sums.of[3] != 0.0f) {
+        const int element = ((window_y + y) * q.width + window_x + x) * q.channels + group * D + channel;
+        add.template operator()<4>(origins.input + element, 1.0f, sums.of);
+      }
+    }
+  }
 }
 
 // The bits, as double, of the largest finite absolute value.
@@ -642,9 +917,10 @@ constexpr int shared_limit = 48 * 1024;
 template <class C>
 struct Plan {
   Problem<C> problem;
-  int vector;  // channels per lane, 1 or 16 bytes of them
+  int vector;  // channels per lane: 1, or 16 bytes of them, backward of the sums
   bool wide;   // 64-bit numbers of the elements of an image
   bool small_kernel;  // 3 x 3
+  bool windows;  // for `window_backward_kernel`
   unsigned grid, block, shared_bytes;
   const char* error;
 };
@@ -653,6 +929,40 @@ inline int log2_ceil(int64_t value) {
   int log2 = 0;
   while ((int64_t(1) << log2) < value) ++log2;
   return log2;
+}
+
+// Lays a call out for `window_backward_kernel`, in tiles as large as it allows that all multiprocessors get several.
+template <class C>
+void plan_windows(const Shape& s, int multiprocessors, Plan<C>& plan) {
+  Problem<C>& q = plan.problem;
+  const int64_t workers = 32 / s.group_channels;
+  int most_wide = 8, most_high = 8;
+  const auto tiles = [](int64_t size, int most) { return (size + most - 1) / most; };
+  const auto all_tiles = [&] { return s.batch * tiles(s.height_out, most_high) * tiles(s.width_out, most_wide); };
+  while (all_tiles() * s.groups < 4 * workers * multiprocessors && most_wide > 2) {
+    if (most_high >= most_wide) {
+      most_high /= 2;
+    } else {
+      most_wide /= 2;
+    }
+  }
+  if (all_tiles() * s.groups > INT32_MAX) return;
+  // as many tiles, of one size
+  const auto balanced = [&](int64_t size, int most) {
+    return static_cast<int>(tiles(size, static_cast<int>(tiles(size, most))));
+  };
+  q.tile_width = balanced(s.width_out, most_wide), q.tile_height = balanced(s.height_out, most_high);
+  q.tiles_x = static_cast<int>(tiles(s.width_out, q.tile_width));
+  q.tiles_per_image = q.tiles_x * static_cast<int>(tiles(s.height_out, q.tile_height));
+  q.tiles = s.batch * q.tiles_per_image;
+  q.by_tiles_per_image = Divisor(static_cast<uint32_t>(q.tiles_per_image));
+  q.by_tiles_x = Divisor(static_cast<uint32_t>(q.tiles_x));
+  q.by_tile_width = Divisor(static_cast<uint32_t>(q.tile_width));
+  plan.grid = static_cast<unsigned>((q.tiles * s.groups + workers - 1) / workers);
+  plan.block = 32;
+  const int cells = (q.tile_width + 2 * window_margin) * (q.tile_height + 2 * window_margin);
+  plan.shared_bytes = static_cast<unsigned>(workers * window_bytes(cells, q.group_channels, q.points));
+  plan.windows = true;
 }
 
 // How a call is laid out on a device, in a type T of its tensors. `aligned`: 16 bytes of them can be loaded at once.
@@ -682,10 +992,11 @@ Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int mult
   q.offset_scale = static_cast<C>(s.offset_scale);
   q.softmax = s.softmax;
 
-  const int full = 16 / sizeof(T);
+  const int full = backward ? 16 / sizeof(C) : 16 / sizeof(T);
   const int64_t pixels_out = s.height_out * s.width_out;
-  plan.wide = s.height * s.width * s.channels * static_cast<int64_t>(sizeof(T)) > INT32_MAX || s.batch * pixels_out > INT32_MAX ||
-      pixels_out * s.channels > INT32_MAX || pixels_out * s.groups * s.points * 2 > INT32_MAX;
+  plan.wide = s.height * s.width * s.channels * static_cast<int64_t>(sizeof(T)) > INT32_MAX ||
+      s.batch * pixels_out > INT32_MAX || pixels_out * s.channels > INT32_MAX ||
+      pixels_out * s.groups * s.points * 2 > INT32_MAX;
   plan.vector = aligned && !plan.wide && s.group_channels % full == 0 ? full : 1;
   plan.small_kernel = s.kernel_h == 3 && s.kernel_w == 3;
   q.lanes = 1 << log2_ceil((s.group_channels + plan.vector - 1) / plan.vector);
@@ -709,8 +1020,12 @@ Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int mult
   int width_log2 = 3, height_log2 = 3;
   const auto tiles = [&](int64_t size, int log2) { return (size + (int64_t(1) << log2) - 1) >> log2; };
   const auto all_tiles = [&] { return s.batch * tiles(s.height_out, height_log2) * tiles(s.width_out, width_log2); };
-  while (width_log2 + height_log2 > 0 &&
-         ((s.groups << (width_log2 + height_log2)) > 4 * warps * units || all_tiles() < 4 * multiprocessors)) {
+  const auto is_too_large = [&] {
+    const int64_t tile = s.groups << (width_log2 + height_log2);
+    if (tile > 4 * warps * units || all_tiles() < 4 * multiprocessors) return true;
+    return !backward && s.group_channels <= 16 && tile > warps * units && all_tiles() < 8 * multiprocessors;
+  };
+  while (width_log2 + height_log2 > 0 && is_too_large()) {
     if (height_log2 >= width_log2) {
       --height_log2;
     } else {
@@ -733,6 +1048,10 @@ Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int mult
   plan.grid = static_cast<unsigned>(q.tiles < INT32_MAX ? q.tiles : INT32_MAX);
   plan.block = static_cast<unsigned>(32 * warps);
   plan.shared_bytes = static_cast<unsigned>(shared());
+  if (backward && plan.vector == 4 && plan.small_kernel && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
+      s.dilation_w == 1 && (s.group_channels == 16 || s.group_channels == 32)) {
+    plan_windows(s, multiprocessors, plan);
+  }
   return plan;
 }
 
@@ -758,27 +1077,23 @@ struct Constant {
   static constexpr int value = N;
 };
 
-// Calls `run(vector, lanes, points, index)`, constants all but the last, which is of the index' type: those of a
-// specialised kernel where there is one for the plan. `specialise`: else general ones only.
-template <class T, bool specialise, class Run>
-void with_kernel(const Plan<Compute<T>>& plan, Run run) {
-  constexpr int full = 16 / sizeof(T);
-  if constexpr (specialise && sizeof(T) < 8) {
-    if (plan.vector == full && plan.small_kernel && !plan.wide) {
-      const int points = plan.problem.points;
-      if (plan.problem.group_channels == 16 && plan.problem.lanes == 16 / full) {
-        if (points == 9) return run(Constant<full>(), Constant<16 / full>(), Constant<9>(), int32_t());
-        return run(Constant<full>(), Constant<16 / full>(), Constant<8>(), int32_t());
-      }
-      if (plan.problem.group_channels == 32 && plan.problem.lanes == 32 / full) {
-        if (points == 9) return run(Constant<full>(), Constant<32 / full>(), Constant<9>(), int32_t());
-        return run(Constant<full>(), Constant<32 / full>(), Constant<8>(), int32_t());
-      }
-    }
+// Calls `run(group_channels, points)`, constants, for 16 or 32 channels and 9 or 8 points.
+template <class C, class Run>
+void with_main_shape(const Problem<C>& q, Run run) {
+  if (q.group_channels == 16) {
+    if (q.points == 9) return run(Constant<16>(), Constant<9>());
+    return run(Constant<16>(), Constant<8>());
   }
-  if (plan.wide) return run(Constant<1>(), Constant<0>(), Constant<0>(), int64_t());
-  if (plan.vector == full) return run(Constant<full>(), Constant<0>(), Constant<0>(), int32_t());
-  run(Constant<1>(), Constant<0>(), Constant<0>(), int32_t());
+  if (q.points == 9) return run(Constant<32>(), Constant<9>());
+  run(Constant<32>(), Constant<8>());
+}
+
+// Calls `run(vector, index)`, a constant and one of the index' type.
+template <int full, class C, class Run>
+void with_vector(const Plan<C>& plan, Run run) {
+  if (plan.wide) return run(Constant<1>(), int64_t());
+  if (plan.vector == full) return run(Constant<full>(), int32_t());
+  run(Constant<1>(), int32_t());
 }
 
 inline const char* launch_error() {

@@ -71,12 +71,19 @@ DCNV3_DEVICE bool all_lanes(bool value) {
 #endif
 }
 
-// Read-only data of 16 bytes, aligned.
+// Read-only data of 16 or 8 bytes, aligned.
 DCNV3_DEVICE uint4 load_16_bytes(const void* from) {
 #if DCNV3_HIP
   return *static_cast<const uint4*>(from);
 #else
   return __ldg(static_cast<const uint4*>(from));
+#endif
+}
+DCNV3_DEVICE uint2 load_8_bytes(const void* from) {
+#if DCNV3_HIP
+  return *static_cast<const uint2*>(from);
+#else
+  return __ldg(static_cast<const uint2*>(from));
 #endif
 }
 

@@ -104,9 +104,12 @@ def test_cuda_compiles_without_warnings_or_spills(tmp_path):
     assert {architecture for _, architecture, _ in kernels} == {"sm_80", "sm_90", "sm_120"}
     # The main paths: group widths of 16 and 32, 9 points, or 8 without the centre.
     main = [
-        (name, a, int(spilled)) for name, a, spilled in kernels if re.search(r"_kernelI\w+?ELi[248]ELi[89]E", name)
+        (name, a, int(spilled))
+        for name, a, spilled in kernels
+        if re.search(r"_kernelI\w+?Li(2|4|8|16|32)ELi[89]E", name)
     ]
-    assert len(main) == 3 * (3 * 2 * 2) * 2  # architectures; dtypes, widths, points; forward and backward
+    # architectures; dtypes, widths, points; forward, backward, and that with sums in fixed point
+    assert len(main) == 3 * (3 * 2 * 2) * 3
     assert [kernel for kernel in main if kernel[2]] == []
 
     (folder,) = tmp_path.iterdir()

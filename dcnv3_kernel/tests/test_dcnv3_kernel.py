@@ -564,6 +564,58 @@ def test_blocks_of_every_kind(backend, shape, groups, kernel_size, padding, dtyp
         assert relative_error(actual, wanted) < tolerance, what
 
 
+# (batch, height, width), groups, padding, scale and spread of the offsets: the backward pass on GPUs adds tiles up, whose size
+# depends on the work; points lie inside and outside of what it keeps of the image
+TILES = [
+    ((2, 14, 14), 3, 1, 1.0, 0.5),
+    ((1, 17, 22), 3, 0, 2.0, 1.0),
+    ((3, 9, 5), 2, (2, 0), -1.5, 3.0),
+    ((1, 3, 41), 1, (0, 3), 1.0, 8.0),
+    ((1, 1, 1), 1, 1, 1.0, 0.5),
+]
+
+
+@pytest.mark.parametrize(
+    "group_channels, remove_center, softmax, dtype, tolerance",
+    [
+        (16, False, True, torch.float32, 5e-5),
+        (16, True, False, torch.float32, 5e-5),
+        (16, True, True, torch.float16, 5e-3),
+        (16, False, False, torch.bfloat16, 2e-2),
+        (32, False, True, torch.float32, 5e-5),
+        (32, True, False, torch.float32, 5e-5),
+        (32, False, False, torch.float16, 5e-3),
+        (32, True, True, torch.bfloat16, 2e-2),
+    ],
+)
+def test_tiles_of_the_backward_pass(backend, group_channels, remove_center, softmax, dtype, tolerance):
+    kernel, device = backend
+    torch.manual_seed(0)
+    function = kernel.dcnv3_softmax if softmax else kernel.dcnv3
+    for size, groups, padding, scale, spread in TILES:
+        batch, height, width = size
+        pair, points = padding if isinstance(padding, tuple) else (padding, padding), groups * (9 - remove_center)
+        out = [batch, height - 2 + 2 * pair[0], width - 2 + 2 * pair[1]]
+        tensors = [
+            torch.randn(*size, groups * group_channels),
+            torch.randn(*out, points * 2) * spread,
+            torch.randn(*out, points),
+        ]
+        grad_output = torch.randn(*out, groups * group_channels).to(dtype)
+        options = {"groups": groups, "padding": padding, "offset_scale": scale, "remove_center": remove_center}
+        expected = run_and_differentiate(
+            definition, [t.to(dtype).double() for t in tensors], {**options, "softmax": softmax}, grad_output.double()
+        )
+        tensors = [t.to(device, dtype) for t in tensors]
+        results = [run_and_differentiate(function, tensors, options, grad_output)]
+        with deterministic_algorithms():
+            results += [run_and_differentiate(function, tensors, options, grad_output) for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*results[1:], strict=True))
+        for actual in results[:2]:
+            for what, a, wanted in zip(NAMES, actual, expected, strict=True):
+                assert relative_error(a, wanted) < tolerance, (what, size)
+
+
 def test_what_is_not_finite_changes_nothing_else(backend):
     """A unit of work whose values are not finite is computed in another way; its neighbours must not notice."""
     kernel, device = backend

@@ -27,6 +27,9 @@ namespace dcnv3 {
 struct uint4 {
   uint32_t x, y, z, w;
 };
+struct uint2 {
+  uint32_t x, y;
+};
 
 namespace emulation {
 
@@ -149,6 +152,11 @@ inline bool all_lanes(bool value) {
 inline uint4 load_16_bytes(const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulation::fail("a load of 16 bytes that is not aligned");
   return *static_cast<const uint4*>(from);
+}
+
+inline uint2 load_8_bytes(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 8 != 0) emulation::fail("a load of 8 bytes that is not aligned");
+  return *static_cast<const uint2*>(from);
 }
 
 template <class Bytes>
