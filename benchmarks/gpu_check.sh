@@ -15,11 +15,15 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python3}"
 WHEELS="" OUTPUT=benchmarks/results
-COMPARE=()
+COMPARE=() OFFICIAL=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --wheels) WHEELS="$2" ;;
-    --upstream | --dcnv4) COMPARE+=("$1" "$2") ;;
+    --upstream)
+      COMPARE+=("$1" "$2")
+      OFFICIAL=("$1" "$2")
+      ;;
+    --dcnv4) COMPARE+=("$1" "$2") ;;
     --output) OUTPUT="$2" ;;
     *)
       echo "unknown argument $1: see the head of $0" >&2
@@ -62,15 +66,24 @@ if command -v nvcc >/dev/null || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]
   BACKENDS+=(--backend cuda)
 fi
 step "build" 110 "$PYTHON" dcnv3_kernel/build.py "${BACKENDS[@]}"
-step "tests of the CUDA kernel" 80 "$PYTHON" -m pytest -q -x dcnv3_kernel/tests/test_dcnv3_kernel.py -k "cuda or gpu or elements or device or graph" -p no:cacheprovider
-step "tests of the Triton kernel" 80 "$PYTHON" -m pytest -q -x dcnv3_kernel/tests/test_dcnv3_kernel.py -k "triton and (parity or 16_bit or deterministic or finite or numbers)" -p no:cacheprovider
+
+# torch.compile fills its cache while the tests run, so that there is time left to measure what it compiled.
+"$PYTHON" benchmarks/model_speed.py --device cuda --compile_only --models t --modes compile --dtypes bfloat16 --seconds 230 >/dev/null 2>&1 &
+COMPILING=$!
+PARALLEL=()
+"$PYTHON" -c 'import xdist' 2>/dev/null && PARALLEL=(-n 6)
+step "tests of the CUDA kernel" 80 "$PYTHON" -m pytest -q --maxfail 5 "${PARALLEL[@]+"${PARALLEL[@]}"}" dcnv3_kernel/tests/test_dcnv3_kernel.py -k "cuda or gpu or elements or device or graph" -p no:cacheprovider
+step "tests of the Triton kernel" 80 "$PYTHON" -m pytest -q --maxfail 5 "${PARALLEL[@]+"${PARALLEL[@]}"}" dcnv3_kernel/tests/test_dcnv3_kernel.py -k "triton and (parity or 16_bit or deterministic or finite or numbers)" -p no:cacheprovider
 if command -v compute-sanitizer >/dev/null; then
-  step "compute-sanitizer" 50 compute-sanitizer --tool memcheck --error-exitcode 1 "$PYTHON" benchmarks/sanitizer_case.py
+  for tool in memcheck racecheck; do
+    step "compute-sanitizer, $tool" 40 compute-sanitizer --tool $tool --error-exitcode 1 "$PYTHON" benchmarks/sanitizer_case.py
+  done
 else
   echo "== compute-sanitizer is not here: skipped"
 fi
-step "operator" 100 "$PYTHON" benchmarks/op_gpu.py --seconds 0.7 --output "$OUTPUT" "${COMPARE[@]+"${COMPARE[@]}"}"
+wait $COMPILING || echo "== torch.compile did not come to its end"
+step "operator" 80 "$PYTHON" benchmarks/op_gpu.py --seconds 0.5 --output "$OUTPUT" "${COMPARE[@]+"${COMPARE[@]}"}"
 LEFT=$((470 - ($(date +%s) - STARTED)))
-step "models" "$LEFT" "$PYTHON" benchmarks/model_speed.py --device cuda --output "$OUTPUT" --seconds "$((LEFT - 20))"
+step "models" "$LEFT" "$PYTHON" benchmarks/model_speed.py --device cuda --output "$OUTPUT" --seconds "$((LEFT - 20))" "${OFFICIAL[@]+"${OFFICIAL[@]}"}"
 echo "== $(($(date +%s) - STARTED)) s in all; results in $OUTPUT"
 exit $STATUS

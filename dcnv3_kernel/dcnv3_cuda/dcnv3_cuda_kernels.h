@@ -666,7 +666,8 @@ DCNV3_KERNEL(256, 2) backward_kernel(
 }
 
 // A window is a tile of output pixels, where their kernels' centres lie in the input, and so many pixels around it. Behind its
-// cells are two more, for corners that are not in it: the first of those in the image, the second of those outside.
+// cells are eight more, for what is not in it: one for each corner of a point that is in the image, and one for each that is
+// outside. So all are added up alike, and no two lanes write the same memory.
 constexpr int window_margin = 3;
 // How many units' points are worked out together, as the exchange between lanes takes its time: 16 lanes work out a unit's.
 constexpr int window_rounds = 4;
@@ -680,7 +681,7 @@ struct alignas(16) WindowCorner {
 };
 
 constexpr int window_bytes(int cells, int group_channels, int points) {
-  return (cells + 2) * group_channels * static_cast<int>(sizeof(float)) +
+  return (cells + 8) * group_channels * static_cast<int>(sizeof(float)) +
       window_rounds * group_channels / 16 * 4 * points * static_cast<int>(sizeof(WindowCorner));
 }
 
@@ -703,9 +704,9 @@ DCNV3_KERNEL(32, 1) window_backward_kernel(
   const int width = q.tile_width + 2 * window_margin, height = q.tile_height + 2 * window_margin, cells = width * height;
   char* memory = static_cast<char*>(shared_memory()) + worker * window_bytes(cells, D, POINTS);
   char* window = memory + channel * sizeof(float);
-  WindowCorner* corners = reinterpret_cast<WindowCorner*>(memory + (cells + 2) * cell_bytes);  // [unit, corner, point]
+  WindowCorner* corners = reinterpret_cast<WindowCorner*>(memory + (cells + 8) * cell_bytes);  // [unit, corner, point]
   const auto sums_of = [&](int cell) -> Four<float>& { return *reinterpret_cast<Four<float>*>(window + cell); };
-  for (int cell = corner; cell < cells + 2; cell += 4) sums_of(cell * cell_bytes) = {};
+  for (int cell = corner; cell < cells + 8; cell += 4) sums_of(cell * cell_bytes) = {};
 
   // The groups of a tile are neighbours.
   const int64_t task = static_cast<int64_t>(block_number()) * workers + worker;
@@ -783,9 +784,9 @@ DCNV3_KERNEL(32, 1) window_backward_kernel(
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           if (!unit[r].active || places.of[c] < 0) {
-            places.of[c] = 0, in_window.of[c] = static_cast<unsigned>(cells + 1), inside[r] &= ~(1 << c);
+            places.of[c] = 0, in_window.of[c] = static_cast<unsigned>(cells + 4 + c), inside[r] &= ~(1 << c);
           } else if (x + c % 2 >= static_cast<unsigned>(width) || y + c / 2 >= static_cast<unsigned>(height)) {
-            in_window.of[c] = static_cast<unsigned>(cells), all_in_window = false;
+            in_window.of[c] = static_cast<unsigned>(cells + c), all_in_window = false;
           }
         }
       }
@@ -823,6 +824,7 @@ DCNV3_KERNEL(32, 1) window_backward_kernel(
 #pragma unroll
         for (int i = 0; i < POINTS; ++i) products[i] += shuffle_xor(products[i], d);
       }
+      sync_warp();  // all have read their corners
       if (channel == 0) {
 #pragma unroll
         for (int i = 0; i < POINTS; ++i) own[i].product = products[i];
@@ -838,7 +840,7 @@ DCNV3_KERNEL(32, 1) window_backward_kernel(
       if (!all_in_window) {
 #pragma unroll
         for (int i = 0; i < POINTS; ++i) {
-          if (at[i].cell == cells * cell_bytes) {
+          if (at[i].cell == (cells + corner) * cell_bytes) {
             add.template operator()<4>(
                 origins.input + channel + at[i].at / static_cast<int>(sizeof(T)), at[i].weight, grads);
           }

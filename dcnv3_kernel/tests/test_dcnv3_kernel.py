@@ -592,7 +592,9 @@ def test_tiles_of_the_backward_pass(backend, group_channels, remove_center, soft
     kernel, device = backend
     torch.manual_seed(0)
     function = kernel.dcnv3_softmax if softmax else kernel.dcnv3
-    for size, groups, padding, scale, spread in TILES:
+    # what fills a GPU comes in the largest of tiles
+    large = [((9, 56, 55), 4, 1, 1.0, 1.5)] if device == "cuda" and dtype == torch.float32 else []
+    for size, groups, padding, scale, spread in TILES + large:
         batch, height, width = size
         pair, points = padding if isinstance(padding, tuple) else (padding, padding), groups * (9 - remove_center)
         out = [batch, height - 2 + 2 * pair[0], width - 2 + 2 * pair[1]]
