@@ -260,9 +260,10 @@ struct Axis {
   // Neither holds for a position that is not a number or that no int can hold.
   DCNV3_DEVICE bool has_both() const { return static_cast<unsigned>(low) < static_cast<unsigned>(size - 1) && fraction < C(1); }
   DCNV3_DEVICE bool is_countable() const { return fabs(position) < C(1 << 30); }
-  DCNV3_DEVICE bool has_low() const { return is_countable() && low >= 0 && low < size; }
+  // Without branches: & and | instead of && and ||.
+  DCNV3_DEVICE bool has_low() const { return is_countable() & (static_cast<unsigned>(low) < static_cast<unsigned>(size)); }
   DCNV3_DEVICE bool has_high() const {
-    return is_countable() && low >= -1 && low < size - 1 && (low >= 0 || fraction > C(0));
+    return is_countable() & (static_cast<unsigned>(low) + 1u < static_cast<unsigned>(size)) & ((low >= 0) | (fraction > C(0)));
   }
 };
 
@@ -373,18 +374,28 @@ struct Shared {
   }
 };
 
+template <class C>
+DCNV3_DEVICE Four<C> weights_of(const Location<C>& at, C modulation) {
+  const C bottom = modulation * at.y.fraction, top = modulation * (C(1) - at.y.fraction), left = C(1) - at.x.fraction;
+  return {{top * left, top * at.x.fraction, bottom * left, bottom * at.x.fraction}};
+}
+
+// A corner outside has no weight either: it may be anything there.
 template <class T, class C, class Index>
-DCNV3_DEVICE Four<Index> corners_of(const Problem<C>& q, const Location<C>& at, int group) {
+DCNV3_DEVICE Four<Index> corners_of(const Problem<C>& q, const Location<C>& at, int group, Four<C>& weights) {
   constexpr Index size = sizeof(T);
   const Index first = ((static_cast<Index>(at.y.low) * q.width + at.x.low) * q.channels +
                        static_cast<Index>(group) * q.group_channels) * size;
   const Index right = q.channels * size, below = q.width * right;
   Four<Index> corners{{first, first + right, first + below, first + right + below}};
   if (!at.has_all()) [[unlikely]] {
-    if (!at.x.has_low() || !at.y.has_low()) corners.of[0] = -1;
-    if (!at.x.has_high() || !at.y.has_low()) corners.of[1] = -1;
-    if (!at.x.has_low() || !at.y.has_high()) corners.of[2] = -1;
-    if (!at.x.has_high() || !at.y.has_high()) corners.of[3] = -1;
+    const bool columns[2] = {at.x.has_low(), at.x.has_high()}, rows[2] = {at.y.has_low(), at.y.has_high()};
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      const bool inside = columns[corner % 2] & rows[corner / 2];
+      corners.of[corner] = inside ? corners.of[corner] : -1;
+      weights.of[corner] = inside ? weights.of[corner] : C(0);
+    }
   }
   return corners;
 }
@@ -393,12 +404,6 @@ DCNV3_DEVICE Four<Index> corners_of(const Problem<C>& q, const Location<C>& at, 
 template <class T, class Index>
 DCNV3_DEVICE const T* at_corner(const T* image, Index corner) {
   return reinterpret_cast<const T*>(reinterpret_cast<const char*>(image) + static_cast<std::make_unsigned_t<Index>>(corner));
-}
-
-template <class C>
-DCNV3_DEVICE Four<C> weights_of(const Location<C>& at, C modulation) {
-  const C bottom = modulation * at.y.fraction, top = modulation * (C(1) - at.y.fraction), left = C(1) - at.x.fraction;
-  return {{top * left, top * at.x.fraction, bottom * left, bottom * at.x.fraction}};
 }
 
 // ------------------------------------------------------------------------------------------------------------ forward
@@ -457,16 +462,9 @@ DCNV3_KERNEL(256, sizeof(T) == 8 ? 2 : sizeof(T) == 4 || sizeof(Index) == 8 ? 3 
       const T* pair = own_offset + 2 * i;
       if constexpr (early) pair = &offsets[i / LANES].first;
       const auto at = locate<V, POINTS>(q, unit, member + i, pair);
-      const Four<Index> corners = corners_of<T, C, Index>(q, at, unit.group);
-      shared.corners[(member + i) * units] = corners;
+      has_all = has_all && at.has_all();
       Four<C> weights = weights_of(at, modulation(i));
-      if (!at.has_all()) [[unlikely]] {
-        has_all = false;
-#pragma unroll
-        for (int corner = 0; corner < 4; ++corner) {
-          if (corners.of[corner] < 0) weights.of[corner] = C(0);  // which may be anything outside
-        }
-      }
+      shared.corners[(member + i) * units] = corners_of<T, C, Index>(q, at, unit.group, weights);
       shared.weights[(member + i) * units] = weights;
     });
     has_all = all_lanes(has_all);  // and what they wrote to shared memory is seen by all
@@ -602,8 +600,9 @@ DCNV3_KERNEL(256, 2) backward_kernel(
     const Modulation<T, 0, 0> modulation(q, lanes, points, member, mask + at_mask);
     for_own_points<0, 0>(lanes, points, member, [&](int i) {
       const auto at = locate<V, 0>(q, unit, member + i, own_offset + 2 * i);
-      shared.corners[(member + i) * units] = corners_of<T, C, Index>(q, at, unit.group);
-      shared.weights[(member + i) * units] = weights_of(at, modulation(i));
+      Four<C> weights = weights_of(at, modulation(i));
+      shared.corners[(member + i) * units] = corners_of<T, C, Index>(q, at, unit.group, weights);
+      shared.weights[(member + i) * units] = weights;
       shared.fractions[(member + i) * units] = {at.x.fraction, at.y.fraction};
     });
     sync_warp();
@@ -771,13 +770,13 @@ DCNV3_KERNEL(32, 1) window_backward_kernel(
 #pragma unroll
     for (int r = 0; r < window_rounds; ++r) {
       const auto at = locate<4, POINTS>(q, unit[r], point, &offsets[r].first);
-      const Four<float> weights = weights_of(at, modulation[r]);
+      Four<float> weights = weights_of(at, modulation[r]);
       fraction[r] = {at.x.fraction, at.y.fraction};
       inside[r] = 15;
       const unsigned x = static_cast<unsigned>(at.x.low) - static_cast<unsigned>(window_x);
       const unsigned y = static_cast<unsigned>(at.y.low) - static_cast<unsigned>(window_y);
       const unsigned cell = y * static_cast<unsigned>(width) + x, below = cell + static_cast<unsigned>(width);
-      Four<int32_t> places = corners_of<T, float, int32_t>(q, at, group);
+      Four<int32_t> places = corners_of<T, float, int32_t>(q, at, group, weights);
       Four<unsigned> in_window{{cell, cell + 1, below, below + 1}};
       const bool in_whole = x < static_cast<unsigned>(width - 1) && y < static_cast<unsigned>(height - 1);
       if (!unit[r].active || !at.has_all() || !in_whole) [[unlikely]] {
