@@ -131,7 +131,7 @@ def check_unchanged(folder: Path, again: Path) -> None:
     assert (again / "modeling_internimage_head.py").is_file()
 
 
-@pytest.mark.parametrize("head", ["rt_detr", "deformable_detr", "detr"])
+@pytest.mark.parametrize("head", ["rt_detr", "deformable_detr", pytest.param("detr", marks=pytest.mark.slow)])
 def test_detection_on_a_coco_folder(programs, coco_folder, tmp_path, head):
     flags = [
         "--dataset", coco_folder, "--head", head, "--head_config_overrides", json.dumps(SMALL_HEADS[head]),
