@@ -470,17 +470,19 @@ def test_export_with_symbolic_batch_and_size(variant):
             )
 
 
-def test_compile_inference_and_training():
+# Inductor's training step takes a minute or more to compile; that of the operator alone is among the tests of test_dcnv3.py.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_inference_and_training(backend):
     torch._dynamo.reset()
     model = randomised(InternImageForImageClassification(tiny_config(depths=[1, 1, 1, 1]))).eval()
-    compiled = torch.compile(model, fullgraph=True)
     pixel_values, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 1])
     with torch.no_grad():
-        torch.testing.assert_close(compiled(pixel_values).logits, model(pixel_values).logits, atol=1e-4, rtol=1e-4)
+        logits = torch.compile(model, fullgraph=True)(pixel_values).logits
+        torch.testing.assert_close(logits, model(pixel_values).logits, atol=1e-4, rtol=1e-4)
     model(pixel_values, labels=labels).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    compiled(pixel_values, labels=labels).loss.backward()
+    torch.compile(model, fullgraph=True, backend=backend)(pixel_values, labels=labels).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(
             parameter.grad, expected[name], atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"

@@ -250,7 +250,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize(
-    "head", [pytest.param(name, marks=pytest.mark.slow if name in ("detr", "upernet") else ()) for name in HEADS]
+    "head", [pytest.param(name, marks=pytest.mark.slow if name in ("detr", "mask2former") else ()) for name in HEADS]
 )
 def test_heads_load_without_the_package(head, tmp_path):
     model, auto_class = HEADS[head]
