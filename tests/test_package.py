@@ -148,7 +148,7 @@ LOAD_WITHOUT_THE_PACKAGE = """
         model = auto_class.from_pretrained(folder, trust_remote_code=True).eval()
         outputs = model(expected["pixel_values"])
         name = "logits" if "logits" in outputs else "pooler_output"
-        torch.testing.assert_close(outputs[name], expected[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(outputs[name], expected[name], atol=1e-6, rtol=1e-6)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True, out_features=["stage1", "stage4"])
     assert len(AutoBackbone.from_config(config, trust_remote_code=True)(expected["pixel_values"]).feature_maps) == 2
     print("equal", type(model).__module__.split(".")[0])
@@ -203,7 +203,7 @@ def test_remote_code_loads_without_the_package(route, variant, tmp_path):
             )
     """
     assert save_file
-    run_python(program)
+    run_python(program, DCNV3_BACKEND="torch")  # without the package there is no kernel
     load = LOAD_WITHOUT_THE_PACKAGE
     if route == "register_for_auto_class":  # which names one Auto class, not all of them
         load = load.replace("(AutoModelForImageClassification, AutoModel)", "(AutoModelForImageClassification,)")

@@ -109,35 +109,26 @@ DCNV3_DEVICE void unpack(const uint32_t (&words)[N], const Half*, float* to) {
   }
 }
 
-// V neighbouring channels: one, or 16 bytes of them; of 16-bit numbers 8 bytes as well.
-template <int V, class T>
-DCNV3_DEVICE void load(const T* from, Compute<T> (&to)[V]) {
-  if constexpr (V == 1) {
-    to[0] = widen(*from);
-  } else if constexpr (V * sizeof(T) == 8) {
-    const uint2 loaded = load_8_bytes(from);
-    const uint32_t words[2] = {loaded.x, loaded.y};
-    unpack(words, from, to);
-  } else {
-    static_assert(V * sizeof(T) == 16);
-    const uint4 loaded = load_16_bytes(from);
-    const uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
-    unpack(words, from, to);
-  }
-}
-
-// Zeros where `inside` is false: then nothing is read.
+// V neighbouring channels: one, or 16 bytes of them; of 16-bit numbers 8 bytes as well. Zeros where `inside` is false: then
+// nothing is read.
 template <int V, class T>
 DCNV3_DEVICE void load_if(bool inside, const T* from, Compute<T> (&to)[V]) {
   if constexpr (V == 1) {
     to[0] = inside ? widen(*from) : Compute<T>(0);
   } else {
-    static_assert(V * sizeof(T) == 16);
-    uint4 loaded{0u, 0u, 0u, 0u};
-    if (inside) loaded = load_16_bytes(from);
-    const uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+    constexpr int bytes = V * sizeof(T);
+    static_assert(bytes == 8 || bytes == 16);
+    std::conditional_t<bytes == 8, uint2, uint4> loaded{};
+    if (inside) loaded = load_words<decltype(loaded)>(from);
+    uint32_t words[bytes / 4];
+    __builtin_memcpy(words, &loaded, bytes);
     unpack(words, from, to);
   }
+}
+
+template <int V, class T>
+DCNV3_DEVICE void load(const T* from, Compute<T> (&to)[V]) {
+  load_if<V>(true, from, to);
 }
 
 template <int V, class T>
@@ -160,6 +151,15 @@ template <class C>
 DCNV3_DEVICE C sum_of_lanes(C value, int lanes) {
   for (int d = lanes / 2; d > 0; d /= 2) value += shuffle_xor(value, d);
   return value;
+}
+
+// Of several values at once, as an exchange takes its time.
+template <class C, int N>
+DCNV3_DEVICE void sum_of_lanes(C (&values)[N], int lanes) {
+  for (int d = lanes / 2; d > 0; d /= 2) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] += shuffle_xor(values[i], d);
+  }
 }
 
 // Two neighbours, with one load or store; aligned where V is not 1.
@@ -186,15 +186,28 @@ struct Origins {
         units(image * (static_cast<int64_t>(q.height_out) * q.width_out * q.groups)) {}
 };
 
+struct Tile {
+  uint32_t image;
+  int x, y;  // among its image's
+};
+
+template <class C>
+DCNV3_DEVICE Tile tile_of(const Problem<C>& q, uint32_t number) {
+  const uint32_t image = q.by_tiles_per_image(number);
+  const uint32_t of_image = number - image * static_cast<uint32_t>(q.tiles_per_image);
+  const int y = static_cast<int>(q.by_tiles_x(of_image));
+  return {image, static_cast<int>(of_image) - y * q.tiles_x, y};
+}
+
 // Calls `work(origins, unit)` for all units of the block's tiles, the same number of times in all lanes of a warp.
 template <class Index, class C, class Work>
 DCNV3_DEVICE void for_units(const Problem<C>& q, int lanes, Work work) {
   constexpr bool wide = sizeof(Index) == 8;
-  typedef std::conditional_t<wide, int64_t, uint32_t> Tile;
+  typedef std::conditional_t<wide, int64_t, uint32_t> Number;
   const unsigned units = 32u / static_cast<unsigned>(lanes), unit_of_warp = thread_number() % 32 / static_cast<unsigned>(lanes);
   const unsigned warp = thread_number() / 32, warps = block_size() / 32;
   const unsigned tile_units = static_cast<unsigned>(q.groups) << (q.tile_width_log2 + q.tile_height_log2);
-  for (Tile tile = block_number(); tile < static_cast<Tile>(q.tiles); tile += grid_size()) {
+  for (Number tile = block_number(); tile < static_cast<Number>(q.tiles); tile += grid_size()) {
     int64_t image;
     int tile_x, tile_y;
     if constexpr (wide) {
@@ -202,11 +215,8 @@ DCNV3_DEVICE void for_units(const Problem<C>& q, int lanes, Work work) {
       const int tile_of_image = static_cast<int>(tile - image * q.tiles_per_image);
       tile_y = tile_of_image / q.tiles_x, tile_x = tile_of_image - tile_y * q.tiles_x;
     } else {
-      const uint32_t image_of_tile = q.by_tiles_per_image(tile);
-      const uint32_t tile_of_image = tile - image_of_tile * static_cast<uint32_t>(q.tiles_per_image);
-      tile_y = static_cast<int>(q.by_tiles_x(tile_of_image));
-      tile_x = static_cast<int>(tile_of_image) - tile_y * q.tiles_x;
-      image = image_of_tile;
+      const Tile place = tile_of(q, tile);
+      image = place.image, tile_x = place.x, tile_y = place.y;
     }
     const Origins origins(q, image);
     for (unsigned first = warp * units; first < tile_units; first += warps * units) {
@@ -711,11 +721,10 @@ DCNV3_KERNEL(32, 1) window_backward_kernel(
   const int64_t task = static_cast<int64_t>(block_number()) * workers + worker;
   const bool active = task < q.tiles * q.groups;
   const uint32_t number = active ? static_cast<uint32_t>(task) : 0u;
-  const uint32_t tile = q.by_groups(number), image = q.by_tiles_per_image(tile);
-  const int group = static_cast<int>(number - tile * static_cast<uint32_t>(q.groups));
-  const int tile_of_image = static_cast<int>(tile - image * static_cast<uint32_t>(q.tiles_per_image));
-  const int tile_y = static_cast<int>(q.by_tiles_x(static_cast<uint32_t>(tile_of_image)));
-  const int first_x = (tile_of_image - tile_y * q.tiles_x) * q.tile_width, first_y = tile_y * q.tile_height;
+  const uint32_t tile_number = q.by_groups(number);
+  const int group = static_cast<int>(number - tile_number * static_cast<uint32_t>(q.groups));
+  const Tile tile = tile_of(q, tile_number);
+  const int first_x = tile.x * q.tile_width, first_y = tile.y * q.tile_height;
   const int window_x = first_x + 1 - q.padding_w - window_margin, window_y = first_y + 1 - q.padding_h - window_margin;
   const int pixels = active ? q.tile_width * q.tile_height : 0;
   const auto unit_of = [&](int pixel) {
@@ -727,7 +736,7 @@ DCNV3_KERNEL(32, 1) window_backward_kernel(
   };
 
   // of these channels, and of this lane's point
-  const Origins origins(q, image);
+  const Origins origins(q, tile.image);
   const T* values_of_image = input + origins.input + channel;
   const T* own_grad_output = grad_output + origins.units * D + channel;
   const int64_t at_point = origins.units * POINTS + point;
@@ -757,10 +766,7 @@ DCNV3_KERNEL(32, 1) window_backward_kernel(
         modulation[r] = exponential(modulation[r] - largest[r]);
         sum[r] = has_point ? modulation[r] : 0.0f;
       }
-      for (int d = 8; d > 0; d /= 2) {
-#pragma unroll
-        for (int r = 0; r < window_rounds; ++r) sum[r] += shuffle_xor(sum[r], d);
-      }
+      sum_of_lanes(sum, 16);
 #pragma unroll
       for (int r = 0; r < window_rounds; ++r) modulation[r] *= reciprocal(sum[r]);
     }
@@ -819,10 +825,7 @@ DCNV3_KERNEL(32, 1) window_backward_kernel(
 #pragma unroll
         for (int v = 1; v < 4; ++v) products[i] += grads[v] * values[i][v];
       }
-      for (int d = quads / 2; d > 0; d /= 2) {
-#pragma unroll
-        for (int i = 0; i < POINTS; ++i) products[i] += shuffle_xor(products[i], d);
-      }
+      sum_of_lanes(products, quads);
       sync_warp();  // all have read their corners
       if (channel == 0) {
 #pragma unroll
@@ -859,8 +862,7 @@ DCNV3_KERNEL(32, 1) window_backward_kernel(
       const float grad_modulation = inside[r] != 0 ? sample.value : 0.0f, scaled = modulation[r] * q.offset_scale;
       float grad_of_mask = grad_modulation;
       if (q.softmax) {
-        float dot = has_point ? modulation[r] * grad_modulation : 0.0f;
-        for (int d = 8; d > 0; d /= 2) dot += shuffle_xor(dot, d);
+        const float dot = sum_of_lanes(has_point ? modulation[r] * grad_modulation : 0.0f, 16);
         grad_of_mask = modulation[r] * (grad_modulation - dot);
       }
       if (unit[r].active && has_point) {
@@ -932,9 +934,21 @@ inline int log2_ceil(int64_t value) {
   return log2;
 }
 
-// Lays a call out for `window_backward_kernel`, in tiles as large as it allows that all multiprocessors get several.
+// False if an image has more than an int can count.
 template <class C>
-void plan_windows(const Shape& s, int multiprocessors, Plan<C>& plan) {
+bool set_tiles(const Shape& s, int64_t tiles_x, int64_t tiles_y, Problem<C>& q) {
+  if (tiles_x * tiles_y > INT32_MAX) return false;
+  q.tiles_x = static_cast<int>(tiles_x), q.tiles_per_image = static_cast<int>(tiles_x * tiles_y);
+  q.tiles = s.batch * q.tiles_per_image;
+  q.by_tiles_per_image = Divisor(static_cast<uint32_t>(q.tiles_per_image));
+  q.by_tiles_x = Divisor(static_cast<uint32_t>(q.tiles_x));
+  return true;
+}
+
+// Lays a call out for `window_backward_kernel`, in tiles as large as it allows that all multiprocessors get several; false if
+// there are too many of them.
+template <class C>
+bool plan_windows(const Shape& s, int multiprocessors, Plan<C>& plan) {
   Problem<C>& q = plan.problem;
   const int64_t workers = 32 / s.group_channels;
   int most_wide = 8, most_high = 8;
@@ -947,23 +961,19 @@ void plan_windows(const Shape& s, int multiprocessors, Plan<C>& plan) {
       most_wide /= 2;
     }
   }
-  if (all_tiles() * s.groups > INT32_MAX) return;
   // as many tiles, of one size
   const auto balanced = [&](int64_t size, int most) {
     return static_cast<int>(tiles(size, static_cast<int>(tiles(size, most))));
   };
   q.tile_width = balanced(s.width_out, most_wide), q.tile_height = balanced(s.height_out, most_high);
-  q.tiles_x = static_cast<int>(tiles(s.width_out, q.tile_width));
-  q.tiles_per_image = q.tiles_x * static_cast<int>(tiles(s.height_out, q.tile_height));
-  q.tiles = s.batch * q.tiles_per_image;
-  q.by_tiles_per_image = Divisor(static_cast<uint32_t>(q.tiles_per_image));
-  q.by_tiles_x = Divisor(static_cast<uint32_t>(q.tiles_x));
   q.by_tile_width = Divisor(static_cast<uint32_t>(q.tile_width));
+  const int64_t tiles_x = tiles(s.width_out, q.tile_width), tiles_y = tiles(s.height_out, q.tile_height);
+  if (!set_tiles(s, tiles_x, tiles_y, q) || q.tiles * s.groups > INT32_MAX) return false;
   plan.grid = static_cast<unsigned>((q.tiles * s.groups + workers - 1) / workers);
   plan.block = 32;
   const int cells = (q.tile_width + 2 * window_margin) * (q.tile_height + 2 * window_margin);
   plan.shared_bytes = static_cast<unsigned>(workers * window_bytes(cells, q.group_channels, q.points));
-  plan.windows = true;
+  return plan.windows = true;
 }
 
 // How a call is laid out on a device, in a type T of its tensors. `aligned`: 16 bytes of them can be loaded at once.
@@ -1000,6 +1010,13 @@ Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int mult
       pixels_out * s.groups * s.points * 2 > INT32_MAX;
   plan.vector = aligned && !plan.wide && s.group_channels % full == 0 ? full : 1;
   plan.small_kernel = s.kernel_h == 3 && s.kernel_w == 3;
+  q.by_groups = Divisor(static_cast<uint32_t>(q.groups));
+  const bool is_close = plan.small_kernel && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
+  if (backward && plan.vector == 4 && is_close && (s.group_channels == 16 || s.group_channels == 32) &&
+      plan_windows(s, multiprocessors, plan)) {
+    return plan;
+  }
+
   q.lanes = 1 << log2_ceil((s.group_channels + plan.vector - 1) / plan.vector);
   if (q.lanes > 32) q.lanes = 32;
 
@@ -1035,24 +1052,13 @@ Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int mult
   }
   while (warps > 1 && (s.groups << (width_log2 + height_log2)) <= warps / 2 * units) warps /= 2;
   q.tile_width_log2 = width_log2, q.tile_height_log2 = height_log2;
-  q.tiles_x = static_cast<int>(tiles(s.width_out, width_log2));
-  const int64_t tiles_per_image = tiles(s.height_out, height_log2) * q.tiles_x;
-  if (tiles_per_image > INT32_MAX) {
+  if (!set_tiles(s, tiles(s.width_out, width_log2), tiles(s.height_out, height_log2), q)) {
     plan.error = "an output of so many pixels";
     return plan;
   }
-  q.tiles_per_image = static_cast<int>(tiles_per_image);
-  q.tiles = all_tiles();
-  q.by_tiles_per_image = Divisor(static_cast<uint32_t>(q.tiles_per_image));
-  q.by_tiles_x = Divisor(static_cast<uint32_t>(q.tiles_x));
-  q.by_groups = Divisor(static_cast<uint32_t>(q.groups));
   plan.grid = static_cast<unsigned>(q.tiles < INT32_MAX ? q.tiles : INT32_MAX);
   plan.block = static_cast<unsigned>(32 * warps);
   plan.shared_bytes = static_cast<unsigned>(shared());
-  if (backward && plan.vector == 4 && plan.small_kernel && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
-      s.dilation_w == 1 && (s.group_channels == 16 || s.group_channels == 32)) {
-    plan_windows(s, multiprocessors, plan);
-  }
   return plan;
 }
 

@@ -71,19 +71,13 @@ DCNV3_DEVICE bool all_lanes(bool value) {
 #endif
 }
 
-// Read-only data of 16 or 8 bytes, aligned.
-DCNV3_DEVICE uint4 load_16_bytes(const void* from) {
+// Read-only data, aligned: a uint2 or uint4 of it.
+template <class Words>
+DCNV3_DEVICE Words load_words(const void* from) {
 #if DCNV3_HIP
-  return *static_cast<const uint4*>(from);
+  return *static_cast<const Words*>(from);
 #else
-  return __ldg(static_cast<const uint4*>(from));
-#endif
-}
-DCNV3_DEVICE uint2 load_8_bytes(const void* from) {
-#if DCNV3_HIP
-  return *static_cast<const uint2*>(from);
-#else
-  return __ldg(static_cast<const uint2*>(from));
+  return __ldg(static_cast<const Words*>(from));
 #endif
 }
 

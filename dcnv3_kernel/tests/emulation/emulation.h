@@ -149,14 +149,10 @@ inline bool all_lanes(bool value) {
   return value;
 }
 
-inline uint4 load_16_bytes(const void* from) {
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulation::fail("a load of 16 bytes that is not aligned");
-  return *static_cast<const uint4*>(from);
-}
-
-inline uint2 load_8_bytes(const void* from) {
-  if (reinterpret_cast<uintptr_t>(from) % 8 != 0) emulation::fail("a load of 8 bytes that is not aligned");
-  return *static_cast<const uint2*>(from);
+template <class Words>
+Words load_words(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Words) != 0) emulation::fail("a load of words that is not aligned");
+  return *static_cast<const Words*>(from);
 }
 
 template <class Bytes>
