@@ -1,8 +1,16 @@
 """Fixtures and paths that several test files use."""
 
+import os
+
+
+# Tests that run side by side, and the programs that they start, take a core each: OpenMP's threads wait for each other busily,
+# and where they share cores that way the same work takes five times as long. What several threads do is tested with numbers of
+# threads that the tests set themselves.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import importlib
 import json
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
