@@ -649,6 +649,7 @@ DCNV3_KERNEL(256, 2) backward_kernel(
     }
     sync_warp();
 
+    // From here to the next unit a lane reads and writes its own points alone.
     C dot = C(0);
     for_own_points<0, 0>(lanes, points, member, [&](int i) {
       Four<C>& sample = shared.weights[(member + i) * units];
@@ -660,7 +661,7 @@ DCNV3_KERNEL(256, 2) backward_kernel(
         narrow(inside ? scaled * sample.of[2] : C(0), own_grad_offset + 2 * i + 1);
         if (!q.softmax) narrow(grad_modulation, own_grad_mask + i);
       }
-      sample.of[0] = grad_modulation;  // this lane alone reads it
+      sample.of[0] = grad_modulation;
       dot += modulation(i) * grad_modulation;
     });
     if (q.softmax) {
@@ -670,7 +671,6 @@ DCNV3_KERNEL(256, 2) backward_kernel(
         if (unit.active) narrow(grad_logit, own_grad_mask + i);
       });
     }
-    sync_warp();
   });
 }
 
@@ -849,9 +849,8 @@ DCNV3_KERNEL(32, 1) window_backward_kernel(
         }
       }
     }
-    sync_warp();
 
-    // And a point again.
+    // And a point again: its products were written before the last of those waits.
 #pragma unroll
     for (int r = 0; r < window_rounds; ++r) {
       const WindowCorner* own = corners + ((r * at_once + first_unit) * 4 * POINTS + point);

@@ -1,0 +1,126 @@
+// The lanes of a warp as fibers that take turns at every exchange, forwards and backwards, so that one that relies on what another
+// has not yet been waited for goes wrong. Warps and blocks run one after another.
+
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <vector>
+
+namespace dcnv3 {
+namespace emulation {
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulation: %s\n", what);
+  std::abort();
+}
+
+struct Lane {
+  ucontext_t start;
+  jmp_buf place;  // where it waits; much faster to go to than a ucontext_t, which costs a call of the system
+  std::unique_ptr<char[]> stack;
+  bool finished;
+  int exchanges;            // how many it has come to
+  uint64_t value[2];        // what it offers in the last two
+};
+
+struct State {
+  unsigned grid, block, block_number, warp;
+  int lane;
+  std::vector<unsigned char> shared;
+  Lane lanes[32];
+  jmp_buf scheduler;
+  std::function<void()> kernel;
+};
+
+inline State& state() {
+  static thread_local State* value = new State();
+  return *value;
+}
+
+inline void lane_main() {
+  State& s = state();
+  s.kernel();
+  s.lanes[s.lane].finished = true;
+  _longjmp(s.scheduler, 1);
+}
+
+inline void resume(bool first) {
+  State& s = state();
+  if (_setjmp(s.scheduler) != 0) return;
+  if (first) setcontext(&s.lanes[s.lane].start);
+  _longjmp(s.lanes[s.lane].place, 1);
+}
+
+// All lanes of a warp come here before any goes on.
+inline void wait_for_warp() {
+  State& s = state();
+  Lane& lane = s.lanes[s.lane];
+  ++lane.exchanges;
+  if (_setjmp(lane.place) == 0) _longjmp(s.scheduler, 1);
+}
+
+inline void run_warp() {
+  State& s = state();
+  constexpr size_t stack_bytes = 256 * 1024;
+  for (Lane& lane : s.lanes) {
+    if (!lane.stack) lane.stack.reset(new char[stack_bytes]);
+    getcontext(&lane.start);
+    lane.start.uc_stack.ss_sp = lane.stack.get();
+    lane.start.uc_stack.ss_size = stack_bytes;
+    lane.start.uc_link = nullptr;
+    lane.finished = false;
+    lane.exchanges = 0;
+    makecontext(&lane.start, lane_main, 0);
+  }
+  for (int turn = 0; !s.lanes[0].finished; ++turn) {
+    const bool backwards = (static_cast<unsigned>(turn) + s.warp + s.block_number) % 2 != 0;
+    for (int i = 0; i < 32; ++i) {
+      s.lane = backwards ? 31 - i : i;
+      resume(turn == 0);
+    }
+    for (const Lane& lane : s.lanes) {
+      if (lane.finished != s.lanes[0].finished || lane.exchanges != s.lanes[0].exchanges) {
+        fail("the lanes of a warp do not come to the same exchanges");
+      }
+    }
+  }
+}
+
+inline void launch(unsigned grid, unsigned block, unsigned shared_bytes, std::function<void()> kernel) {
+  State& s = state();
+  if (grid == 0 || block == 0 || block % 32 != 0 || block > 256 || shared_bytes > 48 * 1024) fail("a launch that no GPU takes");
+  s.grid = grid, s.block = block, s.kernel = std::move(kernel);
+  for (s.block_number = 0; s.block_number < grid; ++s.block_number) {
+    s.shared.assign(shared_bytes + 16, 0xff);
+    for (s.warp = 0; s.warp < block / 32; ++s.warp) run_warp();
+    for (unsigned i = 0; i < 16; ++i) {
+      if (s.shared[shared_bytes + i] != 0xff) fail("shared memory was written behind its end");
+    }
+  }
+}
+
+
+// Offers a value to the other lanes and takes that of one.
+inline uint64_t exchange(uint64_t value, int difference) {
+  State& s = state();
+  const int which = s.lanes[s.lane].exchanges % 2, lane = s.lane;
+  s.lanes[lane].value[which] = value;
+  wait_for_warp();
+  return s.lanes[lane ^ difference].value[which];
+}
+
+inline unsigned thread_number() { return state().warp * 32 + state().lane; }
+inline unsigned block_size() { return state().block; }
+inline unsigned block_number() { return state().block_number; }
+inline unsigned grid_size() { return state().grid; }
+inline void* shared_memory() { return state().shared.data(); }
+
+}  // namespace emulation
+}  // namespace dcnv3

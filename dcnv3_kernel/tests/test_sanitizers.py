@@ -1,0 +1,65 @@
+"""The GPU kernels under ThreadSanitizer and AddressSanitizer, on a CPU: races between lanes, and accesses outside of tensors."""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parents[1]
+EMULATION = ROOT / "tests" / "emulation"
+COMPILER = shlex.split(os.environ.get("CXX", "c++"))
+KERNELS = [ROOT / "dcnv3_cuda" / f"dcnv3_cuda_{name}.cu" for name in ("forward", "backward")]
+
+
+def compile_with(
+    sanitizer: str, program: Path, *sources: Path, flags: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
+    command = [*COMPILER, "-std=c++20", "-O1", "-g", f"-fsanitize={sanitizer}", *flags]
+    return subprocess.run(
+        [*command, "-x", "c++", *map(str, sources), "-o", str(program)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """Compiles the program of a sanitizer, once; skips where there is no such sanitizer."""
+    folder, programs = tmp_path_factory.mktemp("sanitized"), {}
+
+    def get(sanitizer: str) -> Path:
+        if sanitizer not in programs:
+            if platform.machine() != "x86_64":
+                pytest.skip("the lanes' exchange counts on the order in which x86 writes to memory")
+            if shutil.which(COMPILER[0]) is None:
+                pytest.skip("no C++ compiler")
+            source, trial, program = folder / "trial.cpp", folder / "trial", folder / sanitizer
+            source.write_text("int main() {}")
+            if compile_with(sanitizer, trial, source).returncode or subprocess.run([trial], check=False).returncode:
+                pytest.skip(f"the compiler's {sanitizer} sanitizer does not work on this machine")
+            flags = ("-DDCNV3_EMULATION", "-DDCNV3_EMULATION_THREADS", f"-I{EMULATION}", "-Wno-psabi")
+            result = compile_with(sanitizer, program, EMULATION / "sanitize.cpp", *KERNELS, flags=flags)
+            assert result.returncode == 0, result.stderr
+            programs[sanitizer] = program
+        return programs[sanitizer]
+
+    return get
+
+
+def check(program: Path, *cases: int) -> None:
+    result = subprocess.run([program, *map(str, cases)], capture_output=True, text=True, check=False, timeout=900)
+    assert result.returncode == 0 and result.stdout.endswith("done\n"), result.stdout + result.stderr[:4000]
+
+
+def test_races(sanitized):
+    """A case of windows and one of the general kernels; the others in the slow test."""
+    check(sanitized("thread"), 0, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_every_case(sanitized, sanitizer):
+    check(sanitized(sanitizer))
