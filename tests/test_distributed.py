@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -46,13 +47,10 @@ def launch(engine: str, program: Path, *arguments: object, processes: int = 2, c
     What should end within half a minute and hangs is started once more, and a warning says where each process was.
     """
     for seconds in (200, 400):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         shim = [TESTS / "fsdp_on_cpu.py"] if engine == "fsdp2" else []
         command = [
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGURATIONS / f"{engine}.yaml",
-            "--num_processes", processes, "--main_process_port", port, *shim, program, *arguments,
+            "--num_processes", processes, "--main_process_port", _free_port(), *shim, program, *arguments,
         ]  # fmt: skip
         process = subprocess.Popen(
             [*map(str, command)],
@@ -73,6 +71,15 @@ def launch(engine: str, program: Path, *arguments: object, processes: int = 2, c
         assert not check or process.returncode == 0, output[-4000:]
         return output
     raise AssertionError(f"{engine} hung twice; the warnings say where")
+
+
+def _free_port() -> int:
+    """One that the system gives nobody by itself: those are taken by whoever connects, before a launch comes to use its own."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 30000)
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def _end(root: int) -> None:

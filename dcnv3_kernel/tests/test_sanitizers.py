@@ -19,7 +19,7 @@ KERNELS = [ROOT / "dcnv3_cuda" / f"dcnv3_cuda_{name}.cu" for name in ("forward",
 def compile_with(
     sanitizer: str, program: Path, *sources: Path, flags: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess:
-    command = [*COMPILER, "-std=c++20", "-O1", "-g", f"-fsanitize={sanitizer}", *flags]
+    command = [*COMPILER, "-std=c++20", "-O0", f"-fsanitize={sanitizer}", *flags]
     return subprocess.run(
         [*command, "-x", "c++", *map(str, sources), "-o", str(program)], capture_output=True, text=True, check=False
     )
