@@ -152,6 +152,7 @@ def runs(folder: Path) -> list[dict]:
         {"folder": folder / "frozen"},
         {"folder": folder / "batch_statistics", "frozen_statistics": False},
         {"folder": folder / "ema", "ema_decay": 0.8},
+        {"folder": folder / "stream", "stream": True, "max_steps": 14},
     ]
 
 
@@ -174,6 +175,14 @@ def check_equal(folder: Path, single: Path) -> None:
     assert difference(single / "ema" / "model.safetensors", single / "frozen" / "model.safetensors") > 1e-5
 
 
+def check_stream(folder: Path, steps: int = 14) -> None:
+    """Two processes see every image once per epoch: 14 steps are two epochs of 48 and 16 images."""
+    seen = [result(folder, process)["seen"][:steps] for process in range(2)]  # one batch more is read ahead
+    each = [[i for batch in batches for i in batch] for batches in seen]
+    assert [len(indices) for indices in each] == [steps * GLOBAL_BATCH // 2] * 2
+    assert each == [drawn(process, 2, steps * GLOBAL_BATCH // 2) for process in range(2)]
+
+
 def drawn(process: int, processes: int, count: int) -> list[int]:
     iterator = iter(make_stream().part(process, processes))
     return [next(iterator)["index"] for _ in range(count)]
@@ -182,7 +191,7 @@ def drawn(process: int, processes: int, count: int) -> list[int]:
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
-    run("ddp", *runs(folder), {"folder": folder / "stream", "stream": True, "max_steps": 14})
+    run("ddp", *runs(folder))
     return folder
 
 
@@ -196,20 +205,14 @@ def fsdp2(tmp_path_factory) -> Path:
 def test_ddp_is_training_in_one_process(single, ddp):
     assert result(ddp / "frozen")["engine"].endswith("MULTI_CPU")
     check_equal(ddp, single)
-
-
-def test_two_processes_see_every_image_of_a_stream_once_per_epoch(ddp):
-    steps = 14  # two epochs of 48 images, and 16
-    seen = [result(ddp / "stream", process)["seen"][:steps] for process in range(2)]  # one batch more is read ahead
-    each = [[i for batch in batches for i in batch] for batches in seen]
-    assert [len(indices) for indices in each] == [steps * GLOBAL_BATCH // 2] * 2
-    assert each == [drawn(process, 2, steps * GLOBAL_BATCH // 2) for process in range(2)]
+    check_stream(ddp / "stream")
 
 
 def test_fsdp2_is_training_in_one_process(single, fsdp2):
     assert result(fsdp2 / "frozen")["engine"].endswith("FSDP")
     assert "FSDPInternImageLayer" in result(fsdp2 / "frozen")["sharded"]  # by `_no_split_modules`
     check_equal(fsdp2, single)
+    check_stream(fsdp2 / "stream")
 
 
 def test_what_fsdp2_wrote_loads_into_one_process(single, fsdp2):

@@ -7,27 +7,22 @@
 #include <ucontext.h>
 
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <vector>
 
+#include "checks.h"
+
 namespace dcnv3 {
 namespace emulation {
-
-[[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "emulation: %s\n", what);
-  std::abort();
-}
 
 struct Lane {
   ucontext_t start;
   jmp_buf place;  // where it waits; much faster to go to than a ucontext_t, which costs a call of the system
   std::unique_ptr<char[]> stack;
   bool finished;
-  int exchanges;            // how many it has come to
-  uint64_t value[2];        // what it offers in the last two
+  int exchanges;      // how many it has come to
+  uint64_t value[2];  // what it offers in the last two
 };
 
 struct State {
@@ -95,7 +90,7 @@ inline void run_warp() {
 
 inline void launch(unsigned grid, unsigned block, unsigned shared_bytes, std::function<void()> kernel) {
   State& s = state();
-  if (grid == 0 || block == 0 || block % 32 != 0 || block > 256 || shared_bytes > 48 * 1024) fail("a launch that no GPU takes");
+  check_launch(grid, block, shared_bytes);
   s.grid = grid, s.block = block, s.kernel = std::move(kernel);
   for (s.block_number = 0; s.block_number < grid; ++s.block_number) {
     s.shared.assign(shared_bytes + 16, 0xff);
@@ -105,7 +100,6 @@ inline void launch(unsigned grid, unsigned block, unsigned shared_bytes, std::fu
     }
   }
 }
-
 
 // Offers a value to the other lanes and takes that of one.
 inline uint64_t exchange(uint64_t value, int difference) {

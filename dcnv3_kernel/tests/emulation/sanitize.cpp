@@ -50,7 +50,7 @@ struct Tensor {
   bool operator==(const Tensor& other) const { return std::memcmp(data.get(), other.data.get(), bytes) == 0; }
 };
 
-// Normally distributed numbers; of 16 bits those that both types hold as the upper half of a float would be.
+// Normally distributed numbers; for bfloat16 the lower half of a float is cut off.
 Tensor random_tensor(Dtype dtype, int64_t count, float spread, std::mt19937& random) {
   Tensor tensor(count * size_of(dtype));
   std::normal_distribution<float> normal(0.0f, spread);

@@ -8,20 +8,15 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <thread>
 #include <vector>
 
+#include "checks.h"
+
 namespace dcnv3 {
 namespace emulation {
-
-[[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "emulation: %s\n", what);
-  std::abort();
-}
 
 struct Warp {
   std::atomic<unsigned> arrived{0}, generation{0};
@@ -75,7 +70,7 @@ inline unsigned grid_size() { return place.grid; }
 inline void* shared_memory() { return place.shared; }
 
 inline void launch(unsigned grid, unsigned block, unsigned shared_bytes, std::function<void()> kernel) {
-  if (grid == 0 || block == 0 || block % 32 != 0 || block > 256 || shared_bytes > 48 * 1024) fail("a launch that no GPU takes");
+  check_launch(grid, block, shared_bytes);
   if (grid > 4096 / block) fail("more threads than this emulation should start: take a smaller shape");
   std::vector<Warp> warps(grid * block / 32);
   std::vector<std::unique_ptr<unsigned char[]>> shared;

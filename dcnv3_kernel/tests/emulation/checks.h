@@ -1,0 +1,21 @@
+// How both kinds of lanes (fibers.h, threads.h) stop at what a GPU would not take.
+
+#pragma once
+
+#include <cstdio>
+#include <cstdlib>
+
+namespace dcnv3 {
+namespace emulation {
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulation: %s\n", what);
+  std::abort();
+}
+
+inline void check_launch(unsigned grid, unsigned block, unsigned shared_bytes) {
+  if (grid == 0 || block == 0 || block % 32 != 0 || block > 256 || shared_bytes > 48 * 1024) fail("a launch that no GPU takes");
+}
+
+}  // namespace emulation
+}  // namespace dcnv3
