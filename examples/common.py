@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
+from data import Account, Data, DataArguments, InputError, check_resumed
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -25,14 +25,8 @@ VARIANTS = ("t", "s", "b", "l", "xl", "h", "g")
 
 
 @dataclass
-class DataArguments:
-    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a dataset on the Hub"})
+class HeadDataArguments(DataArguments):
     image_column: str = field(default="image", metadata={"help": "column of the images"})
-    eval_fraction: float = field(
-        default=0.2, metadata={"help": "part held out for evaluation if the dataset has no validation or test split"}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "train on this many images at most"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on this many images at most"})
     random_flip: bool | None = field(
         default=None, metadata={"help": "mirror half of the training images; by default all but digits"}
     )
@@ -107,56 +101,31 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
     return arguments.resume_from_checkpoint
 
 
-def train_and_held_out(
-    splits: datasets.DatasetDict, arguments: DataArguments, seed: int
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """The split `train` and one to evaluate on: `validation`, `test` or a part of `train`; both cut to the flags' sizes.
-
-    Raises:
-        ValueError: if there is no split `train`, or one of the two is empty.
-    """
-    if "train" not in splits:
-        raise ValueError(f"--dataset has no split `train`, only {', '.join(splits)}")
-    held_out = next((name for name in ("validation", "test") if name in splits), None)
-    if held_out is None:
-        splits = splits["train"].train_test_split(test_size=arguments.eval_fraction, seed=seed)
-        held_out = "test"
-    pair = []
-    for dataset, most, flag in (
-        (splits["train"], arguments.max_train_samples, "--max_train_samples"),
-        (splits[held_out], arguments.max_eval_samples, "--max_eval_samples"),
-    ):
-        if most is not None:
-            dataset = dataset.shuffle(seed=seed).select(range(min(most, len(dataset))))
-        if len(dataset) == 0:
-            raise ValueError(f"no images are left: look at --dataset and {flag}")
-        pair.append(dataset)
-    return pair[0], pair[1]
-
-
-def check_column(splits: datasets.DatasetDict, name: str, flag: str) -> None:
+def check_column(data: Data, name: str, flag: str) -> None:
     """
     Raises:
-        ValueError: if a split has no such column.
+        InputError: if a split has no such column.
     """
-    for features in splits.column_names.values():
-        if name not in features:
-            raise ValueError(f"--{flag} {name} is not a column of the dataset, which has {', '.join(features)}")
+    for split, dataset in data.splits.items():
+        if name not in dataset.column_names:
+            raise InputError(
+                f"--{flag} {name} is not a column of the split {split} of {data.name}, which has {', '.join(dataset.column_names)}"
+            )
 
 
 def head_overrides(arguments: ModelArguments) -> dict:
     """
     Raises:
-        ValueError: if `--head_config_overrides` is not a JSON object.
+        InputError: if `--head_config_overrides` is not a JSON object.
     """
     if arguments.head_config_overrides is None:
         return {}
     try:
         fields = json.loads(arguments.head_config_overrides)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--head_config_overrides is not JSON: {error}") from error
+        raise InputError(f"--head_config_overrides is not JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"--head_config_overrides must be a JSON object, got {arguments.head_config_overrides}")
+        raise InputError(f"--head_config_overrides must be a JSON object, got {arguments.head_config_overrides}")
     return fields
 
 
@@ -176,12 +145,12 @@ def backbone_of(model: PreTrainedModel) -> InternImageBackbone:
     """The InternImage in a head.
 
     Raises:
-        ValueError: if there is none.
+        InputError: if there is none.
     """
     for module in model.modules():
         if isinstance(module, InternImageBackbone):
             return module
-    raise ValueError(f"--model holds no InternImage backbone, it is a {type(model).__name__}")
+    raise InputError(f"--model holds no InternImage backbone, it is a {type(model).__name__}")
 
 
 def build_head(
@@ -194,11 +163,11 @@ def build_head(
     """An untrained head on the backbone. `--head_config_overrides` win over `fields`.
 
     Raises:
-        ValueError: if an override is not a field of the head's configuration.
+        InputError: if an override is not a field of the head's configuration.
     """
     overrides = head_overrides(arguments)
     if unknown := [name for name in overrides if not hasattr(config_class(backbone_config=backbone.config), name)]:
-        raise ValueError(f"--head_config_overrides: {', '.join(unknown)} is not a field of {config_class.__name__}")
+        raise InputError(f"--head_config_overrides: {', '.join(unknown)} is not a field of {config_class.__name__}")
     model = model_class(config_class(backbone_config=backbone.config, **{**fields, **overrides}))
     # transformers draws RT-DETR's around 0 with a deviation of 0.01, its authors begin with 1 as PyTorch does
     norms = [m.weight for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d) and m.weight is not None]
@@ -245,14 +214,14 @@ def load_head(model_classes: dict[str, type[PreTrainedModel]], arguments: ModelA
         **fields: of the configuration.
 
     Raises:
-        ValueError: if it is none of these heads on an InternImage, or a flag would change what comes with it.
+        InputError: if it is none of these heads on an InternImage, or a flag would change what comes with it.
     """
     for flag in ("backbone", "drop_path_rate", "head_config_overrides"):
         if getattr(arguments, flag) is not None:
-            raise ValueError(f"--{flag} is for an untrained head, --model {arguments.model} brings its own")
+            raise InputError(f"--{flag} is for an untrained head, --model {arguments.model} brings its own")
     model_type = model_type_of(arguments.model)
     if model_type not in model_classes:
-        raise ValueError(
+        raise InputError(
             f"--model {arguments.model} is a {model_type or 'file'}, not one of {', '.join(model_classes)}"
         )
     model = model_classes[model_type].from_pretrained(arguments.model, ignore_mismatched_sizes=True, **fields)
@@ -326,9 +295,23 @@ class HeadTrainer(ExampleTrainer):
         return outputs.loss.detach().mean(), outputs, inputs
 
 
-def train_evaluate_save(trainer: HeadTrainer) -> tuple[dict[str, float], dict[str, float]]:
-    """Trains (or goes on), evaluates and saves the best model; returns the metrics of training and of evaluation."""
-    result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
+def train_evaluate_save(trainer: ExampleTrainer, account: Account) -> tuple[dict[str, float], dict[str, float]]:
+    """Trains (or goes on), evaluates and saves the best model; returns the metrics of training and of evaluation.
+
+    The account of the data is printed before the first step and kept beside the model.
+
+    Raises:
+        InputError: if the checkpoint to go on from was trained on other data.
+    """
+    folder, checkpoint = trainer.args.output_dir, checkpoint_to_resume(trainer.args)
+    if trainer.is_world_process_zero():
+        print(account, flush=True)
+    if checkpoint is not None:
+        check_resumed(folder, checkpoint, account)
+    trainer.accelerator.wait_for_everyone()  # all have read the account of the run before
+    if trainer.is_world_process_zero():
+        account.write(folder)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_metrics("all", {**result.metrics, **metrics})

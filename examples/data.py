@@ -635,37 +635,67 @@ class Part:
         return images if self.counts is None else f"{images}; {counted(self.counts, self.unit)}"
 
 
-def account(data: Data, classes: Sequence[str], parts: dict[str, Part], warnings: Iterable[str] = ()) -> dict:
-    """The account of a data set, to be printed and kept: names, counts, what is left out and why."""
-    return {
-        "dataset": data.name,
-        "layout": data.layout,
-        "classes": list(classes),
-        "parts": {name: {"images": p.images, "per class": p.counts, "unit": p.unit} for name, p in parts.items()},
-        "left out": {reason: {"count": n, "examples": data.left_out.examples[reason]} for reason, n in data.left_out.counts.items()},
-        "warnings": list(warnings),
-    }  # fmt: skip
+@dataclass
+class Account:
+    """What a training program says of its data before the first step, and keeps beside the model.
 
+    Attributes:
+        data: the data set as it was found.
+        classes: the names of all classes.
+        parts: the splits as they are used, by name.
+        warnings: what does not fit together, a line each.
+    """
 
-def print_account(data: Data, classes: Sequence[str], parts: dict[str, Part], warnings: Iterable[str] = ()) -> None:
-    """What every training program prints before its first step."""
-    lines = [("data", f"{data.name}: {data.layout}"), ("classes", f"{len(classes)}: {_some(list(classes), 20)}")]
-    lines += [(name, str(part)) for name, part in parts.items()]
-    lines += [("left out", str(data.left_out))]
-    lines += [("warning", text) for text in warnings]
-    width = max(len(name) for name, _ in lines)
-    print("\n".join(f"{name:>{width}}  {text}" for name, text in lines), flush=True)
+    data: Data
+    classes: Sequence[str]
+    parts: dict[str, Part]
+    warnings: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [("data", f"{self.data.name}: {self.data.layout}")]
+        lines += [("classes", f"{len(self.classes)}: {_some(list(self.classes), 20)}")]
+        lines += [(name, str(part)) for name, part in self.parts.items()]
+        lines += [("left out", str(self.data.left_out))]
+        lines += [("warning", text) for text in self.warnings]
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:>{width}}  {text}" for name, text in lines)
+
+    def as_json(self) -> dict:
+        left_out = self.data.left_out
+        return {
+            "dataset": self.data.name,
+            "layout": self.data.layout,
+            "classes": list(self.classes),
+            "parts": {
+                name: {"images": part.images, "per class": part.counts, "unit": part.unit}
+                for name, part in self.parts.items()
+            },
+            "left out": {
+                reason: {"count": count, "examples": left_out.examples[reason]}
+                for reason, count in left_out.counts.items()
+            },
+            "warnings": self.warnings,
+        }
+
+    def write(self, folder: str | os.PathLike) -> None:
+        """Keeps the account as `data.json` in a folder."""
+        file = Path(folder) / ACCOUNT
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(self.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, file)
 
 
 ACCOUNT = "data.json"
 
 
-def check_resumed(output_dir: str | os.PathLike, checkpoint: str | os.PathLike, new: dict) -> None:
+def check_resumed(output_dir: str | os.PathLike, checkpoint: str | os.PathLike, account: Account) -> None:
     """Compares the account of the run that wrote a checkpoint with that of the run that is to go on with it.
 
     Raises:
         InputError: if the checkpoint is of other classes or of another data set.
     """
+    new = account.as_json()
     config = Path(checkpoint) / "config.json"
     advice = (
         f"another --output_dir, or no --resume_from_checkpoint, was expected to train on --dataset {new['dataset']}"
@@ -685,12 +715,3 @@ def check_resumed(output_dir: str | os.PathLike, checkpoint: str | os.PathLike, 
             raise InputError(f"{checkpoint} was trained on another data set, {old['dataset']}; {advice}")
         if old["parts"] != new["parts"]:
             print(f"warning: {new['dataset']} is not as it was when {checkpoint} was written: see {file}", flush=True)
-
-
-def write_account(output_dir: str | os.PathLike, content: dict) -> None:
-    """Keeps the account beside the model, as `data.json`."""
-    file = Path(output_dir) / ACCOUNT
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
