@@ -573,9 +573,8 @@ def encode_labels(data: Data, column: str) -> list[str]:
     number = {name: index for index, name in enumerate(names)}
     for name, split in data.splits.items():
         values = [-1 if text is None else number[text] for text in texts[name]]
-        data.splits[name] = split.remove_columns(column).add_column(
-            column, values, feature=datasets.ClassLabel(names=names)
-        )
+        encoded = split.add_column("encoded label", values, feature=datasets.ClassLabel(names=names))
+        data.splits[name] = encoded.remove_columns(column).rename_column("encoded label", column)
     return names
 
 

@@ -13,7 +13,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -95,13 +95,19 @@ def photos(tmp_path) -> Path:
     return tmp_path / "photos"
 
 
+class Programs:
+    """The example programs as modules, imported on first use."""
+
+    def __getattr__(self, name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+
 @pytest.fixture(scope="session")
 def programs():
-    """The example programs as modules, as Python finds what a script imports from its own folder."""
+    """The example programs, as Python finds what a script imports from its own folder."""
     sys.path.insert(0, str(ROOT / "examples"))
     try:
-        names = ("embedded_data", "common", "object_detection", "semantic_segmentation")
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+        yield Programs()
     finally:
         sys.path.remove(str(ROOT / "examples"))
 
