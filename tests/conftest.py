@@ -26,6 +26,9 @@ from safetensors.torch import load_file
 # No test may use the network by accident; the ones that talk to a server on this machine say so themselves.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# transformers' tests run in a tree of their own, see test_transformers_suite.py
+collect_ignore = ["transformers_suite"]
+
 FIXTURES = Path(__file__).parent / "fixtures"
 ROOT = Path(__file__).parent.parent
 # Golden outputs that are too large for this repository lie beside it, where they are.
