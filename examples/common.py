@@ -2,16 +2,18 @@
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from data import Account, Data, DataArguments, InputError, check_resumed
+from data import Account, Data, DataArguments, InputError, check_resumed, one_line
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from internimage_hf import InternImageBackbone, InternImageConfig
 from internimage_hf.remote_code import write_remote_code
@@ -22,6 +24,7 @@ from internimage_hf.training import InternImageTrainer, InternImageTrainingFlags
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 VARIANTS = ("t", "s", "b", "l", "xl", "h", "g")
+_WHEN = ["no", "steps", "epoch"]
 
 
 @dataclass
@@ -77,15 +80,51 @@ class ExampleTrainingArguments(InternImageTrainingFlags, TrainingArguments):
     weight_decay: float = 0.05
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.05
-    eval_strategy: str = "epoch"
-    save_strategy: str = "epoch"
+    eval_strategy: str = field(
+        default="epoch",
+        metadata={"help": "when to evaluate during training; at the end it is done in any case", "choices": _WHEN},
+    )
+    save_strategy: str = field(
+        default="epoch", metadata={"help": "when to keep a checkpoint", "choices": [*_WHEN, "best"]}
+    )
     save_total_limit: int | None = 2
-    load_best_model_at_end: bool = True
-    logging_strategy: str = "epoch"
+    load_best_model_at_end: bool = field(
+        default=True,
+        metadata={
+            "help": "save the best of the checkpoints, not the last; off where checkpoints are not kept when it is evaluated"
+        },
+    )
+    logging_strategy: str = field(default="epoch", metadata={"help": "when to log the loss", "choices": _WHEN})
     remove_unused_columns: bool | None = False
     dataloader_pin_memory: bool = torch.cuda.is_available()
     report_to: None | str | list[str] = "none"  # noqa: RUF036 (HfArgumentParser wants this order)
     seed: int = 0
+
+    def __post_init__(self):
+        self.why_not_the_best = self._why_not_the_best() if self.load_best_model_at_end else None
+        if self.why_not_the_best is not None:
+            self.load_best_model_at_end = False
+        super().__post_init__()
+
+    def _why_not_the_best(self) -> str | None:
+        """Why `load_best_model_at_end` is not possible; None if it is."""
+        evaluate, save = (str(getattr(s, "value", s)) for s in (self.eval_strategy, self.save_strategy))
+        if evaluate == "no":
+            return "nothing is evaluated during training (eval_strategy no)"
+        if save == "no":
+            return "no checkpoint is kept (save_strategy no)"
+        if save == "best":
+            return None
+        if evaluate != save:
+            return f"eval_strategy {evaluate} and save_strategy {save} differ: checkpoints are not those that are evaluated"
+        if evaluate == "steps":
+            steps, every = self.save_steps, self.eval_steps or self.logging_steps
+            is_ratio = (steps < 1, every < 1)
+            if is_ratio[0] != is_ratio[1] or (every and round(steps * 1e6) % round(every * 1e6)):
+                return (
+                    f"save_steps {steps:g} is no multiple of eval_steps {every:g}: not every checkpoint is evaluated"
+                )
+        return None
 
 
 def choose_learning_rate(training: TrainingArguments, checkpoint: str | None, untrained: float) -> None:
@@ -95,10 +134,35 @@ def choose_learning_rate(training: TrainingArguments, checkpoint: str | None, un
 
 
 def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
-    """What `--resume_from_checkpoint` names; `last` is the newest checkpoint in the output folder, if there is one."""
-    if arguments.resume_from_checkpoint == "last":
+    """What `--resume_from_checkpoint` names; `last` is the newest checkpoint in the output folder, if there is one.
+
+    Raises:
+        InputError: if it names no checkpoint of a `Trainer`.
+    """
+    given = arguments.resume_from_checkpoint
+    if given is None:
+        return None
+    if given == "last":
         return last_checkpoint(arguments.output_dir)
-    return arguments.resume_from_checkpoint
+    try:
+        json.loads((Path(given) / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--resume_from_checkpoint {given} is no complete checkpoint ({one_line(error)}); `last`, or a folder with a "
+            "`trainer_state.json`, was expected"
+        ) from error
+    return given
+
+
+@contextmanager
+def loading(flag: str, value: object) -> Iterator[None]:
+    """What cannot be loaded in the block is an `InputError` that names the flag and its value."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise InputError(f"--{flag} {value} cannot be used: {one_line(error)}") from error
 
 
 def check_column(data: Data, name: str, flag: str) -> None:
@@ -130,15 +194,27 @@ def head_overrides(arguments: ModelArguments) -> dict:
 
 
 def make_backbone(arguments: ModelArguments, out_features: list[str]) -> InternImageBackbone:
-    """The backbone that the flags name, with its weights where they are trained."""
+    """The backbone that the flags name, with its weights where they are trained.
+
+    Raises:
+        InputError: if it cannot be loaded, or is none of InternImage.
+    """
     fields = {"out_features": out_features}
     if arguments.drop_path_rate is not None:
         fields["drop_path_rate"] = arguments.drop_path_rate
-    if arguments.backbone is None:
-        return InternImageBackbone(InternImageConfig(channels=32, depths=[1, 1, 2, 1], groups=[2, 4, 8, 16], **fields))
-    if arguments.backbone in VARIANTS:
-        return InternImageBackbone(InternImageConfig.from_variant(arguments.backbone, **fields))
-    return InternImageBackbone.from_pretrained(arguments.backbone, **fields)
+    if arguments.backbone is None or arguments.backbone in VARIANTS:
+        with loading("drop_path_rate", arguments.drop_path_rate):
+            if arguments.backbone is not None:
+                return InternImageBackbone(InternImageConfig.from_variant(arguments.backbone, **fields))
+            fields |= {"channels": 32, "depths": [1, 1, 2, 1], "groups": [2, 4, 8, 16]}
+            return InternImageBackbone(InternImageConfig(**fields))
+    model_type = model_type_of(arguments.backbone, "backbone")
+    if model_type != InternImageConfig.model_type:
+        raise InputError(
+            f"--backbone {arguments.backbone} is a {model_type or 'file without `model_type`'}; an InternImage was expected"
+        )
+    with loading("backbone", arguments.backbone):
+        return InternImageBackbone.from_pretrained(arguments.backbone, **fields)
 
 
 def backbone_of(model: PreTrainedModel) -> InternImageBackbone:
@@ -168,7 +244,8 @@ def build_head(
     overrides = head_overrides(arguments)
     if unknown := [name for name in overrides if not hasattr(config_class(backbone_config=backbone.config), name)]:
         raise InputError(f"--head_config_overrides: {', '.join(unknown)} is not a field of {config_class.__name__}")
-    model = model_class(config_class(backbone_config=backbone.config, **{**fields, **overrides}))
+    with loading("head_config_overrides", overrides) if overrides else nullcontext():
+        model = model_class(config_class(backbone_config=backbone.config, **{**fields, **overrides}))
     # transformers draws RT-DETR's around 0 with a deviation of 0.01, its authors begin with 1 as PyTorch does
     norms = [m.weight for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d) and m.weight is not None]
     with gathered(norms):
@@ -199,9 +276,14 @@ def count_parameters(model: PreTrainedModel) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 
 
-def model_type_of(name: str | os.PathLike) -> str:
-    """The `model_type` of a saved model."""
-    config, _ = PreTrainedConfig.get_config_dict(name)
+def model_type_of(name: str | os.PathLike, flag: str = "model") -> str:
+    """The `model_type` of a saved model, "" if its configuration has none.
+
+    Raises:
+        InputError: if there is no such model; it names the flag.
+    """
+    with loading(flag, name):
+        config, _ = PreTrainedConfig.get_config_dict(name)
     return config.get("model_type", "")
 
 
@@ -224,7 +306,8 @@ def load_head(model_classes: dict[str, type[PreTrainedModel]], arguments: ModelA
         raise InputError(
             f"--model {arguments.model} is a {model_type or 'file'}, not one of {', '.join(model_classes)}"
         )
-    model = model_classes[model_type].from_pretrained(arguments.model, ignore_mismatched_sizes=True, **fields)
+    with loading("model", arguments.model):
+        model = model_classes[model_type].from_pretrained(arguments.model, ignore_mismatched_sizes=True, **fields)
     backbone_of(model)
     return model
 
@@ -262,12 +345,69 @@ class _CountEpochs(TrainerCallback):
         self.dataset.epoch.fill_(int(state.epoch))
 
 
+class _Repeating(torch.utils.data.Sampler):
+    """The indices of a sampler, and the first few of them once more at the end."""
+
+    def __init__(self, sampler: torch.utils.data.Sampler, repeated: int):
+        self.sampler, self.repeated = sampler, repeated
+
+    def __len__(self) -> int:
+        return len(self.sampler) + self.repeated
+
+    def __iter__(self) -> Iterator[int]:
+        indices = list(self.sampler)
+        yield from indices + indices[: self.repeated]
+
+
 class ExampleTrainer(InternImageTrainer):
-    """`InternImageTrainer` with the package's code beside what is saved if `--remote_code` asks for it."""
+    """`InternImageTrainer` with the package's code beside what is saved if `--remote_code` asks for it.
+
+    BatchNorm cannot normalise a map of one pixel over one image. Where the last batch of an epoch would hold a single image,
+    one image of the epoch comes twice, as accelerate fills up the last batches of several processes.
+    """
 
     def __init__(self, *, model: PreTrainedModel, **kwargs):
         self.model_class = type(model)  # FSDP changes the model's class
         super().__init__(model=model, **kwargs)
+
+    def repeated_images(self) -> int:
+        """How many training images come twice in an epoch."""
+        args, devices = self.args, max(1, self.args.n_gpu)
+        batch_norm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
+        endless = isinstance(self.train_dataset, torch.utils.data.IterableDataset)
+        if not batch_norm or endless or args.world_size > 1 or args.dataloader_drop_last:
+            return 0
+        if self._train_batch_size < 2 * devices:
+            return 0
+        rest = len(self.train_dataset) % self._train_batch_size
+        repeated = 0
+        while rest and 1 in map(len, torch.arange(rest + repeated).chunk(devices)):  # as DataParallel divides a batch
+            repeated += 1
+        return repeated
+
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
+        sampler, repeated = super()._get_train_sampler(train_dataset), self.repeated_images()
+        if not repeated or sampler is None or isinstance(sampler, torch.utils.data.BatchSampler):
+            return sampler
+        if isinstance(sampler, torch.utils.data.RandomSampler):  # which accelerate knows and seeds
+            return torch.utils.data.RandomSampler(sampler.data_source, num_samples=len(sampler) + repeated)
+        return _Repeating(sampler, repeated)
+
+    def _run_epoch(self, *args, **kwargs):
+        # `Trainer` takes one step more where it goes on from its last one in mid-epoch.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise InputError(
+                f"--per_device_train_batch_size {self.args.per_device_train_batch_size}: BatchNorm cannot be trained on a "
+                f"single image whose map has one pixel ({one_line(error)}); at least 2, or larger images, were expected"
+            ) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         super().save_model(output_dir, _internal_call)
@@ -295,23 +435,108 @@ class HeadTrainer(ExampleTrainer):
         return outputs.loss.detach().mean(), outputs, inputs
 
 
+def check_same_model(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
+    """Compares the model that is to be trained with the one in a checkpoint, by class, and by names and shapes of weights.
+
+    Raises:
+        InputError: if they are not the same.
+    """
+    checkpoint = Path(checkpoint)
+    advice = "another --output_dir, or the flags of the run that wrote it, were expected"
+    if (checkpoint / "config.json").is_file():
+        names = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+        if names and type(model).__name__ not in names:
+            raise InputError(
+                f"{checkpoint} is a {', '.join(names)}, this run trains a {type(model).__name__}; {advice}"
+            )
+    theirs: dict[str, tuple[int, ...]] = {}
+    for file in sorted(checkpoint.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            theirs |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    if not theirs:  # in another form, which its reader checks
+        return
+    own = model.state_dict(keep_vars=True)
+    shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in own.items()}
+    saved = {id(own[name]) for name in theirs if name in own}  # of tied weights one is
+    absent = [name for name in own if name not in theirs and id(own[name]) not in saved]
+    for name in (*theirs, *absent):
+        if theirs.get(name) != shapes.get(name):
+            there, here = (f"is {s.get(name)}" if name in s else "is absent" for s in (theirs, shapes))
+            raise InputError(
+                f"{checkpoint} is another {type(model).__name__} than this run trains: `{name}` {there} in the checkpoint "
+                f"and {here} in the model; {advice}"
+            )
+
+
+def set_checkpoints_aside(folder: str | os.PathLike, checkpoint: str | None, step: int) -> None:
+    """Moves away what an output folder holds beyond the step at which a run begins: another run wrote it.
+
+    A `Trainer` deletes the oldest checkpoints by their numbers, and `last` is the one with the highest: those of the run that
+    begins would be deleted, and the other run's be gone on with.
+    """
+    folder = Path(folder)
+    if checkpoint is None or Path(checkpoint).resolve().parent != folder.resolve():
+        step = 0
+    others = [
+        other
+        for other in sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+        if (number := other.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal() and int(number) > step
+    ]
+    if not others:
+        return
+    number = 1
+    while (aside := folder / f"_earlier_run_{number}").exists():  # `Trainer` uploads no folder that begins with _
+        number += 1
+    aside.mkdir()
+    for other in others:
+        other.rename(aside / other.name)
+    names = ", ".join(other.name for other in others)
+    print(f"another run's checkpoints in {folder} ({names}) were moved to {aside}; they may be deleted", flush=True)
+
+
 def train_evaluate_save(trainer: ExampleTrainer, account: Account) -> tuple[dict[str, float], dict[str, float]]:
     """Trains (or goes on), evaluates and saves the best model; returns the metrics of training and of evaluation.
 
     The account of the data is printed before the first step and kept beside the model.
 
     Raises:
-        InputError: if the checkpoint to go on from was trained on other data.
+        InputError: if the checkpoint to go on from was trained on other data or is of another model, or no batch is full.
     """
-    folder, checkpoint = trainer.args.output_dir, checkpoint_to_resume(trainer.args)
-    if trainer.is_world_process_zero():
+    args, main = trainer.args, trainer.is_world_process_zero()
+    checkpoint, step = checkpoint_to_resume(args), 0
+    if repeated := trainer.repeated_images():
+        account.data.layout += (
+            f"; the last batch would hold a single image, which BatchNorm cannot normalise: {repeated} of the training "
+            f"images, drawn at random, comes twice in an epoch"
+        )
+    if args.dataloader_drop_last and not isinstance(trainer.train_dataset, torch.utils.data.IterableDataset):
+        images, at_once = len(trainer.train_dataset), args.train_batch_size * args.world_size
+        if images < at_once:
+            raise InputError(
+                f"--dataloader_drop_last leaves out all of the {images} images to train: a batch is {at_once}; fewer were expected"
+            )
+        account.data.layout += f"; --dataloader_drop_last leaves out {images % at_once} of the images in each epoch"
+    if main:
         print(account, flush=True)
+        if args.why_not_the_best is not None:
+            print(f"the last model is saved, not the best one: {args.why_not_the_best}", flush=True)
+        if checkpoint is None and args.resume_from_checkpoint is not None:
+            print(f"{args.output_dir} holds no checkpoint to go on from: training begins anew", flush=True)
     if checkpoint is not None:
-        check_resumed(folder, checkpoint, account)
-    trainer.accelerator.wait_for_everyone()  # all have read the account of the run before
-    if trainer.is_world_process_zero():
-        account.write(folder)
+        check_resumed(args.output_dir, checkpoint, account)
+        check_same_model(trainer.model, checkpoint)
+        step = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    trainer.accelerator.wait_for_everyone()  # all have read what the run before left
+    if main:
+        set_checkpoints_aside(args.output_dir, checkpoint, step)
+        account.write(args.output_dir)
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    if main and checkpoint is not None and trainer.state.global_step == step:
+        print(
+            f"{checkpoint} is at step {step} of {trainer.state.max_steps}: nothing was left to train; a larger "
+            "--num_train_epochs or --max_steps goes on",
+            flush=True,
+        )
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_metrics("all", {**result.metrics, **metrics})
@@ -324,14 +549,19 @@ def load_without_the_others() -> None:
     unset_hf_deepspeed_config()
 
 
-def finish(trainer: HeadTrainer, picture: Callable[[Path], None], summary: dict[str, object]) -> None:
-    """Draws the picture and prints the summary on the first process, pushes all of it to the Hub if asked, and ends."""
+def finish(
+    trainer: ExampleTrainer, picture: Callable[[Path], dict[str, object] | None], summary: dict[str, object]
+) -> None:
+    """Draws the picture and prints the summary on the first process, pushes all of it to the Hub if asked, and ends.
+
+    What `picture(file)` returns is added to the summary.
+    """
     if trainer.is_world_process_zero():
         load_without_the_others()
         file = Path(trainer.args.output_dir) / "predictions.png"
-        picture(file)
-        width = max(map(len, (*summary, "picture")))
-        print("\n" + "\n".join(f"{name:>{width}}  {value}" for name, value in {**summary, "picture": file}.items()))
+        summary = {**summary, **(picture(file) or {}), "picture": file}
+        width = max(map(len, summary))
+        print("\n" + "\n".join(f"{name:>{width}}  {value}" for name, value in summary.items()))
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.end_training()  # leaves the process group

@@ -83,7 +83,7 @@ def open_image(source: object, name: str | None = None) -> Image.Image:
         image.load()
         return ImageOps.exif_transpose(image)
     except Exception as error:  # the decoders raise many kinds
-        raise InputError(f"{name} cannot be read as an image: {_one_line(error)}") from error
+        raise InputError(f"{name} cannot be read as an image: {one_line(error)}") from error
 
 
 def read_image(source: object, name: str | None = None) -> Image.Image:
@@ -121,7 +121,8 @@ def upright_size(source: object, name: str | None = None) -> tuple[int, int]:
         return open_image(source, name).size  # says what is wrong with it
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks; its kind if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -270,7 +271,7 @@ def load_data(arguments: DataArguments, class_folders: bool, streaming: bool = F
         hint = (
             "" if "/" in arguments.dataset and Path(arguments.dataset).parts[0] != "/" else "; it is no folder either"
         )
-        raise InputError(f"--dataset {arguments.dataset} cannot be loaded{hint}: {_one_line(error)}") from error
+        raise InputError(f"--dataset {arguments.dataset} cannot be loaded{hint}: {one_line(error)}") from error
     return Data(arguments.dataset, "a data set of the Hub", {name: undecoded(split) for name, split in splits.items()})
 
 
@@ -392,7 +393,7 @@ def _with_metadata(
         table = datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
     except Exception as error:  # pyarrow's errors, where a column has values of several types
         raise InputError(
-            f"the columns of {_some([str(root / f) for f in files])} do not fit together: {_one_line(error)}"
+            f"the columns of {_some([str(root / f) for f in files])} do not fit together: {one_line(error)}"
         ) from error
     for column in image_columns:
         table = table.cast_column(column, datasets.Image(decode=False))
@@ -428,7 +429,7 @@ def _metadata_rows(file: Path) -> Iterable[tuple[int, dict]]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{file} cannot be read: {_one_line(error)}") from error
+        raise InputError(f"{file} cannot be read: {one_line(error)}") from error
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:
@@ -710,7 +711,14 @@ def check_resumed(output_dir: str | os.PathLike, checkpoint: str | os.PathLike, 
     file = Path(output_dir) / ACCOUNT
     if Path(checkpoint).resolve().parent == Path(output_dir).resolve() and file.is_file():
         old = json.loads(file.read_text(encoding="utf-8"))
-        if old["dataset"] != new["dataset"] and old["parts"] != new["parts"]:
+        differs = old["dataset"] != new["dataset"]
+        if differs and old["parts"] != new["parts"]:
             raise InputError(f"{checkpoint} was trained on another data set, {old['dataset']}; {advice}")
-        if old["parts"] != new["parts"]:
+        if differs:
+            print(
+                f"warning: {checkpoint} was trained on {old['dataset']}; {new['dataset']} is taken for the same, with the same "
+                "classes and numbers of images",
+                flush=True,
+            )
+        elif old["parts"] != new["parts"]:
             print(f"warning: {new['dataset']} is not as it was when {checkpoint} was written: see {file}", flush=True)
