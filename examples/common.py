@@ -1,6 +1,7 @@
 """What the example programs share: flags, data sets, backbones, the Trainer, and the order of things at the end."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,6 +26,23 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 VARIANTS = ("t", "s", "b", "l", "xl", "h", "g")
 _WHEN = ["no", "steps", "epoch"]
+# what `TrainingArguments` lets pass, and what ends in a traceback or in nonsense later
+_RANGES = (
+    ("per_device_train_batch_size", 1, math.inf),
+    ("per_device_eval_batch_size", 1, math.inf),
+    ("gradient_accumulation_steps", 1, math.inf),
+    ("learning_rate", 0, math.inf),
+    ("weight_decay", 0, math.inf),
+    ("layer_decay", 0, math.inf),
+    ("offset_lr_multiplier", 0, math.inf),
+    ("num_train_epochs", 0, math.inf),
+    ("dataloader_num_workers", 0, math.inf),
+    ("eval_steps", 0, math.inf),
+    ("save_steps", 0, math.inf),
+    ("ema_decay", 0, 1 - 1e-9),
+    ("label_smoothing_factor", 0, 1),
+    ("seed", 0, 2**32 - 1),
+)
 
 
 @dataclass
@@ -101,6 +119,11 @@ class ExampleTrainingArguments(InternImageTrainingFlags, TrainingArguments):
     seed: int = 0
 
     def __post_init__(self):
+        for name, least, most in _RANGES:
+            if (value := getattr(self, name)) is not None and not least <= value <= most:
+                expected = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
+                raise InputError(f"--{name} must be {expected}, got {value}")
+        self.report_to = self.report_to or "none"
         self.why_not_the_best = self._why_not_the_best() if self.load_best_model_at_end else None
         if self.why_not_the_best is not None:
             self.load_best_model_at_end = False

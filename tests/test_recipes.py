@@ -221,7 +221,7 @@ def test_mistakes_in_a_file_are_named(tmp_path):
     file.write_text("- weight_decay\n")
     with pytest.raises(ValueError, match="must map flags to values, it is list"):
         parse_flags([str(file)], TrainingArguments)
-    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
+    with pytest.raises(ValueError, match=r"absent\.yaml"):
         parse_flags([str(tmp_path / "absent.yaml")], TrainingArguments)
 
 
