@@ -342,7 +342,7 @@ def _class_folders(arguments: DataArguments, root: Path, images: list[Path], lef
             continue
         classes = sorted({label for name, label in rows.get(split, ())})
         raise InputError(
-            f"{root / files[0]} lies beside the class folders {_some(classes)} and so has no class"
+            f"{root / files[0]} lies beside the class folders {some(classes)} and so has no class"
             f"{f' ({len(files)} such images)' if len(files) > 1 else ''}: put it into the folder of its class, or elsewhere"
         )
     names = sorted({label for split in rows.values() for _, label in split})
@@ -353,9 +353,9 @@ def _class_folders(arguments: DataArguments, root: Path, images: list[Path], lef
         splits[split] = datasets.Dataset.from_dict(columns, features=features)
     layout = "class folders"
     if has_splits:
-        layout += f" in the folders {_some(sorted(rows))}, which are taken for splits (--train_split, --eval_split)"
+        layout += f" in the folders {some(sorted(rows))}, which are taken for splits (--train_split, --eval_split)"
     elif doubtful := sorted(split_of):
-        layout += f"; {_some(doubtful)} with images directly in them are classes, too"
+        layout += f"; {some(doubtful)} with images directly in them are classes, too"
     return Data(arguments.dataset, layout, splits, left_out)
 
 
@@ -372,7 +372,7 @@ def _with_metadata(
             found = {key: key.removesuffix("file_name").removesuffix("_") or "image" for key in row if key
                      and (key == "file_name" or key.endswith("_file_name"))}  # fmt: skip
             if "file_name" not in found:
-                raise InputError(f"{where} has no `file_name`, only {_some(list(map(str, row)))}")
+                raise InputError(f"{where} has no `file_name`, only {some(list(map(str, row)))}")
             for key, column in found.items():
                 path = file.parent / str(row.pop(key))
                 if not (root / path).is_file():
@@ -393,16 +393,16 @@ def _with_metadata(
         table = datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
     except Exception as error:  # pyarrow's errors, where a column has values of several types
         raise InputError(
-            f"the columns of {_some([str(root / f) for f in files])} do not fit together: {one_line(error)}"
+            f"the columns of {some([str(root / f) for f in files])} do not fit together: {one_line(error)}"
         ) from error
     for column in image_columns:
         table = table.cast_column(column, datasets.Image(decode=False))
     indices: dict[str, list[int]] = {}
     for index, path in enumerate(paths):
         indices.setdefault(path.parts[0] if by_split else "train", []).append(index)
-    layout = f"metadata in {_some(list(map(str, files)))}"
+    layout = f"metadata in {some(list(map(str, files)))}"
     if by_split:
-        layout += f"; the folders {_some(sorted(indices))} are taken for splits (--train_split, --eval_split)"
+        layout += f"; the folders {some(sorted(indices))} are taken for splits (--train_split, --eval_split)"
     return Data(arguments.dataset, layout, {name: table.select(rows) for name, rows in indices.items()}, left_out)
 
 
@@ -432,7 +432,8 @@ def _metadata_rows(file: Path) -> Iterable[tuple[int, dict]]:
         raise InputError(f"{file} cannot be read: {one_line(error)}") from error
 
 
-def _some(names: Sequence[str], most: int = 8) -> str:
+def some(names: Sequence[str], most: int = 8) -> str:
+    """The first few of some names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -448,7 +449,7 @@ def chosen_splits(splits: Iterable[str], arguments: DataArguments) -> tuple[str,
         if given is not None:
             if given not in names:
                 raise InputError(
-                    f"--{flag} {given} is not a split of --dataset {arguments.dataset}, which has {_some(names)}"
+                    f"--{flag} {given} is not a split of --dataset {arguments.dataset}, which has {some(names)}"
                 )
             return given
         return next((name for word in known for name in names if name.lower() == word), None)
@@ -457,7 +458,7 @@ def chosen_splits(splits: Iterable[str], arguments: DataArguments) -> tuple[str,
     train = find("train_split", given, TRAIN_NAMES)
     if train is None:
         raise InputError(
-            f"--dataset {arguments.dataset} has no split `train`, only {_some(names)}; name one by --train_split"
+            f"--dataset {arguments.dataset} has no split `train`, only {some(names)}; name one by --train_split"
         )
     evaluation = find("eval_split", arguments.eval_split, tuple(n for n in EVAL_NAMES if n != train))
     if evaluation == train:
@@ -613,7 +614,7 @@ def counted(counts: dict[str, int], unit: str, most: int = 20) -> str:
     else:
         low, high = min(present, key=present.get), max(present, key=present.get)
         text = f"{len(present)} of {len(counts)} classes, {present[low]} ({low}) to {present[high]} ({high}) each"
-    return f"{unit} per class: {text}" + (f"; none of {_some(empty)}" if empty else "")
+    return f"{unit} per class: {text}" + (f"; none of {some(empty)}" if empty else "")
 
 
 @dataclass
@@ -653,7 +654,7 @@ class Account:
 
     def __str__(self) -> str:
         lines = [("data", f"{self.data.name}: {self.data.layout}")]
-        lines += [("classes", f"{len(self.classes)}: {_some(list(self.classes), 20)}")]
+        lines += [("classes", f"{len(self.classes)}: {some(list(self.classes), 20)}")]
         lines += [(name, str(part)) for name, part in self.parts.items()]
         lines += [("left out", str(self.data.left_out))]
         lines += [("warning", text) for text in self.warnings]
@@ -705,8 +706,8 @@ def check_resumed(output_dir: str | os.PathLike, checkpoint: str | os.PathLike, 
         names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
         if names and names != new["classes"]:
             raise InputError(
-                f"{checkpoint} was trained on the {len(names)} classes {_some(names)}, the data set has the "
-                f"{len(new['classes'])} classes {_some(new['classes'])}; {advice}"
+                f"{checkpoint} was trained on the {len(names)} classes {some(names)}, the data set has the "
+                f"{len(new['classes'])} classes {some(new['classes'])}; {advice}"
             )
     file = Path(output_dir) / ACCOUNT
     if Path(checkpoint).resolve().parent == Path(output_dir).resolve() and file.is_file():

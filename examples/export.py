@@ -5,7 +5,8 @@
     python examples/export.py --model my-model --format aoti --image_size 384 --output my-model.pt2
 
 Without `--model` it takes the demo's classifier of digits, which it trains if `image_classification.py` has not yet, and
-measures the accuracy of the file on the held-out images too; with `--dataset` it does so for any classifier:
+measures the accuracy of the file on the held-out images too; with `--dataset` it does so for any classifier, whose classes are
+matched with those of the data set by name:
 
     python examples/export.py --quantize int8
 
@@ -22,24 +23,22 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import loading
+from data import InputError, counted, run_program, some
 from demo_model import demo_model
-from image_classification import DataArguments, load_splits
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    HfArgumentParser,
-    PreTrainedModel,
-)
+from flags import parse_flags
+from image_classification import DataArguments, decoded, load_splits, output_size
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from internimage_hf import InternImageBackbone
+from internimage_hf import InternImageBackbone, InternImageConfig, InternImageForImageClassification
 from internimage_hf.dcnv3 import dcnv3_as_operator
 from internimage_hf.onnx_export import MIN_OPSET, expand_dcnv3, export_onnx, export_program, output_names
 
@@ -90,6 +89,12 @@ class ExportArguments:
         default=None,
         metadata={"help": "measure accuracy on this dataset's held-out images: a folder, a Hub id, or `digits`"},
     )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a dataset on the Hub"})
+    train_split: str | None = field(default=None, metadata={"help": "as for image_classification.py"})
+    eval_split: str | None = field(default=None, metadata={"help": "as for image_classification.py"})
+    eval_fraction: float = field(default=0.2, metadata={"help": "as for image_classification.py"})
+    image_column: str | None = field(default=None, metadata={"help": "as for image_classification.py"})
+    label_column: str | None = field(default=None, metadata={"help": "as for image_classification.py"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on this many images at most"})
     tolerance: float | None = field(
         default=None, metadata={"help": f"largest difference to the model as a part of its outputs; {TOLERANCES}"}
@@ -97,13 +102,35 @@ class ExportArguments:
 
 
 def load_model(arguments: ExportArguments, name: str | Path) -> PreTrainedModel:
-    """The model to export, in evaluation mode."""
-    if arguments.task == "backbone":
-        stages = arguments.out_features or AutoConfig.from_pretrained(name).stage_names[1:]
-        model = InternImageBackbone.from_pretrained(name, out_features=list(stages))
-    else:
-        model = AutoModelForImageClassification.from_pretrained(name)
+    """The model to export, in evaluation mode.
+
+    Raises:
+        InputError: if it cannot be loaded, or is no InternImage.
+    """
+    with loading("model", name):
+        if arguments.task == "backbone":
+            stages = arguments.out_features or AutoConfig.from_pretrained(name).stage_names[1:]
+            model = InternImageBackbone.from_pretrained(name, out_features=list(stages))
+        else:
+            model = AutoModelForImageClassification.from_pretrained(name)
+            if not isinstance(model, InternImageForImageClassification):
+                raise InputError(f"--model {name} is a {type(model).__name__}; an InternImage was expected")
     return model.to(getattr(torch, arguments.dtype)).eval()
+
+
+def image_size(arguments: ExportArguments, config: InternImageConfig) -> tuple[int, int]:
+    """Height and width of the images, as the flag says, or else the configuration.
+
+    Raises:
+        InputError: if the flag is neither one nor two positive numbers.
+    """
+    sizes = arguments.image_size
+    if sizes is None:
+        sizes = config.image_size
+        sizes = [sizes] if isinstance(sizes, int) else list(sizes)
+    if len(sizes) > 2 or min(sizes) < 1:
+        raise InputError(f"--image_size must be one or two positive numbers, got {sizes}")
+    return sizes[0], sizes[-1]
 
 
 def quantize_int8(model: PreTrainedModel) -> None:
@@ -188,39 +215,97 @@ def compare(run: Run, reference: Run, shapes: list[tuple[int, ...]], dtype: torc
     return float(difference), largest
 
 
+def matching_classes(model_names: list[str], data_names: list[str], data: str) -> tuple[dict[int, int], str]:
+    """The model's class for each of a data set's that has one, by number, and how they were matched, in words.
+
+    By name, and where no name is the same also without regard to case and spaces. Where the model has no names (LABEL_0, ...), by
+    number if there are as many.
+
+    Raises:
+        InputError: if no class of the data set has one of the model.
+    """
+
+    def normal(name: str) -> str:
+        return " ".join(name.casefold().replace("_", " ").split())
+
+    if all(name == f"LABEL_{i}" for i, name in enumerate(model_names)) and set(model_names).isdisjoint(data_names):
+        if len(model_names) == len(data_names):
+            return {i: i for i in range(len(data_names))}, "the model's classes have no names: matched by number"
+        raise InputError(
+            f"--dataset {data} has {len(data_names)} classes, the model {len(model_names)} without names (LABEL_0, ...): they "
+            "cannot be matched by name; as many were expected"
+        )
+    for key, how in ((str, "by name"), (normal, "by name, without regard to case, spaces and underscores")):
+        number = {key(name): i for i, name in reversed(list(enumerate(model_names)))}
+        matched = {i: number[key(name)] for i, name in enumerate(data_names) if key(name) in number}
+        if matched:
+            return matched, f"{len(matched)} of {len(data_names)} classes matched {how}"
+    raise InputError(
+        f"--dataset {data}: none of its {len(data_names)} classes ({some(data_names)}) is one of the model's "
+        f"{len(model_names)} ({some(model_names)}); the same names were expected"
+    )
+
+
+def evaluation_images(arguments: ExportArguments, config: InternImageConfig) -> tuple[object, list[str]]:
+    """The data set's held-out images of the model's classes, with the model's numbers as labels, and what to say of them.
+
+    Raises:
+        InputError: if the data set cannot be used, or no image of it has a class of the model.
+    """
+    names = ("dataset", "dataset_config", "train_split", "eval_split", "eval_fraction", "image_column", "label_column")
+    flags = {name: getattr(arguments, name) for name in (*names, "max_eval_samples")}
+    parts, account = load_splits(DataArguments(**flags), seed=0)
+    images, classes = parts["evaluation"], list(account.classes)
+    model_names = [config.id2label.get(i, f"LABEL_{i}") for i in range(config.num_labels)]
+    matched, how = matching_classes(model_names, classes, arguments.dataset)
+    labels = images["label"]
+    used = [row for row, label in enumerate(labels) if label in matched]
+    lines = [f"{account.data.name}: {account.data.layout}; {account.data.left_out}", how]
+    if len(used) < len(images):
+        rest = Counter(classes[label] for label in labels if label not in matched)
+        lines.append(
+            f"{len(images) - len(used)} of {len(images)} images are left out of the accuracy, the model does not have their "
+            f"classes: {counted(rest, 'images')}"
+        )
+    if not used:
+        raise InputError(
+            f"--dataset {arguments.dataset}: none of the {len(images)} images to evaluate is of a class that the model has"
+        )
+    numbers = [matched[labels[row]] for row in used]
+    return images.select(used).remove_columns("label").add_column("label", numbers), lines
+
+
 def accuracy(run: Run, images, processor: BaseImageProcessor, dtype: torch.dtype, batch_size: int) -> float:
     """The part of a dataset's images that are classified right."""
     right = 0
     for batch in images.iter(batch_size=batch_size):
-        rgb = [image.convert("RGB") for image in batch["image"]]
-        logits = run(processor(rgb, return_tensors="pt")["pixel_values"].to(dtype))[0]
+        logits = run(processor(decoded(batch), return_tensors="pt")["pixel_values"].to(dtype))[0]
         right += (logits.argmax(-1) == torch.tensor(batch["label"])).sum().item()
     return right / len(images)
 
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Runs the program; returns what it prints at the end."""
-    (arguments,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses(args=argv)
+    (arguments,) = parse_flags(argv, ExportArguments)
     suffix = {"onnx": ".onnx", "aoti": ".pt2"}[arguments.format]
     output = Path(arguments.output)
     if output.suffix in (".onnx", ".pt2") and output.suffix != suffix:
-        raise ValueError(f"--output {output} must end in {suffix} with --format {arguments.format}")
+        raise InputError(f"--output {output} must end in {suffix} with --format {arguments.format}")
     file = output if output.suffix == suffix else output / f"model{suffix}"
     if arguments.task == "backbone" and arguments.dataset is not None:
-        raise ValueError("--dataset measures the accuracy of a classifier; a backbone has none")
+        raise InputError("--dataset measures the accuracy of a classifier; a backbone has none")
     if arguments.out_features and arguments.task != "backbone":
-        raise ValueError("--out_features needs --task backbone")
-    if arguments.image_size is not None and len(arguments.image_size) > 2:
-        raise ValueError(f"--image_size must be one or two numbers, got {arguments.image_size}")
+        raise InputError("--out_features needs --task backbone")
 
     name = arguments.model
     if name is None:
         name = demo_model()
         if arguments.task == "image-classification" and arguments.dataset is None:
             arguments.dataset = "digits"
-    model, processor = load_model(arguments, name), AutoImageProcessor.from_pretrained(name)
-    sides = arguments.image_size or [model.config.image_size]
-    height, width = sides[0], sides[-1]
+    model = load_model(arguments, name)
+    with loading("model", name):
+        processor = AutoImageProcessor.from_pretrained(name)
+    height, width = image_size(arguments, model.config)
     channels, batch_size = model.config.num_channels, 32 if arguments.dynamic else 1
     shapes = [(1, channels, height, width)]
     if arguments.dynamic and arguments.format == "onnx":
@@ -232,9 +317,14 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
 
     images = None
     if arguments.dataset is not None:
-        data = DataArguments(dataset=arguments.dataset, max_eval_samples=arguments.max_eval_samples)
-        _, images = load_splits(data, seed=0)
-    if images is not None:
+        given = output_size(processor)
+        if given != (height, width) and not (arguments.dynamic and arguments.format == "onnx"):
+            raise InputError(
+                f"--dataset: the image processor of {name} gives images of {given[0]}x{given[1]}, the file would take "
+                f"{height}x{width} alone; --image_size {given[0]} {given[1]} was expected"
+            )
+        images, lines = evaluation_images(arguments, model.config)
+        print("\n".join(lines), flush=True)
         right = accuracy(run_model(model), images, processor, dtype, batch_size)
         summary["accuracy of the model"] = f"{right:.2%} of {len(images)} images"
     if arguments.quantize == "int8":
@@ -276,4 +366,4 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    main()
+    run_program(main)

@@ -5,12 +5,14 @@ it to more than 97 % accuracy on the fifth that it has not seen, and writes mode
 
     python examples/image_classification.py
 
-On your own images, in one folder per class, starting from a checkpoint:
+On your own images, in one folder per class (or with a metadata.csv of the columns file_name and label), starting from a
+checkpoint:
 
     python examples/image_classification.py --dataset photos/ --model OpenGVLab/internimage_t_1k_224 \
         --output_dir outputs/photos --num_train_epochs 20 --learning_rate 1e-4 --bf16 --gradient_checkpointing
 
-`--dataset` also takes the id of a dataset on the Hub. All flags of `transformers.TrainingArguments` work, and
+`--dataset` also takes the id of a dataset on the Hub. Folders called `train` and `validation`, `test` or the like are splits if
+class folders are in them; what was taken for what, and what was left out, is printed before the first step. All flags of `transformers.TrainingArguments` work, and
 `--layer_decay`, `--offset_lr_multiplier` and `--ema_decay` as the authors fine-tuned. A YAML file with flags may come first,
 such as one of the authors' recipes, and flags after it override it:
 
@@ -27,6 +29,7 @@ On several devices, by the files in `examples/accelerate/` (with `--use_cpu` in 
 """
 
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,11 +41,29 @@ from common import (
     VARIANTS,
     ExampleTrainer,
     ExampleTrainingArguments,
-    checkpoint_to_resume,
+    check_column,
     choose_learning_rate,
     count_parameters,
-    load_without_the_others,
+    finish,
+    loading,
+    train_evaluate_save,
 )
+from data import (
+    Account,
+    Data,
+    InputError,
+    Part,
+    check_labels,
+    chosen_splits,
+    encode_labels,
+    load_data,
+    read_image,
+    run_program,
+    some,
+    train_and_evaluation,
+    undecoded,
+)
+from data import DataArguments as SharedDataArguments
 from flags import parse_flags
 from PIL import Image
 from torch.nn.functional import cross_entropy
@@ -55,12 +76,16 @@ from transformers import (
     set_seed,
 )
 
-from internimage_hf import InternImageConfig, InternImageImageProcessor
+from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageImageProcessor
 from internimage_hf.training import EndlessStream
 
 
+# Columns that are taken for the classes where none has the type for it, as in a CSV file.
+LABEL_COLUMNS = ("label", "labels", "class", "category")
+
+
 @dataclass
-class DataArguments:
+class DataArguments(SharedDataArguments):
     dataset: str = field(
         default="digits",
         metadata={"help": "a folder of class folders, the id of a dataset on the Hub, or `digits` (embedded)"},
@@ -69,13 +94,8 @@ class DataArguments:
         default=None, metadata={"help": "column of the images; found by its type if absent"}
     )
     label_column: str | None = field(
-        default=None, metadata={"help": "column of the classes; found by its type if absent"}
+        default=None, metadata={"help": "column of the classes; found by its type or name if absent"}
     )
-    eval_fraction: float = field(
-        default=0.2, metadata={"help": "part held out for evaluation if the dataset has no validation or test split"}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "train on this many images at most"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on this many images at most"})
     image_size: int | None = field(default=None, metadata={"help": "side of the images; the model's own if absent"})
     random_crop_scale: float = field(
         default=0.6,
@@ -105,11 +125,18 @@ class DataArguments:
 
     def __post_init__(self):
         if self.rand_augment is not None and not 0 <= self.rand_augment <= 10:
-            raise ValueError(f"--rand_augment must be from 0 to 10, got {self.rand_augment}")
+            raise InputError(f"--rand_augment must be from 0 to 10, got {self.rand_augment}")
         if not 0 <= self.random_erasing <= 1:
-            raise ValueError(f"--random_erasing must be from 0 to 1, got {self.random_erasing}")
+            raise InputError(f"--random_erasing must be from 0 to 1, got {self.random_erasing}")
         if not 0 < self.random_crop_scale <= 1:
-            raise ValueError(f"--random_crop_scale must be above 0 and at most 1, got {self.random_crop_scale}")
+            raise InputError(f"--random_crop_scale must be above 0 and at most 1, got {self.random_crop_scale}")
+        for name in ("image_size", "shuffle_buffer_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"--{name} must be at least 1, got {value}")
+        self.mix(2)  # checks its flags
+
+    def mix(self, classes: int) -> Mix:
+        return Mix(classes, self.mixup_alpha, self.cutmix_alpha, self.mixup_prob, self.mixup_switch_prob)
 
 
 @dataclass
@@ -171,91 +198,197 @@ def load_digits() -> datasets.DatasetDict:
     return dataset.train_test_split(test_size=0.2, stratify_by_column="label", seed=0)
 
 
-def load_splits(arguments: DataArguments, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """The training and the evaluation split, with the columns `image` and `label`; with `--streaming` they are iterable.
+def find_column(data: Data, split: str, given: str | None, kind: type, names: tuple[str, ...], flag: str) -> str:
+    """The column that a flag names, or the one of a type, or the one with a usual name. `data.layout` says a doubtful choice.
 
     Raises:
-        ValueError: if the dataset has no images, no classes or no training split.
+        InputError: if there is no such column.
+    """
+    features = data.splits[split].features
+    if features is None:
+        raise InputError(
+            f"--streaming: {data.name} does not say which columns it has; without --streaming they are found"
+        )
+    if given is not None:
+        return given
+    found = [name for name, feature in features.items() if isinstance(feature, kind)]
+    found = found or [name for name in features if name.lower() in names]
+    if not found:
+        raise InputError(
+            f"--dataset {data.name}: no column of the split {split} is {kind.__name__} or called {' or '.join(names)}; "
+            f"--{flag} was expected to name one of {some(list(features))}"
+        )
+    column = min(found, key=lambda name: name.lower() not in names)  # the first, but for one with a usual name
+    if len(found) > 1:
+        data.layout += f"; --{flag} is {column}, others are {some([name for name in found if name != column])}"
+    return column
+
+
+def take_columns(data: Data, arguments: DataArguments) -> None:
+    """Leaves the columns `image` and `label` in all splits. Splits without labels are left out, as test splits often are.
+
+    Raises:
+        InputError: if a column is not in a split that is to be used.
+    """
+    train, _ = chosen_splits(data.splits, arguments)
+    image = find_column(data, train, arguments.image_column, datasets.Image, ("image", "img"), "image_column")
+    label = find_column(data, train, arguments.label_column, datasets.ClassLabel, LABEL_COLUMNS, "label_column")
+    if image == label:
+        raise InputError(f"--image_column and --label_column are both {image}; two columns were expected")
+    for name, split in list(data.splits.items()):
+        needed = name in (train, arguments.eval_split)
+        columns = split.column_names or []
+        is_stream = isinstance(split, datasets.IterableDataset)
+        if not needed and not (
+            image in columns and label in columns and (is_stream or any(has_label(value) for value in split[label]))
+        ):
+            data.layout += (
+                f"; the split {name}{'' if is_stream else f' ({len(split)} images)'} has no labels and is not used"
+            )
+            del data.splits[name]
+    check_column(data, image, "image_column")
+    check_column(data, label, "label_column")
+    for name, split in data.splits.items():
+        split = split.select_columns([image, label])
+        others = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
+        data.splits[name] = split.rename_columns(others) if others else split
+
+
+def has_label(value: object) -> bool:
+    """Whether a value of a label column is a class: not null, NaN or -1, which datasets have where they keep it secret."""
+    return value is not None and value == value and value != -1
+
+
+def load_splits(arguments: DataArguments, seed: int) -> tuple[dict, Account]:
+    """The images to train and those to evaluate on, as `{"train": ..., "evaluation": ...}`, and the account of them.
+
+    The columns are `image`, not decoded yet; `label`, a `ClassLabel` with the same names in both; and, unless it is streamed
+    from the Hub, `row`, the number in the split. With `--streaming` they are iterable.
+
+    Raises:
+        InputError: if the dataset has no images, no classes or no training split, or an image has no class.
     """
     if arguments.dataset == "digits":
-        splits = load_digits()
-        if arguments.streaming:
-            splits = datasets.IterableDatasetDict({name: s.to_iterable_dataset(8) for name, s in splits.items()})
-    elif Path(arguments.dataset).is_dir():
-        splits = datasets.load_dataset("imagefolder", data_dir=arguments.dataset, streaming=arguments.streaming)
+        splits = {name: undecoded(split) for name, split in load_digits().items()}
+        data = Data("digits", "scikit-learn's handwritten digits", splits)
     else:
-        splits = datasets.load_dataset(arguments.dataset, streaming=arguments.streaming)
-    if "train" not in splits:
-        raise ValueError(f"--dataset {arguments.dataset} has no split `train`, only {', '.join(splits)}")
-
-    def column_of_type(given: str | None, feature_type: type, flag: str) -> str:
-        features = splits["train"].features or {}
-        if given is not None:
-            if given not in features:
-                raise ValueError(f"--{flag} {given} is not a column of the dataset, which has {', '.join(features)}")
-            return given
-        names = [name for name, feature in features.items() if isinstance(feature, feature_type)]
-        if not names:
-            raise ValueError(f"no column is a {feature_type.__name__}; name one of {', '.join(features)} by --{flag}")
-        return names[0]
-
-    image_column = column_of_type(arguments.image_column, datasets.Image, "image_column")
-    label_column = column_of_type(arguments.label_column, datasets.ClassLabel, "label_column")
-    splits = splits.select_columns([image_column, label_column])
-    splits = splits.rename_columns(
-        {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
-    )
-    held_out = next((name for name in ("validation", "test") if name in splits), None)
-    if arguments.streaming:
-        if not isinstance(splits["train"].features["label"], datasets.ClassLabel):
-            raise ValueError(
-                f"--streaming: the column {label_column} of {arguments.dataset} does not name its classes"
-            )
-        if held_out is None:
-            raise ValueError(f"--streaming: {arguments.dataset} has no split `validation` or `test` to evaluate on")
-        limits = {"train": arguments.max_train_samples, held_out: arguments.max_eval_samples}
-        train, evaluation = (splits[name].take(n) if n is not None else splits[name] for name, n in limits.items())
-        return train, evaluation
-    if not isinstance(splits["train"].features["label"], datasets.ClassLabel):
-        splits = splits.class_encode_column("label")
-
-    if held_out is None:
-        splits = splits["train"].train_test_split(
-            test_size=arguments.eval_fraction, stratify_by_column="label", seed=seed
+        data = load_data(arguments, class_folders=True, streaming=arguments.streaming)
+    take_columns(data, arguments)
+    train, evaluation = chosen_splits(data.splits, arguments)
+    if arguments.streaming and evaluation is None:
+        raise InputError(
+            f"--streaming: {arguments.dataset} has no split `validation` or `test` with labels to evaluate on, only "
+            f"{', '.join(data.splits)}; --eval_split names another"
         )
-        held_out = "test"
-    train, evaluation = splits["train"], splits[held_out]
-    if arguments.max_train_samples is not None:
-        train = train.shuffle(seed=seed).select(range(min(arguments.max_train_samples, len(train))))
-    if arguments.max_eval_samples is not None:
-        evaluation = evaluation.shuffle(seed=seed).select(range(min(arguments.max_eval_samples, len(evaluation))))
-    return train, evaluation
+    if isinstance(data.splits[train], datasets.IterableDataset):
+        return streamed_splits(data, arguments, train, evaluation)
+
+    labels = encode_labels(data, "label")
+    for name in {train, evaluation} - {None}:
+        check_labels(data.splits[name], "label", name)
+        if arguments.dataset != "digits":  # which are not broken
+            data.splits[name] = data.splits[name].add_column("row", range(len(data.splits[name])))
+    parts = train_and_evaluation(data, arguments, seed, label_column="label")
+    account = Account(data, labels, {})
+    for name, part in parts.items():
+        counts = Counter(part["label"])
+        account.parts[name] = Part(len(part), {label: counts[index] for index, label in enumerate(labels)})
+    trained, evaluated = (account.parts[name].counts for name in ("train", "evaluation"))
+    if unknown := [label for label in labels if evaluated[label] and not trained[label]]:
+        account.warnings.append(
+            f"no training image is of {some(unknown)}, but {sum(evaluated[label] for label in unknown)} images to evaluate "
+            "are: the model cannot learn them"
+        )
+    if arguments.streaming:
+        parts = {name: part.to_iterable_dataset(min(8, len(part))) for name, part in parts.items()}
+    return parts, account
+
+
+def streamed_splits(data: Data, arguments: DataArguments, train: str, evaluation: str) -> tuple[dict, Account]:
+    """`load_splits` of what is read from the Hub while it trains.
+
+    Raises:
+        InputError: if the labels are no `ClassLabel`: their names would be known when all is read.
+    """
+    used = {"train": data.splits[train], "evaluation": data.splits[evaluation]}
+    names: list[list[str]] = []
+    for name, split in zip((train, evaluation), used.values(), strict=True):
+        kind = (split.features or {}).get("label")
+        if not isinstance(kind, datasets.ClassLabel):
+            raise InputError(
+                f"--streaming: the label column of the split {name} of {arguments.dataset} does not name its classes (it is "
+                f"{kind}); a ClassLabel was expected, or no --streaming"
+            )
+        names.append(kind.names)
+    labels = list(dict.fromkeys(name for part in names for name in part))
+    limits = (arguments.max_train_samples, arguments.max_eval_samples)
+    for (part, split), own, most in zip(list(used.items()), names, limits, strict=True):
+        if own != labels:
+            number = [labels.index(name) for name in own] + [-1]  # of -1
+            features = datasets.Features({**split.features, "label": datasets.ClassLabel(names=labels)})
+            split = split.map(
+                lambda row, number=number: {"label": None if row["label"] is None else number[row["label"]]},
+                features=features,
+            )
+        used[part] = split if most is None else split.take(most)
+    data.layout += f"; trained on {train}, evaluated on {evaluation}"
+    if unused := [name for name in data.splits if name not in (train, evaluation)]:
+        data.layout += f"; not used: {some(unused)}"
+    for part, most in zip(used, limits, strict=True):
+        if most is not None:
+            data.layout += f"; the first {most} of {part}"
+    return used, Account(data, labels, dict.fromkeys(used, Part(None)))
 
 
 def build_model(arguments: ModelArguments, labels: list[str], image_size: int | None):
-    """The model with a new head for `labels`, and its image processor."""
+    """The model with a new head for `labels`, and its image processor.
+
+    Raises:
+        InputError: if `--model` is no InternImage, or its image processor gives images of different sizes.
+    """
     fields = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     if arguments.drop_path_rate is not None:
         fields["drop_path_rate"] = arguments.drop_path_rate
     processor = None
-    if arguments.model is None:
-        config = InternImageConfig(
-            channels=32, depths=[1, 1, 2, 1], groups=[2, 4, 8, 16], image_size=image_size or 32, **fields
-        )
-        model = AutoModelForImageClassification.from_config(config)
-    elif arguments.model in VARIANTS:
-        config = InternImageConfig.from_variant(arguments.model, **fields)
+    if arguments.model is None or arguments.model in VARIANTS:
+        with loading("drop_path_rate", arguments.drop_path_rate):
+            if arguments.model is None:
+                small = {"channels": 32, "depths": [1, 1, 2, 1], "groups": [2, 4, 8, 16], "image_size": 32}
+                config = InternImageConfig(**small, **fields)
+            else:
+                config = InternImageConfig.from_variant(arguments.model, **fields)
         model = AutoModelForImageClassification.from_config(config)
     else:
-        model = AutoModelForImageClassification.from_pretrained(
-            arguments.model, ignore_mismatched_sizes=True, **fields
-        )
-        processor = AutoImageProcessor.from_pretrained(arguments.model)
-    if processor is None or image_size is not None:
+        with loading("model", arguments.model):
+            model = AutoModelForImageClassification.from_pretrained(
+                arguments.model, ignore_mismatched_sizes=True, **fields
+            )
+            if not isinstance(model, InternImageForImageClassification):
+                raise InputError(f"--model {arguments.model} is a {type(model).__name__}; an InternImage was expected")
+            if image_size is None:
+                processor = AutoImageProcessor.from_pretrained(arguments.model)
+    if processor is None:
         side = image_size or model.config.image_size
         processor = InternImageImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
         model.config.image_size = side
+    output_size(processor)
     return model, processor
+
+
+def output_size(processor) -> tuple[int, int]:
+    """Height and width of the images that an image processor gives.
+
+    Raises:
+        InputError: if they depend on the image: a batch needs images of one size.
+    """
+    for step, name in (("do_center_crop", "crop_size"), ("do_resize", "size")):
+        size = getattr(processor, name, None)
+        if getattr(processor, step, False) and size is not None and size.get("height") and size.get("width"):
+            return size["height"], size["width"]
+    raise InputError(
+        f"the image processor of --model, {type(processor).__name__}, gives images of different sizes (`size` is "
+        f"{dict(processor.size)}); a centre crop, a `size` of height and width, or --image_size was expected"
+    )
 
 
 def random_resized_crop(image: Image.Image, height: int, width: int, min_scale: float) -> Image.Image:
@@ -272,13 +405,33 @@ def random_resized_crop(image: Image.Image, height: int, width: int, min_scale: 
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
+def image_name(image: object, row: int | None) -> str | None:
+    """How messages name an image: None, which is its file's name, if it has one."""
+    return None if row is None or (isinstance(image, dict) and image.get("path")) else f"row {row} of its split"
+
+
+def decoded(batch: dict) -> list[Image.Image]:
+    """The images of a batch.
+
+    Raises:
+        InputError: if one cannot be read, or has no class (in a stream; elsewhere it is found before).
+    """
+    rows = batch.get("row") or [None] * len(batch["image"])
+    names = [image_name(image, row) for image, row in zip(batch["image"], rows, strict=True)]
+    for image, name, label in zip(batch["image"], names, batch["label"], strict=True):
+        if not has_label(label):
+            name = name or (image.get("path") if isinstance(image, dict) else None) or "an image without a file name"
+            raise InputError(f"{name} has no label (it is {label}); a class was expected")
+    return [read_image(image, name) for image, name in zip(batch["image"], names, strict=True)]
+
+
 def training_transform(processor, arguments: DataArguments):
     """What a batch of training examples goes through: random crop, mirroring, RandAugment, image processor, erasing."""
-    height, width = processor.crop_size["height"], processor.crop_size["width"]
+    height, width = output_size(processor)
     flip = arguments.random_flip if arguments.random_flip is not None else arguments.dataset != "digits"
 
     def transform(batch):
-        images = [image.convert("RGB") for image in batch["image"]]
+        images = decoded(batch)
         if arguments.random_crop_scale < 1:
             images = [random_resized_crop(image, height, width, arguments.random_crop_scale) for image in images]
         if flip:
@@ -298,8 +451,8 @@ def training_transform(processor, arguments: DataArguments):
 
 def evaluation_transform(processor):
     def transform(batch):
-        images = [image.convert("RGB") for image in batch["image"]]
-        return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": batch["label"]}
+        pixel_values = processor(decoded(batch), return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixel_values, "labels": batch["label"]}
 
     return transform
 
@@ -315,7 +468,7 @@ def accuracy(prediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def draw_predictions(samples: datasets.Dataset, predictions: list[dict], labels: list[str], file: Path) -> None:
+def draw_predictions(images: list[Image.Image], truth: list[str], predictions: list[dict], file: Path) -> None:
     """Writes a PNG: each image with its predicted class, green where that is the truth."""
     import matplotlib
 
@@ -323,44 +476,44 @@ def draw_predictions(samples: datasets.Dataset, predictions: list[dict], labels:
     from matplotlib import pyplot as plt
 
     columns = 6
-    rows = -(-len(samples) // columns)
+    rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(2 * columns, 2.3 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, sample, prediction in zip(axes.flat, samples, predictions, strict=False):
-        right = prediction["label"] == labels[sample["label"]]
-        axis.imshow(sample["image"].convert("RGB"))
+    for axis, image, label, prediction in zip(axes.flat, images, truth, predictions, strict=False):
+        axis.imshow(image)
         axis.set_title(
-            f"{prediction['label'][:24]}\n{prediction['score']:.0%}", fontsize=9, color="green" if right else "red"
+            f"{prediction['label'][:24]}\n{prediction['score']:.0%}",
+            fontsize=9,
+            color="green" if prediction["label"] == label else "red",
+            parse_math=False,  # a class may be called $5
         )
     figure.tight_layout()
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
 
-def use_model(folder: Path, samples: datasets.Dataset, labels: list[str]) -> dict[str, object]:
-    """Loads what was saved in the three ways people use it: classifier, pipeline, backbone."""
+def use_model(folder: Path, samples: dict[str, list], labels: list[str], file: Path) -> dict[str, str]:
+    """Loads what was saved in the three ways people use it: classifier, pipeline, backbone; draws the predictions."""
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     classify = pipeline("image-classification", model=str(folder), device="cpu")
-    predictions = [best[0] for best in classify([image.convert("RGB") for image in samples["image"]], top_k=1)]
+    images, truth = decoded(samples), [labels[label] for label in samples["label"]]
+    predictions = [best[0] for best in classify(images, top_k=1)]
 
-    config = AutoConfig.from_pretrained(folder, out_features=["stage1", "stage2", "stage3", "stage4"])
-    backbone = AutoBackbone.from_config(config).eval()
+    stages = model.config.stage_names[1:]
+    backbone = AutoBackbone.from_config(AutoConfig.from_pretrained(folder, out_features=stages)).eval()
     backbone.load_state_dict(
         {name: tensor for name, tensor in model.internimage.state_dict().items() if not name.startswith("pooler.")}
     )
-    pixel_values = AutoImageProcessor.from_pretrained(folder)(samples["image"][0].convert("RGB"), return_tensors="pt")
+    pixel_values = AutoImageProcessor.from_pretrained(folder)(images[0], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        feature_maps = backbone(pixel_values["pixel_values"]).feature_maps
+        feature_maps = backbone(pixel_values).feature_maps
 
-    draw_predictions(samples, predictions, labels, folder / "predictions.png")
-    right = sum(p["label"] == labels[label] for p, label in zip(predictions, samples["label"], strict=True))
+    draw_predictions(images, truth, predictions, file)
+    right = sum(best["label"] == label for best, label in zip(predictions, truth, strict=True))
     return {
         "pipeline": f"{right} of {len(predictions)} sample images right",
-        "backbone": ", ".join(
-            f"{name} {tuple(m.shape[1:])}" for name, m in zip(config.out_features, feature_maps, strict=True)
-        ),
-        "picture": folder / "predictions.png",
+        "backbone": ", ".join(f"{name} {tuple(m.shape[1:])}" for name, m in zip(stages, feature_maps, strict=True)),
     }
 
 
@@ -372,10 +525,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_seed(training_arguments.seed)
     choose_learning_rate(training_arguments, model_arguments.model, untrained=2e-3)
     if data_arguments.streaming and training_arguments.max_steps <= 0:
-        raise ValueError(f"--streaming needs --max_steps of at least 1, got {training_arguments.max_steps}")
+        raise InputError(f"--streaming needs --max_steps of at least 1, got {training_arguments.max_steps}")
 
-    train, evaluation = load_splits(data_arguments, training_arguments.seed)
-    labels = train.features["label"].names
+    parts, account = load_splits(data_arguments, training_arguments.seed)
+    train, evaluation, labels = parts["train"], parts["evaluation"], account.classes
+    present = [label for label in labels if any((part.counts or {label: 1})[label] for part in account.parts.values())]
+    if len(present) < 2:
+        raise InputError(
+            f"--dataset {data_arguments.dataset} has images of one class, {some(present)}; at least two classes were expected"
+        )
     model, processor = build_model(model_arguments, labels, data_arguments.image_size)
 
     if data_arguments.streaming:
@@ -389,20 +547,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             evaluation_transform(processor),
             batched=True,
             batch_size=training_arguments.per_device_eval_batch_size,
-            remove_columns=["image", "label"],
+            remove_columns=list(evaluation.column_names),
         )
     else:
         train_dataset = train.with_transform(training_transform(processor, data_arguments))
         eval_dataset = evaluation.with_transform(evaluation_transform(processor))
-    mix = Mix(
-        len(labels),
-        data_arguments.mixup_alpha,
-        data_arguments.cutmix_alpha,
-        data_arguments.mixup_prob,
-        data_arguments.mixup_switch_prob,
-    )
     trainer = ClassificationTrainer(
-        mix=mix,
+        mix=data_arguments.mix(len(labels)),
         model=model,
         args=training_arguments,
         train_dataset=train_dataset,
@@ -411,34 +562,31 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         compute_metrics=accuracy,
         processing_class=processor,
     )
-    result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_arguments))
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.save_metrics("all", {**result.metrics, **metrics})
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        folder = Path(training_arguments.output_dir)
+    training, metrics = train_evaluate_save(trainer, account)
+    folder = Path(training_arguments.output_dir)
+
+    def use(file: Path) -> dict[str, str]:
         if data_arguments.streaming:
-            samples = datasets.Dataset.from_list(list(evaluation.take(12)), features=evaluation.features)
-            sizes = "streamed"
+            rows = list(evaluation.take(12))
+            samples = {name: [row[name] for row in rows] for name in rows[0]}
         else:
-            samples = evaluation.shuffle(seed=0).select(range(min(12, len(evaluation))))
-            sizes = f"{len(train)} images to train, {len(evaluation)} to evaluate"
-        load_without_the_others()
-        summary = use_model(folder, samples, labels)
-        summary = {
+            samples = evaluation.shuffle(seed=0)[: min(12, len(evaluation))]
+        return use_model(folder, samples, labels, file)
+
+    sizes = [account.parts[name].images for name in ("train", "evaluation")]
+    sizes = "streamed" if data_arguments.streaming else f"{sizes[0]} images to train, {sizes[1]} to evaluate"
+    finish(
+        trainer,
+        use,
+        {
             "dataset": f"{data_arguments.dataset}: {sizes}, {len(labels)} classes",
             "model": f"{count_parameters(model):,} parameters, saved in {folder}",
             "accuracy": f"{metrics['eval_accuracy']:.1%} of the held-out images",
-            "training": f"{result.metrics['train_runtime']:.0f} s",
-            **summary,
-        }
-        print("\n" + "\n".join(f"{name:>9}  {value}" for name, value in summary.items()))
-    if training_arguments.push_to_hub:  # by all processes: each may hold a part of the model
-        trainer.push_to_hub()
-    trainer.accelerator.end_training()  # leaves the process group
+            "training": f"{training['train_runtime']:.0f} s",
+        },
+    )
     return metrics
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -390,13 +390,26 @@ def test_readme_snippets_run(tmp_path):
     InternImageForImageClassification(config).save_pretrained(checkpoint)
     shutil.copy(FIXTURES / "hf_t_like" / "preprocessor_config.json", checkpoint)
     rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
+    # names that `datasets` takes for those of splits, or passes over
+    classes = {
+        "cat": "train-{}.png",
+        "test_tube": "{}.png",
+        "passenger_train": "_DSC{}.JPG",
+        "val": "__{}.png",
+        "a [1]": "{}.png",
+    }
+    for name, file in classes.items():
         (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(10):
+        for i in range(4):
             pixels = rng.integers(0, 256, (70, 90, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / file.format(i))
     Image.fromarray(pixels).save(tmp_path / "cat.jpg")
     program = "\n".join(snippets).replace("OpenGVLab/internimage_t_1k_224", str(checkpoint))
+    program += f"""
+assert sorted(names) == {sorted(classes)}, names
+used = [names[label] for split in photos.values() for label in split["label"]]
+assert all(used.count(name) == 4 for name in names), used
+"""
     run_python(program, cwd=tmp_path, PYTHONPATH=str(ROOT))
 
 
