@@ -530,7 +530,7 @@ def train_evaluate_save(trainer: ExampleTrainer, account: Account) -> tuple[dict
     if repeated := trainer.repeated_images():
         account.data.layout += (
             f"; the last batch would hold a single image, which BatchNorm cannot normalise: {repeated} of the training "
-            f"images, drawn at random, comes twice in an epoch"
+            f"images, drawn at random, {'comes' if repeated == 1 else 'come'} twice in an epoch"
         )
     if args.dataloader_drop_last and not isinstance(trainer.train_dataset, torch.utils.data.IterableDataset):
         images, at_once = len(trainer.train_dataset), args.train_batch_size * args.world_size
