@@ -5,11 +5,13 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, TINY_VARIANTS
+from PIL import Image
 
 from internimage_hf import (
     InternImageBackbone,
@@ -189,21 +191,111 @@ def run_export(*flags: object, cwd, expect: int = 0) -> str:
 
 def save(model, folder) -> None:
     model.save_pretrained(folder)
-    side = {"height": model.config.image_size, "width": model.config.image_size}
-    InternImageImageProcessor(size={"shortest_edge": side["height"]}, crop_size=side).save_pretrained(folder)
+    size = model.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    processor = InternImageImageProcessor(
+        size={"shortest_edge": min(height, width)}, crop_size={"height": height, "width": width}
+    )
+    processor.save_pretrained(folder)
 
 
 def test_the_program_writes_a_backbone(tmp_path):
-    save(random_model(image_size=64), tmp_path / "model")
+    save(random_model(image_size=(64, 96)), tmp_path / "model")
     output = run_export(
         "--model", "model", "--task", "backbone", "--out_features", "stage2", "stage4", "--output", "out", cwd=tmp_path
     )
-    assert "pixel_values -> stage2, stage4" in output
+    assert "pixel_values -> stage2, stage4" in output and "on images 1x3x64x96" in output
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "config.json", "model.onnx", "preprocessor_config.json",
     ]  # fmt: skip
     backbone = InternImageBackbone.from_pretrained(tmp_path / "model", out_features=["stage2", "stage4"]).eval()
     check(backbone, session(str(tmp_path / "out" / "model.onnx")), SIZES)
+
+
+@pytest.fixture
+def export(monkeypatch):
+    """The program as a module."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import export
+
+    return export
+
+
+def test_classes_are_matched_by_name(export):
+    match = export.matching_classes
+    assert match(["a", "b", "c"], ["c", "a"], "d") == ({0: 2, 1: 0}, "2 of 2 classes matched by name")
+    assert match(["a", "b"], ["b", "zebra"], "d") == ({0: 1}, "1 of 2 classes matched by name")
+    found, how = match(["Golden retriever", "tabby cat"], ["tabby_cat", "golden_Retriever"], "d")
+    assert found == {0: 1, 1: 0} and "without regard to case" in how
+    found, how = match(["LABEL_0", "LABEL_1"], ["dog", "cat"], "d")
+    assert found == {0: 0, 1: 1} and "matched by number" in how
+    assert match(["LABEL_0", "LABEL_1"], ["LABEL_1", "LABEL_0"], "d")[0] == {0: 1, 1: 0}
+    with pytest.raises(ValueError, match="has 3 classes, the model 2 without names"):
+        match(["LABEL_0", "LABEL_1"], ["a", "b", "c"], "d")
+    with pytest.raises(ValueError, match=r"none of its 1 classes \(x\) is one of the model's 2 \(a, b\)"):
+        match(["a", "b"], ["x"], "d")
+
+
+def test_accuracy_counts_the_models_classes_by_name(export, tmp_path):
+    """A model that knows every class, in another order than the data set's; one class of the images is none of its own."""
+    shades = {"ant": 20, "bee": 120, "zebra": 220}
+    for split in ("train", "test"):
+        for name, shade in shades.items():
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (8, 8), (shade,) * 3).save(tmp_path / split / name / f"{i}.png")
+    config = InternImageConfig(**SMALL, id2label={0: "wasp", 1: "bee", 2: "ant", 3: "fly", 4: "gnat"})
+    images, lines = export.evaluation_images(export.ExportArguments(dataset=str(tmp_path)), config)
+    assert any("3 of 9 images are left out of the accuracy" in line and "zebra 3" in line for line in lines)
+
+    def run(pixel_values):
+        return [torch.eye(5)[[2 if image.mean() < 60 else 1 for image in pixel_values]]]
+
+    def processor(images, return_tensors):
+        return {"pixel_values": torch.stack([torch.from_numpy(np.array(image)) for image in images])}
+
+    assert export.accuracy(run, images, processor, torch.float32, batch_size=4) == 1.0
+    with pytest.raises(ValueError, match="none of its 3 classes"):
+        export.evaluation_images(
+            export.ExportArguments(dataset=str(tmp_path)), InternImageConfig(id2label={0: "x", 1: "y"})
+        )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "nowhere"], "--model nowhere cannot be used"),
+        (["--image_size", "64", "64", "64"], "--image_size must be one or two positive numbers"),
+        (["--image_size", "0"], "--image_size must be one or two positive numbers"),
+        (
+            ["--no_dynamic", "--image_size", "32", "--dataset", "photos"],
+            "gives images of 64x96, .*--image_size 64 96 was",
+        ),
+        (["--dataset", "nowhere"], "--dataset nowhere cannot be loaded"),
+        (["--output", "model.pt2"], "must end in .onnx"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+    ],
+)
+def test_bad_flags_of_the_program_are_one_line(export, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    save(random_model(image_size=(64, 96)), tmp_path / "model")
+    with pytest.raises(ValueError, match=message) as error:
+        export.main(["--model", "model", *flags])
+    assert "\n" not in str(error.value)
+
+
+def test_the_demo_is_not_a_model_of_other_classes(export, tmp_path, monkeypatch):
+    """The default folder of the classification program may hold anything."""
+    import demo_model
+
+    monkeypatch.chdir(tmp_path)
+    save(random_model(), tmp_path / "outputs" / "image_classification")
+    started = []
+    monkeypatch.setattr(demo_model.image_classification, "main", lambda argv: started.append(argv))
+    assert demo_model.demo_model() == Path("outputs/demo") and started[0][1] == "outputs/demo"
+    names = {i: f"digit {i}" for i in range(10)}
+    save(random_model(num_labels=10, id2label=names), tmp_path / "outputs" / "demo")
+    assert demo_model.demo_model() == Path("outputs/demo") and len(started) == 1
 
 
 @pytest.mark.slow
