@@ -365,6 +365,10 @@ def build_model(arguments: ModelArguments, labels: list[str], image_size: int | 
             )
             if not isinstance(model, InternImageForImageClassification):
                 raise InputError(f"--model {arguments.model} is a {type(model).__name__}; an InternImage was expected")
+            if model.config.num_channels != 3:
+                raise InputError(
+                    f"--model {arguments.model} takes {model.config.num_channels} channels; 3 were expected, images are RGB"
+                )
             if image_size is None:
                 processor = AutoImageProcessor.from_pretrained(arguments.model)
     if processor is None:

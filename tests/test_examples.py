@@ -29,15 +29,15 @@ def run_example(name: str, *arguments: object, expect: int = 0) -> str:
     return result.stdout if expect == 0 else result.stderr
 
 
-def test_classification_on_a_folder_from_a_checkpoint_and_resume(photos, tmp_path):
+def test_classification_on_a_folder_from_a_checkpoint_and_resume(programs, photos, tmp_path, capsys):
     flags = [
         "--dataset", photos, "--model", FIXTURES / "hf_t_like", "--eval_fraction", 0.25, "--per_device_train_batch_size", 8,
         "--learning_rate", 1e-3, "--bf16", "--use_cpu", "--gradient_checkpointing", "--logging_strategy", "no", "--save_total_limit", 5,
     ]  # fmt: skip
     folder = tmp_path / "model"
     flags = [*flags, "--output_dir", folder, "--num_train_epochs", 3]
-    output = run_example("image_classification.py", *flags)
-    assert "30 images to train, 10 to evaluate, 2 classes" in output
+    run_main(programs.image_classification, *flags)
+    assert "30 images to train, 10 to evaluate, 2 classes" in capsys.readouterr().out
     assert (folder / "predictions.png").stat().st_size > 1000
     config = json.loads((folder / "config.json").read_text())
     assert config["id2label"] == {"0": "bright", "1": "dark"}
@@ -51,24 +51,22 @@ def test_classification_on_a_folder_from_a_checkpoint_and_resume(photos, tmp_pat
     for other in folder.glob("checkpoint-*"):
         if other != keep:
             shutil.rmtree(other)
-    run_example("image_classification.py", *flags, "--resume_from_checkpoint", "last")
+    run_main(programs.image_classification, *flags, "--resume_from_checkpoint", "last")
     actual = load_file(last)
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, atol=1e-6, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_classification_recipe_file_and_bad_flags(photos, tmp_path):
+def test_classification_recipe_file_and_bad_flags(programs, photos, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        "num_train_epochs: 1\nlearning_rate: 0.001\nmax_steps: 1\neval_strategy: 'no'\nsave_strategy: 'no'\n"
-    )
-    common = ["--output_dir", tmp_path / "out", "--load_best_model_at_end", "false", "--image_size", 32]
+    recipe.write_text("num_train_epochs: 1\nlearning_rate: 1e-3\nmax_steps: 1\neval_strategy: no\nsave_strategy: no\n")
+    common = ["--output_dir", tmp_path / "out", "--image_size", 32]
     output = run_example(
         "image_classification.py", recipe, "--max_train_samples", 16, "--max_eval_samples", 8, *common
     )
     assert "16 images to train, 8 to evaluate, 10 classes" in output
-    error = run_example("image_classification.py", "--dataset", photos, "--label_column", "kind", *common, expect=1)
-    assert "--label_column kind is not a column" in error
+    with pytest.raises(ValueError, match="--label_column kind is not a column"):
+        run_main(programs.image_classification, "--dataset", photos, "--label_column", "kind", *common)
 
 
 # --- detection and segmentation: in this process, which has loaded the libraries once
