@@ -249,7 +249,9 @@ def undecoded(dataset):
     return dataset
 
 
-def load_data(arguments: DataArguments, class_folders: bool, streaming: bool = False) -> Data:
+def load_data(
+    arguments: DataArguments, class_folders: bool, streaming: bool = False, expected: Iterable[str] = METADATA
+) -> Data:
     """What `--dataset` names: a folder or a data set of the Hub.
 
     Args:
@@ -257,6 +259,7 @@ def load_data(arguments: DataArguments, class_folders: bool, streaming: bool = F
         class_folders: images in one folder per class are a data set with the columns `image` and `label`. Otherwise, and
             also with it, a folder needs metadata: `metadata.csv`, `.jsonl` or `.parquet` with a column `file_name`.
         streaming: of a data set of the Hub, read nothing yet.
+        expected: see `find_images`.
 
     Raises:
         InputError: if there is no such data set, or it is not laid out so.
@@ -264,7 +267,7 @@ def load_data(arguments: DataArguments, class_folders: bool, streaming: bool = F
     import datasets
 
     if Path(arguments.dataset).is_dir():
-        return load_folder(arguments, class_folders)
+        return load_folder(arguments, class_folders, expected)
     try:
         splits = datasets.load_dataset(arguments.dataset, arguments.dataset_config, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -275,12 +278,12 @@ def load_data(arguments: DataArguments, class_folders: bool, streaming: bool = F
     return Data(arguments.dataset, "a data set of the Hub", {name: undecoded(split) for name, split in splits.items()})
 
 
-def load_folder(arguments: DataArguments, class_folders: bool) -> Data:
+def load_folder(arguments: DataArguments, class_folders: bool, expected: Iterable[str] = METADATA) -> Data:
     """A folder of images as a data set; see `load_data`."""
     import datasets
 
     root, left_out = Path(arguments.dataset), LeftOut()
-    images = find_images(root, left_out)
+    images = find_images(root, left_out, expected)
     metadata = sorted(file.relative_to(root) for name in METADATA for file in root.rglob(name))
     if metadata:
         return _with_metadata(arguments, root, images, metadata, left_out)

@@ -12,24 +12,23 @@ On your own images and masks, with a pretrained backbone:
         --eval_strategy steps --eval_steps 16000 --save_strategy steps --save_steps 16000 --layer_decay 0.9 --bf16
 
 `--dataset` is a folder with `images/train`, `images/validation` and masks of the same names in `annotations/train` and so on
-(or `train/images` and `train/masks`; without splits, `images` and `masks`), a folder for `datasets`' imagefolder with a
-`metadata.jsonl`, or the id of a dataset on the Hub; the latter two have the columns `image` and `annotation`. A mask is a
-greyscale or palette image whose values are the classes. All flags of `transformers.TrainingArguments` work, and those of
+(or `train/images` and `train/masks`; without splits, `images` and `masks`), a folder with a `metadata.jsonl` of the columns
+`file_name` and `annotation_file_name`, or the id of a dataset on the Hub with the columns `image` and `annotation`. A mask is a
+greyscale or palette image whose values are the classes, 0, 1, 2 and so on; 255 counts for nothing. For other values, such as
+0 and 255 of a binary mask, `--mask_values 0 255` lists those of the classes. All masks are read and checked before the first
+step. All flags of `transformers.TrainingArguments` work, and those of
 `internimage_hf.training`; a YAML file with flags may come first. `--resume_from_checkpoint last` goes on where an
 interrupted run of the same `--output_dir` was; `--model FOLDER` starts from a segmenter that was trained or converted before.
 """
 
-import contextlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from common import (
-    DataArguments,
     ExampleTrainingArguments,
+    HeadDataArguments,
     HeadTrainer,
     ModelArguments,
     RandomlyTransformed,
@@ -41,13 +40,23 @@ from common import (
     load_head,
     make_backbone,
     model_type_of,
-    train_and_held_out,
     train_evaluate_save,
 )
+from data import (
+    Account,
+    Data,
+    InputError,
+    Part,
+    chosen_splits,
+    read_image,
+    run_program,
+    train_and_evaluation,
+    undecoded,
+)
 from flags import parse_flags
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from masks import MaskRules, class_names, find_names, ignored_label, load_pairs, masks_per_class, survey
 from PIL import Image
+from torch import nn
 from transformers import (
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
@@ -59,35 +68,44 @@ from transformers import (
 # from where they are defined: they need no torchvision, and transformers 5.17 hides them where it is absent
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
-from transformers.utils import logging
 
-
-logger = logging.get_logger(__name__)
 
 EMBEDDED_TRAIN, EMBEDDED_EVAL, EMBEDDED_SIZE = 800, 100, 96  # scenes, scenes, pixels
-SPLITS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "test", "testing")}
-MASKS = ("annotations", "masks", "labels")
 
 
 @dataclass
-class SegmentationDataArguments(DataArguments):
+class SegmentationDataArguments(HeadDataArguments):
     dataset: str = field(
         default="digits",
-        metadata={"help": "a folder of images and masks, an imagefolder, the id of a dataset on the Hub, or `digits`"},
+        metadata={"help": "a folder of images and masks, the id of a dataset on the Hub, or `digits` (embedded)"},
     )
     mask_column: str = field(default="annotation", metadata={"help": "column of the masks"})
     id2label: str | None = field(
         default=None,
         metadata={
             "help": "JSON file with the classes' names by number; if absent, the dataset's own id2label.json, or the "
-            "numbers that occur in the training masks"
+            "numbers that occur in the masks"
         },
     )
     ignore_index: int = field(
-        default=255, metadata={"help": "value of the masks, 0 to 255, that counts in neither loss nor metric"}
+        default=255,
+        metadata={
+            "help": "value of the masks, 0 to 255 or 65535, that counts in neither loss nor metric; -1 for none"
+        },
     )
     reduce_labels: bool = field(
         default=False, metadata={"help": "0 of the masks is no class, and 1 is the first one (ADE20K)"}
+    )
+    mask_values: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "the values of the masks in the order of the classes, such as 0 255 for binary masks, or colours such as "
+            "#000000 #ff0000; if absent, the values are the classes' numbers. A value that is listed is never ignored"
+        },
+    )
+    ignore_other_values: bool = field(
+        default=False,
+        metadata={"help": "values that --mask_values does not list count in neither loss nor metric; else an error"},
     )
     image_size: int | None = field(
         default=None, metadata={"help": "side of the square that the model sees; 512 if absent, or the model's own"}
@@ -148,116 +166,14 @@ HEADS = {
 }  # fmt: skip
 
 
-def _folders(root: Path) -> dict[str, tuple[Path, Path]]:
-    """The folders of images and of masks of each split in `root`; empty if there are none."""
-    found = {}
-    for split, names in SPLITS.items():
-        pairs = [(root / "images" / name, root / masks / name) for name in names for masks in MASKS]
-        pairs += [(root / name / "images", root / name / masks) for name in names for masks in MASKS]
-        for images, masks in pairs:
-            if images.is_dir() and masks.is_dir():
-                found[split] = (images, masks)
-                break
-    if not found:
-        for masks in MASKS:
-            if (root / "images").is_dir() and (root / masks).is_dir():
-                return {"train": (root / "images", root / masks)}
-    return found
-
-
-def load_folders(splits: dict[str, tuple[Path, Path]]) -> datasets.DatasetDict:
-    """Folders of images and of masks of the same names as the columns `image` and `annotation`.
+def load_columns(arguments: SegmentationDataArguments) -> Data:
+    """What `--dataset` names, with the columns `image` and `annotation`, both not decoded.
 
     Raises:
-        ValueError: if an image has no mask.
+        InputError: if there is no such data set, or it has no such columns.
     """
-    features = datasets.Features({"image": datasets.Image(), "annotation": datasets.Image()})
-    result = {}
-    for split, (images, masks) in splits.items():
-        mask_of = {file.stem: file for file in sorted(masks.iterdir()) if file.is_file()}
-        files = [file for file in sorted(images.iterdir()) if file.suffix.lower() in Image.registered_extensions()]
-        for file in files:
-            if file.stem not in mask_of:
-                raise ValueError(f"the image {file} has no mask of its name in {masks}")
-        columns = {"image": [str(f) for f in files], "annotation": [str(mask_of[f.stem]) for f in files]}
-        result[split] = datasets.Dataset.from_dict(columns, features=features)
-    return datasets.DatasetDict(result)
+    import datasets
 
-
-def _classes(mask: Image.Image) -> np.ndarray:
-    """A mask's values.
-
-    Raises:
-        ValueError: if the mask is not an image of classes 0 to 255.
-    """
-    values = np.asarray(mask)
-    if values.ndim != 2 or values.min(initial=0) < 0 or values.max(initial=0) > 255:
-        raise ValueError(
-            f"a mask must be a greyscale or palette image with values 0 to 255, got mode {mask.mode} and shape "
-            f"{values.shape}"
-        )
-    return values.astype(np.uint8)
-
-
-def mask_reader(arguments: SegmentationDataArguments, num_labels: int):
-    """`read(mask)`: (height, width) uint8, the classes from 0 as the model counts them, and `--ignore_index`.
-
-    Raises (when called):
-        ValueError: if a mask has a value that is no class.
-    """
-
-    def read(mask: Image.Image) -> np.ndarray:
-        values = _classes(mask)
-        if arguments.reduce_labels:
-            ignored = (values == 0) | (values == arguments.ignore_index)
-            values = np.where(ignored, arguments.ignore_index, values - 1).astype(np.uint8)
-        present = np.unique(values[values != arguments.ignore_index])
-        if present.size and present[-1] >= num_labels:
-            raise ValueError(
-                f"a mask has the class {present[-1]}, but there are {num_labels} classes, numbered from 0: see --id2label, "
-                "--ignore_index and --reduce_labels"
-            )
-        return values
-
-    return read
-
-
-def load_labels(arguments: SegmentationDataArguments, train: datasets.Dataset) -> list[str]:
-    """The classes' names: from `--id2label`, the dataset's own `id2label.json`, or numbers as in the training masks.
-
-    Raises:
-        ValueError: if the names are not numbered from 0, or are more than masks can tell apart.
-    """
-    file = arguments.id2label
-    if file is None and Path(arguments.dataset).is_dir():
-        own = Path(arguments.dataset) / "id2label.json"
-        file = own if own.is_file() else None
-    elif file is None:
-        with contextlib.suppress(EntryNotFoundError):
-            file = hf_hub_download(arguments.dataset, "id2label.json", repo_type="dataset")
-    if file is None:
-        largest = 0
-        masks = train.select_columns(["annotation"])
-        for row in datasets.utils.tqdm(masks, desc="Looking for the classes in the masks"):
-            values = _classes(row["annotation"])
-            largest = max(largest, int(values[values != arguments.ignore_index].max(initial=0)))
-        return [f"class {i}" for i in range(largest + (0 if arguments.reduce_labels else 1))]
-    names = {int(number): name for number, name in json.loads(Path(file).read_text(encoding="utf-8")).items()}
-    if sorted(names) != list(range(len(names))) or len(names) > 255:
-        raise ValueError(f"{file} must name at most 255 classes, numbered from 0 without gaps, got {sorted(names)}")
-    return [names[i] for i in range(len(names))]
-
-
-def load_splits(
-    arguments: SegmentationDataArguments, seed: int
-) -> tuple[datasets.Dataset, datasets.Dataset, list[str]]:
-    """The training and the evaluation split, with the columns `image` and `mask`, and the classes' names.
-
-    Raises:
-        ValueError: if the dataset has no images, no masks or no training split.
-    """
-    if not 0 <= arguments.ignore_index <= 255:
-        raise ValueError(f"--ignore_index must be 0 to 255, got {arguments.ignore_index}")
     if arguments.dataset == "digits":
         from embedded_data import load_digit_scenes
 
@@ -265,52 +181,128 @@ def load_splits(
             train=min(EMBEDDED_TRAIN, arguments.max_train_samples or EMBEDDED_TRAIN),
             evaluation=min(EMBEDDED_EVAL, arguments.max_eval_samples or EMBEDDED_EVAL),
             size=EMBEDDED_SIZE,
-        ).remove_columns("objects")
-    elif Path(arguments.dataset).is_dir():
-        folders = _folders(Path(arguments.dataset))
-        splits = load_folders(folders) if folders else datasets.load_dataset("imagefolder", data_dir=arguments.dataset)
+        )
+        data = Data("digits", "digits on photographs", {name: undecoded(split) for name, split in splits.items()})
     else:
-        splits = datasets.load_dataset(arguments.dataset, arguments.dataset_config)
-    check_column(splits, arguments.image_column, "image_column")
-    check_column(splits, arguments.mask_column, "mask_column")
-    splits = splits.select_columns([arguments.image_column, arguments.mask_column])
+        data = load_pairs(arguments, arguments.mask_column)
     names = {arguments.image_column: "image", arguments.mask_column: "annotation"}
-    splits = splits.rename_columns({old: new for old, new in names.items() if old != new})
-    train, evaluation = train_and_held_out(splits, arguments, seed)
+    if len(names) < 2:
+        raise InputError(
+            f"--image_column and --mask_column are both {arguments.image_column}; two columns were expected"
+        )
+    for column, flag in zip(names, ("image_column", "mask_column"), strict=True):
+        check_column(data, column, flag)
+        for split, dataset in data.splits.items():
+            if not isinstance(dataset.features[column], datasets.Image):
+                raise InputError(
+                    f"--{flag} {column} of the split {split} of {data.name} has the type {dataset.features[column]}; images "
+                    "were expected (in a metadata file, a column with a name that ends in _file_name)"
+                )
+    changed = {old: new for old, new in names.items() if old != new}
+    data.splits = {
+        split: dataset.select_columns(list(names)).rename_columns(changed) for split, dataset in data.splits.items()
+    }
+    return data
+
+
+def load_data_and_account(arguments: SegmentationDataArguments, seed: int) -> tuple:
+    """The images to train on, those to evaluate on, and the account of both, after all masks of all splits were read.
+
+    Rows have the columns `image` (PIL, RGB) and `mask` (see `MaskRules.mask`), and to evaluate `full_mask`, the mask as int64.
+
+    Raises:
+        InputError: if an image or a mask, or all of them together, cannot be used.
+    """
+    rules = MaskRules(
+        arguments.ignore_index, arguments.reduce_labels, arguments.mask_values, arguments.ignore_other_values
+    )
+    data = load_columns(arguments)
     if arguments.dataset == "digits":
         from embedded_data import DIGIT_NAMES
 
-        labels = ["background", *DIGIT_NAMES]
+        names, warning = ["background", *DIGIT_NAMES], None
     else:
-        labels = load_labels(arguments, train)
-    read = mask_reader(arguments, len(labels))
+        names, warning = find_names(arguments, arguments.id2label, rules)
+    warnings = [] if warning is None else [warning]
+    warnings += survey(data, rules, chosen_splits(data.splits, arguments))
+    labels, more = class_names(data, rules, names)
+    parts = train_and_evaluation(data, arguments, seed)
+    counts = {name: masks_per_class(part, rules, labels) for name, part in parts.items()}
+    account = Account(
+        data,
+        labels,
+        {name: Part(len(part), counts[name], "masks") for name, part in parts.items()},
+        [*warnings, *more, *_warnings(data, parts, counts, rules)],
+    )
 
-    def transform(batch: dict[str, list]) -> dict[str, list]:
+    def read(row: dict[str, list]) -> dict[str, list]:
         return {
-            "image": [image.convert("RGB") for image in batch["image"]],
-            "mask": [read(mask) for mask in batch["annotation"]],
+            "image": [read_image(*pair) for pair in zip(row["image"], row["name"], strict=True)],
+            "mask": [rules.mask(*pair, len(labels)) for pair in zip(row["annotation"], row["mask_name"], strict=True)],
         }
 
-    def with_full_mask(batch: dict[str, list]) -> dict[str, list]:
-        batch = transform(batch)
-        return {**batch, "full_mask": [torch.from_numpy(mask.astype(np.int64)) for mask in batch["mask"]]}
+    def read_with_full_mask(row: dict[str, list]) -> dict[str, list]:
+        row = read(row)
+        return {**row, "full_mask": [torch.from_numpy(mask.astype(np.int64)) for mask in row["mask"]]}
 
-    return train.with_transform(transform), evaluation.with_transform(with_full_mask), labels
+    return parts["train"].with_transform(read), parts["evaluation"].with_transform(read_with_full_mask), account
+
+
+def _warnings(data: Data, parts: dict, counts: dict[str, dict[str, int]], rules: MaskRules) -> list[str]:
+    """What the two parts lack.
+
+    Raises:
+        InputError: if one of them has no class at all.
+    """
+    warnings = []
+    for name, part in parts.items():
+        if not any(counts[name].values()):
+            raise InputError(
+                f"{data.name}: all pixels of the {len(part)} masks of {name} are ignored; classes were expected"
+            )
+        empty = [
+            mask
+            for mask, values in zip(part["mask_name"], part["values"], strict=True)
+            if (rules.classes(np.array(values, dtype=np.int64)) < 0).all()
+        ]
+        if empty:
+            warnings.append(f"all pixels of {len(empty)} masks of {name} are ignored, the first is {empty[0]}")
+    for text, one, other in (
+        ("to evaluate, but in none to train", "evaluation", "train"),
+        (
+            "to train, but in none to evaluate: they are no part of the mean IoU unless predicted",
+            "train",
+            "evaluation",
+        ),
+    ):
+        if classes := [name for name, count in counts[one].items() if count and not counts[other][name]]:
+            shown = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
+            warnings.append(f"{len(classes)} classes are in masks {text}: {shown}")
+    return warnings
+
+
+def load_splits(arguments: SegmentationDataArguments, seed: int) -> tuple:
+    """`load_data_and_account` with the classes' names in place of the account."""
+    train, evaluation, account = load_data_and_account(arguments, seed)
+    return train, evaluation, list(account.classes)
 
 
 def build_model(arguments: SegmentationModelArguments, data: SegmentationDataArguments, labels: list[str]):
     """The segmenter for `labels`, and its image processor.
 
     Raises:
-        ValueError: if `--model` is none of the heads on an InternImage backbone.
+        InputError: if `--model` is none of the heads on an InternImage backbone.
     """
     fields = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     head_type = arguments.head if arguments.model is None else model_type_of(arguments.model)
-    fields["ignore_value" if head_type == "mask2former" else "loss_ignore_index"] = data.ignore_index
+    ignored = ignored_label(len(labels))
+    fields["ignore_value" if head_type == "mask2former" else "loss_ignore_index"] = ignored
     processor = {"do_reduce_labels": data.reduce_labels}
     if head_type == "mask2former":
-        processor["ignore_index"] = data.ignore_index
+        processor["ignore_index"] = ignored
     side = data.image_size
+    if side is not None and side < 1:
+        raise InputError(f"--image_size must be at least 1, got {side}")
     if arguments.model is not None:
         model = load_head({name: head.model for name, head in HEADS.items()}, arguments, **fields)
         head = HEADS[head_type]
@@ -327,8 +319,12 @@ def build_model(arguments: SegmentationModelArguments, data: SegmentationDataArg
     return model, head.processor(size={"height": side, "width": side}, **processor)
 
 
-def training_transform(arguments: SegmentationDataArguments, height: int, width: int):
-    """`transform(example, seed)`: random size, crop, mirroring and colours, by albumentations."""
+def training_transform(arguments: SegmentationDataArguments, height: int, width: int, ignored: int = 255):
+    """`transform(example, seed)`: random size, crop, mirroring and colours, by albumentations.
+
+    Raises:
+        InputError: if the scales are out of range.
+    """
     import albumentations as A
 
     digits = arguments.dataset == "digits"
@@ -336,11 +332,11 @@ def training_transform(arguments: SegmentationDataArguments, height: int, width:
     low = arguments.min_scale if arguments.min_scale is not None else (1.0 if digits else 0.5)
     high = arguments.max_scale if arguments.max_scale is not None else (1.0 if digits else 2.0)
     if not 0 < low <= high:
-        raise ValueError(f"--min_scale must be above 0 and at most --max_scale, got {low} and {high}")
+        raise InputError(f"--min_scale must be above 0 and at most --max_scale, got {low} and {high}")
     side = min(height, width)
     steps = [
         A.SmallestMaxSize(max_size=list(range(max(round(low * side), 1), round(high * side) + 1))),
-        A.PadIfNeeded(height, width, fill_mask=arguments.ignore_index),
+        A.PadIfNeeded(height, width, fill_mask=ignored),
         A.RandomCrop(height, width),
     ]
     if flip:
@@ -367,30 +363,71 @@ class Collate:
         self.processor = processor
 
     def __call__(self, examples: list[dict]) -> dict:
-        images = [example["image"] for example in examples]
-        masks = [example["mask"] for example in examples]
+        batch = dict(self.processor(images=[example["image"] for example in examples], return_tensors="pt"))
+        height, width = batch["pixel_values"].shape[-2:]
+        masks = [torch.from_numpy(resized(example["mask"], height, width).astype(np.int64)) for example in examples]
         if isinstance(self.processor, SegformerImageProcessorPil):
-            batch = dict(self.processor(images=images, return_tensors="pt"))
-            # not by the processor: that of transformers 5.17 needs torchvision for it
-            size = (self.processor.size["width"], self.processor.size["height"])
-            resized = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
-            batch["labels"] = torch.from_numpy(np.stack(resized).astype(np.int64))
-        else:  # the masks have been reduced when they were read
-            batch = dict(
-                self.processor(images=images, segmentation_maps=masks, do_reduce_labels=False, return_tensors="pt")
-            )
+            batch["labels"] = torch.stack(masks)
+        else:  # one binary mask for each class of an image
+            batch["class_labels"] = [mask.unique() for mask in masks]
+            batch["class_labels"] = [found[found != self.processor.ignore_index] for found in batch["class_labels"]]
+            batch["mask_labels"] = [
+                (mask == found[:, None, None]).float()
+                for mask, found in zip(masks, batch["class_labels"], strict=True)
+            ]
         if "full_mask" in examples[0]:
             batch["full_masks"] = [example["full_mask"] for example in examples]
         return batch
 
 
+def resized(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The values of the nearest pixels."""
+    rows = ((np.arange(height) + 0.5) * (mask.shape[0] / height)).astype(np.int64)
+    columns = ((np.arange(width) + 0.5) * (mask.shape[1] / width)).astype(np.int64)
+    return mask[rows[:, None], columns]
+
+
+class OneValueBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm that normalises by its running statistics where a batch has one value for each channel.
+
+    UperNet pools a map to a single pixel. With one image in the batch, its mean is the value itself and its variance 0, and
+    PyTorch refuses to train.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.training and input.numel() == input.shape[1]:
+            return nn.functional.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+            )
+        return super().forward(input)
+
+
 class SegmentationTrainer(HeadTrainer):
     """Evaluation gathers, for each image, three numbers of pixels for each class: right, true, predicted."""
+
+    def __init__(self, *, model, **kwargs):
+        super().__init__(model=model, **kwargs)
+        for module in model.modules():
+            if type(module) is nn.BatchNorm2d and module.track_running_stats:
+                module.__class__ = OneValueBatchNorm2d
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss = self.of_counted_pixels(loss, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def of_counted_pixels(self, loss: torch.Tensor, inputs: dict) -> torch.Tensor:
+        """The loss; 0 for a batch whose pixels are all ignored, of which UperNet takes the mean: not a number."""
+        if "labels" not in inputs:
+            return loss
+        config = self.accelerator.unwrap_model(self.model).config
+        return torch.where((inputs["labels"] != config.loss_ignore_index).any(), loss, 0.0)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = dict(inputs)
         masks = inputs.pop("full_masks")
         loss, outputs, inputs = self.predict_batch(model, inputs)
+        loss = self.of_counted_pixels(loss, inputs)
         if prediction_loss_only:
             return loss, None, None
         config = self.accelerator.unwrap_model(model).config
@@ -434,7 +471,7 @@ def segmentation_metrics(prediction) -> dict[str, float]:
     }
 
 
-def draw_predictions(folder: Path, samples: datasets.Dataset, ignore_index: int, file: Path) -> None:
+def draw_predictions(folder: Path, samples, ignore_index: int, file: Path) -> None:
     """Loads the saved segmenter and writes a PNG: each image, its true mask, and the predicted one."""
     import matplotlib
 
@@ -468,40 +505,23 @@ def draw_predictions(folder: Path, samples: datasets.Dataset, ignore_index: int,
     plt.close(figure)
 
 
-def without_single_image(train: datasets.Dataset, arguments: SegmentationTrainingArguments) -> datasets.Dataset:
-    """A training set whose last batch has more than one image: UperNet normalises maps of one pixel over the batch.
-
-    Raises:
-        ValueError: if no batch can have two images.
-    """
-    if arguments.per_device_train_batch_size < 2 or len(train) < 2:
-        raise ValueError(
-            "UperNet is trained on batches of at least 2 images: got --per_device_train_batch_size "
-            f"{arguments.per_device_train_batch_size} and {len(train)} images to train"
-        )
-    # several processes fill their last batches up
-    if arguments.world_size == 1 and len(train) % arguments.train_batch_size == 1:
-        logger.warning("the last training image is left out: alone in a batch it could not be normalised")
-        return train.select(range(len(train) - 1))
-    return train
-
-
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Runs the program; returns the evaluation's metrics."""
     data_arguments, model_arguments, training_arguments = parse_flags(
         argv, SegmentationDataArguments, SegmentationModelArguments, SegmentationTrainingArguments
     )
     set_seed(training_arguments.seed)
-    train, evaluation, labels = load_splits(data_arguments, training_arguments.seed)
+    if data_arguments.picture_samples < 1:
+        raise InputError(f"--picture_samples must be at least 1, got {data_arguments.picture_samples}")
+    train, evaluation, account = load_data_and_account(data_arguments, training_arguments.seed)
+    labels, ignored = list(account.classes), ignored_label(len(account.classes))
     choose_learning_rate(
         training_arguments,
         model_arguments.model or model_arguments.backbone,
         untrained=HEADS[model_arguments.head].learning_rate,
     )
     model, processor = build_model(model_arguments, data_arguments, labels)
-    if isinstance(model, UperNetForSemanticSegmentation):
-        train = without_single_image(train, training_arguments)
-    transform = training_transform(data_arguments, processor.size["height"], processor.size["width"])
+    transform = training_transform(data_arguments, processor.size["height"], processor.size["width"], ignored)
     trainer = SegmentationTrainer(
         model=model,
         args=training_arguments,
@@ -511,12 +531,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         compute_metrics=segmentation_metrics,
         processing_class=processor,
     )
-    training, metrics = train_evaluate_save(trainer)
+    training, metrics = train_evaluate_save(trainer, account)
     folder = Path(training_arguments.output_dir)
     samples = evaluation.select(range(min(data_arguments.picture_samples, len(evaluation))))
     finish(
         trainer,
-        lambda file: draw_predictions(folder, samples, data_arguments.ignore_index, file),
+        lambda file: draw_predictions(folder, samples, ignored, file),
         {
             "dataset": f"{data_arguments.dataset}: {len(train)} images to train, {len(evaluation)} to evaluate, "
             f"{len(labels)} classes",
@@ -530,4 +550,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
