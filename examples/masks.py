@@ -400,7 +400,9 @@ def survey(data: Data, rules: MaskRules, used: Iterable[str | None]) -> list[str
             if split not in used:
                 continue
             if missing := [pair for pair in pairs if pair.size is None]:
-                raise InputError(f"{len(missing)} {of_split} are missing (null), the first is {missing[0].mask_name}")
+                raise InputError(
+                    f"{len(missing)} {of_split} are missing (null), the first is that of {missing[0].name}"
+                )
             if other := [pair for pair in pairs if pair.size != pair.image_size]:
                 raise InputError(
                     f"{len(other)} {of_split} have another size than their images, the first is {other[0].sizes()}"
@@ -516,23 +518,28 @@ def class_names(data: Data, rules: MaskRules, names: list[str] | None) -> tuple[
             f"the masks of {data.name} have the values {found or '(none)'}, {len(present) or 'no'} "
             f"{'class' if present else 'classes'}; at least two classes were expected{advice}"
         )
-    if names is not None:
-        return names, []
-    count = present[-1] + 1
-    absent = sorted(set(range(count)) - set(present))
-    if len(absent) > len(present):
-        of_classes = [text for text, kind in zip(listed, classes.tolist(), strict=True) if kind >= 0]
-        raise InputError(
-            f"the masks of {data.name} have the values {_some(of_classes)}, by which {len(absent)} of {count} classes would be "
-            f"empty; values without gaps were expected, or all classes' names (--id2label), or --mask_values "
-            f"{' '.join(of_classes[:8])}{' ...' if len(of_classes) > 8 else ''}"
+    warnings = []
+    if names is None:
+        count = present[-1] + 1
+        names = [f"class {number}" for number in range(count)]
+        absent = sorted(set(range(count)) - set(present))
+        if len(absent) > len(present):
+            of_classes = [text for text, kind in zip(listed, classes.tolist(), strict=True) if kind >= 0]
+            raise InputError(
+                f"the masks of {data.name} have the values {_some(of_classes)}, by which {len(absent)} of {count} classes would "
+                f"be empty; values without gaps were expected, or all classes' names (--id2label), or --mask_values "
+                f"{' '.join(of_classes[:8])}{' ...' if len(of_classes) > 8 else ''}"
+            )
+        if absent:
+            warnings.append(
+                f"{len(absent)} of {count} classes are in no mask: {_some([names[number] for number in absent])}"
+            )
+    if rules.values is None and masks[rules.ignore_index] and rules.ignore_index < present[-1]:
+        warnings.append(
+            f"the value {rules.ignore_index} of {masks[rules.ignore_index]} masks is ignored (--ignore_index), though larger "
+            "ones are classes"
         )
-    names = [f"class {number}" for number in range(count)]
-    if absent:
-        return names, [
-            f"{len(absent)} of {count} classes are in no mask: {_some([names[number] for number in absent])}"
-        ]
-    return names, []
+    return names, warnings
 
 
 def masks_per_class(dataset, rules: MaskRules, labels: Sequence[str]) -> dict[str, int]:
