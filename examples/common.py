@@ -446,6 +446,8 @@ class HeadTrainer(ExampleTrainer):
         # The heads take any keyword, from which Trainer concludes that they scale the loss by the number of targets in
         # all accumulated batches. They average over the batch.
         model.accepts_loss_kwargs = False
+        # UperNet and RT-DETR say that they cannot, but their backbone can, which has most of the activations
+        model.supports_gradient_checkpointing |= backbone_of(model).supports_gradient_checkpointing
         super().__init__(model=model, train_dataset=train_dataset, **kwargs)
         self.add_callback(_CountEpochs(train_dataset))
 

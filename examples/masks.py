@@ -496,11 +496,18 @@ def class_names(data: Data, rules: MaskRules, names: list[str] | None) -> tuple[
     wrong = values[(classes == NO_CLASS) | (classes >= (LARGEST if names is None else len(names)))].tolist()
     if wrong:
         number = sum(not set(wrong).isdisjoint(values) for split in data.splits.values() for values in split["values"])
-        jpeg = first[wrong[0]].lower().endswith((".jpg", ".jpeg"))
+        value, file = wrong[0], first[wrong[0]]
+        problem = f"{file}: a mask has the value {rules.text(value)}"
+        if rules.values is None:
+            number_of_class = rules.classes(np.array([value])).item()
+            problem = (
+                f"{file}: a mask has the class {number_of_class}, but there are {len(names or range(LARGEST))} classes"
+            )
+        if file.lower().endswith((".jpg", ".jpeg")):
+            problem += " (JPEG changes values, PNG does not)"
         raise InputError(
-            f"{number} masks of {data.name} have values of no class, {_some([rules.text(value) for value in wrong])}; the first "
-            f"is {first[wrong[0]]} with {rules.text(wrong[0])}; {rules.expected(len(names or range(LARGEST)))}"
-            f"{'; JPEG changes values, PNG does not' if jpeg else ''}"
+            f"{problem}; {rules.expected(len(names or range(LARGEST)))}; {number} masks of {data.name} have such values, "
+            f"{_some([rules.text(value) for value in wrong])}"
         )
     present = sorted(set(classes[classes >= 0].tolist()))
     listed = [rules.text(value) for value in values.tolist()]

@@ -21,6 +21,7 @@ step. All flags of `transformers.TrainingArguments` work, and those of
 interrupted run of the same `--output_dir` was; `--model FOLDER` starts from a segmenter that was trained or converted before.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -205,6 +206,12 @@ def load_columns(arguments: SegmentationDataArguments) -> Data:
     return data
 
 
+def mask_rules(arguments: SegmentationDataArguments) -> MaskRules:
+    return MaskRules(
+        arguments.ignore_index, arguments.reduce_labels, arguments.mask_values, arguments.ignore_other_values
+    )
+
+
 def load_data_and_account(arguments: SegmentationDataArguments, seed: int) -> tuple:
     """The images to train on, those to evaluate on, and the account of both, after all masks of all splits were read.
 
@@ -213,10 +220,7 @@ def load_data_and_account(arguments: SegmentationDataArguments, seed: int) -> tu
     Raises:
         InputError: if an image or a mask, or all of them together, cannot be used.
     """
-    rules = MaskRules(
-        arguments.ignore_index, arguments.reduce_labels, arguments.mask_values, arguments.ignore_other_values
-    )
-    data = load_columns(arguments)
+    rules, data = mask_rules(arguments), load_columns(arguments)
     if arguments.dataset == "digits":
         from embedded_data import DIGIT_NAMES
 
@@ -279,6 +283,22 @@ def _warnings(data: Data, parts: dict, counts: dict[str, dict[str, int]], rules:
             shown = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
             warnings.append(f"{len(classes)} classes are in masks {text}: {shown}")
     return warnings
+
+
+def check_queries(model, part, rules: MaskRules) -> list[str]:
+    """A warning if masks have more classes than the head can find in an image; transformers leaves out the others."""
+    queries = getattr(model.config, "num_queries", math.inf)
+    classes = [
+        int((rules.classes(np.array(values, dtype=np.int64)) >= 0).sum())
+        for values in part.with_format(None)["values"]
+    ]
+    more = sum(number > queries for number in classes)
+    if not more:
+        return []
+    return [
+        f"{more} masks to train have more classes, {max(classes)} at most, than the head has queries, {queries}: the others are "
+        "left out; --head_config_overrides '{\"num_queries\": ...}' gives it more"
+    ]
 
 
 def load_splits(arguments: SegmentationDataArguments, seed: int) -> tuple:
@@ -521,6 +541,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         untrained=HEADS[model_arguments.head].learning_rate,
     )
     model, processor = build_model(model_arguments, data_arguments, labels)
+    account.warnings += check_queries(model, train, mask_rules(data_arguments))
     transform = training_transform(data_arguments, processor.size["height"], processor.size["width"], ignored)
     trainer = SegmentationTrainer(
         model=model,

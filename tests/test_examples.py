@@ -305,7 +305,7 @@ def test_random_transformations_depend_on_seed_epoch_and_index_alone(programs, s
         ("object_detection", ["--random_crop_scale", 0], "--random_crop_scale must be above 0"),
         ("object_detection", ["--train_annotations", "no.json"], "--train_annotations no.json is not a file"),
         ("object_detection", ["--train_images", "nowhere"], "name their folder by --train_images"),
-        ("semantic_segmentation", ["--per_device_train_batch_size", 1], "batches of at least 2 images"),
+        ("semantic_segmentation", ["--image_size", 0, "--reduce_labels"], "--image_size must be at least 1, got 0"),
         ("semantic_segmentation", ["--ignore_index", 300], "--ignore_index must be 0 to 255"),
         ("semantic_segmentation", [], "a mask has the class 11, but there are 11 classes"),
         ("semantic_segmentation", ["--mask_column", "mask"], "--mask_column mask is not a column"),

@@ -1,13 +1,14 @@
 """The authors' recipes, as flags of the example programs."""
 
 import importlib
+import json
 import math
 import sys
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import FIXTURES, ROOT
 from PIL import Image
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import TrainingArguments, get_scheduler
@@ -79,6 +80,17 @@ SEGMENTATION = {
     "ade20k_h_mask2former": (
         "mask2former_internimage_h_896_80k_cocostuff2ade20k_ss", 896, 0.5, 1e-5, 0.95, 0.1, 80000, 1, 16, 2000, False,
     ),
+}  # fmt: skip
+SMALL_SIZES = {
+    "upernet": {"hidden_size": 16, "auxiliary_channels": 8},
+    "mask2former": {
+        "hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "decoder_layers": 2, "encoder_layers": 1,
+        "num_queries": 20, "num_attention_heads": 4, "dim_feedforward": 32, "encoder_feedforward_dim": 32, "train_num_points": 64,
+    },
+    "deformable_detr": {
+        "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_queries": 10, "two_stage_num_proposals": 10,
+    },
 }  # fmt: skip
 OFFICIAL = {**CLASSIFICATION, **DETECTION, **SEGMENTATION}
 
@@ -183,6 +195,67 @@ def test_segmentation(name):
     assert rates[-1] == pytest.approx(0, abs=lr * 1e-4)
     # the official rate falls from the first step on, beside the warm-up
     assert rates[steps // 2] == pytest.approx(lr / 2, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def class_folder(tmp_path_factory):
+    """ImageNet's layout: two classes of two images to train, and of one to evaluate."""
+    root = tmp_path_factory.mktemp("classes")
+    for split, count in (("train", 2), ("val", 1)):
+        for label, colour in (("dark", 40), ("bright", 200)):
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40, 36), (colour + i,) * 3).save(root / split / label / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_every_recipe_starts(name, class_folder, request, tmp_path):
+    """One step and the evaluation on little data with a small model; all else is as the recipe says."""
+    pytest.importorskip("matplotlib")
+    module = next(value[0] for start, value in PROGRAMS.items() if name.startswith(start))
+    flags = [
+        "--max_steps",
+        1,
+        "--output_dir",
+        tmp_path,
+        "--use_cpu",
+        "--dataloader_num_workers",
+        0,
+        "--disable_tqdm",
+        "true",
+    ]
+    if module == "image_classification":
+        flags += [
+            "--dataset",
+            class_folder,
+            "--model",
+            FIXTURES / "hf_t_like",
+            "--image_size",
+            32,
+            "--warmup_steps",
+            0,
+        ]
+    else:
+        # the small sizes below win over the recipe's
+        recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+        sizes = {**recipe.get("head_config_overrides", {}), **SMALL_SIZES[recipe["head"]]}
+        flags += [
+            "--backbone",
+            FIXTURES / "hf_t_like",
+            "--head_config_overrides",
+            json.dumps(sizes),
+            "--image_size",
+            64,
+        ]
+        flags += [
+            "--dataset",
+            request.getfixturevalue("coco_folder" if module == "object_detection" else "mask_folder"),
+        ]
+        flags += ["--max_train_samples", 3, "--max_eval_samples", 2, "--picture_samples", 1]
+    metrics = importlib.import_module(module).main([str(RECIPES / f"{name}.yaml"), *map(str, flags)])
+    assert math.isfinite(metrics["eval_loss"])
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 1
 
 
 def test_flags_override_a_recipe():

@@ -82,7 +82,7 @@ def test_values_with_gaps_are_named_and_can_be_mapped(tmp_path):
     stripes = {tuple(row["mask"][0, :3]) for part in (train, evaluation) for row in part}
     assert stripes == {(0, 2, 1), (0, 1, 255)}
     message = refused(root, mask_values=["0", "100"])
-    assert "1 masks of" in message and "0.png with 50; 0, 100 of --mask_values, or 255 for pixels to ignore" in message
+    assert "0.png: a mask has the value 50; 0, 100 of --mask_values, or 255 for pixels to ignore" in message
     assert load(root, mask_values=["0", "100"], ignore_other_values=True)[2].classes == ["value 0", "value 100"]
 
 
@@ -135,10 +135,8 @@ def test_names_are_checked_against_the_masks_of_all_splits(tmp_path, split):
     wrong = root / "annotations" / split / "0.png"
     mask(0, 7).save(wrong)
     message = refused(root)
-    assert (
-        f"1 masks of {root} have values of no class, 7; the first is {wrong} with 7; 0 to 1 for the 2 classes"
-        in message
-    )
+    assert f"{wrong}: a mask has the class 7, but there are 2 classes; 0 to 1 for the 2 classes, or 255" in message
+    assert message.endswith(f"1 masks of {root} have such values, 7")
     mask(1, 2, 0).save(wrong)
     assert load(root, reduce_labels=True)[2].classes == ["sky", "sea"]  # 1 and 2
     mask(3, 1).save(wrong)
@@ -214,7 +212,7 @@ def test_masks_of_colours_need_their_list(tmp_path):
         for row in part:
             assert np.array_equal(row["mask"], np.asarray(mask(0, 1, 2)))
     assert account.classes == ["value #000000", "value #ff0000", "value #0080ff"]
-    assert "with #0080ff; #000000, #ff0000 of --mask_values were expected" in refused(
+    assert "the value #0080ff; #000000, #ff0000 of --mask_values were expected" in refused(
         root, mask_values=["#000000", "#ff0000"]
     )
 
@@ -478,6 +476,26 @@ def test_one_image_per_device_and_ignored_masks_are_trained_on(tmp_path, head):
     assert all(torch.isfinite(tensor).all() for tensor in trainer.model.state_dict().values())
     metrics = trainer.evaluate()
     assert np.isfinite([metrics["eval_loss"], metrics["eval_mean_iou"]]).all()
+
+
+def test_more_classes_than_queries_are_a_warning(tmp_path):
+    train, _, account = load(folder(tmp_path, [[0, 1], [0, 1, 2, 255]], [[0]]))
+    model, _ = small_model("mask2former", 3)
+    rules = masks.MaskRules()
+    assert segmentation.check_queries(model, train, rules) == []
+    model.config.num_queries = 2
+    assert (
+        "1 masks to train have more classes, 3 at most, than the head has queries, 2"
+        in segmentation.check_queries(model, train, rules)[0]
+    )
+    assert segmentation.check_queries(small_model("upernet", 3)[0], train, rules) == []
+    assert account.classes == ["class 0", "class 1", "class 2"]
+
+
+def test_classes_of_one_name_are_counted_apart(tmp_path):
+    root = folder(tmp_path, [[0, 1], [1, 2]], [[0]])
+    (root / "id2label.json").write_text('{"0": "door", "1": "sky", "2": "door"}')
+    assert load(root)[2].parts["train"].counts == {"door (0)": 1, "sky": 2, "door (2)": 1}
 
 
 def test_a_single_value_is_normalised_as_in_evaluation():
