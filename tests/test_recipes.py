@@ -87,10 +87,6 @@ SMALL_SIZES = {
         "hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "decoder_layers": 2, "encoder_layers": 1,
         "num_queries": 20, "num_attention_heads": 4, "dim_feedforward": 32, "encoder_feedforward_dim": 32, "train_num_points": 64,
     },
-    "deformable_detr": {
-        "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_queries": 10, "two_stage_num_proposals": 10,
-    },
 }  # fmt: skip
 OFFICIAL = {**CLASSIFICATION, **DETECTION, **SEGMENTATION}
 
@@ -197,6 +193,16 @@ def test_segmentation(name):
     assert rates[steps // 2] == pytest.approx(lr / 2, rel=0.02)
 
 
+def test_flags_override_a_recipe():
+    _, model, training = parse(
+        "imagenet1k_t", "--num_train_epochs", "100", "--drop_path_rate=0.2", "--per_device_train_batch_size", "64"
+    )
+    assert model.drop_path_rate == 0.2
+    assert (training.gradient_accumulation_steps, total_batch(training)) == (64, 4096)
+    assert training.warmup_steps == 0.2  # 20 of 100 epochs
+    assert parse("imagenet1k_t", "--warmup_steps", "7")[2].warmup_steps == 7
+
+
 @pytest.fixture(scope="module")
 def class_folder(tmp_path_factory):
     """ImageNet's layout: two classes of two images to train, and of one to evaluate."""
@@ -209,64 +215,23 @@ def class_folder(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", OFFICIAL)
-def test_every_recipe_starts(name, class_folder, request, tmp_path, monkeypatch):
-    """One step and the evaluation on little data with a small model; all else is as the recipe says."""
-    module = next(value[0] for start, value in PROGRAMS.items() if name.startswith(start))
-    flags = [
-        "--max_steps",
-        1,
-        "--output_dir",
-        tmp_path,
-        "--use_cpu",
-        "--dataloader_num_workers",
-        0,
-        "--disable_tqdm",
-        "true",
-    ]
-    if module == "image_classification":
-        flags += [
-            "--dataset",
-            class_folder,
-            "--model",
-            FIXTURES / "hf_t_like",
-            "--image_size",
-            32,
-            "--warmup_steps",
-            0,
-        ]
+@pytest.mark.parametrize("name", [*CLASSIFICATION, *SEGMENTATION])
+def test_classification_and_segmentation_start(name, class_folder, mask_folder, tmp_path, monkeypatch):
+    """One step and the evaluation on little data with a small model; all else is the recipe's."""
+    flags = {"max_steps": 1, "output_dir": tmp_path, "dataloader_num_workers": 0}
+    if name in CLASSIFICATION:
+        flags |= {"dataset": class_folder, "model": FIXTURES / "hf_t_like", "image_size": 32, "warmup_steps": 0}
     else:
-        # the small sizes below win over the recipe's
         recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
         sizes = {**recipe.get("head_config_overrides", {}), **SMALL_SIZES[recipe["head"]]}
-        flags += [
-            "--backbone",
-            FIXTURES / "hf_t_like",
-            "--head_config_overrides",
-            json.dumps(sizes),
-            "--image_size",
-            64,
-        ]
-        flags += [
-            "--dataset",
-            request.getfixturevalue("coco_folder" if module == "object_detection" else "mask_folder"),
-        ]
-        flags += ["--max_train_samples", 3, "--max_eval_samples", 2, "--picture_samples", 1]
-    program = importlib.import_module(module)
+        flags |= {"dataset": mask_folder, "backbone": FIXTURES / "hf_t_like", "image_size": 64, "max_train_samples": 3}
+        flags |= {"max_eval_samples": 2, "head_config_overrides": json.dumps(sizes)}
+    program = importlib.import_module("image_classification" if name in CLASSIFICATION else "semantic_segmentation")
     monkeypatch.setattr(program, "finish", lambda *_: None)  # which draws
-    metrics = program.main([str(RECIPES / f"{name}.yaml"), *map(str, flags)])
+    words = [f"--{flag}={value}" for flag, value in flags.items()]
+    metrics = program.main([str(RECIPES / f"{name}.yaml"), *words, "--use_cpu", "--disable_tqdm", "true"])
     assert math.isfinite(metrics["eval_loss"])
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 1
-
-
-def test_flags_override_a_recipe():
-    _, model, training = parse(
-        "imagenet1k_t", "--num_train_epochs", "100", "--drop_path_rate=0.2", "--per_device_train_batch_size", "64"
-    )
-    assert model.drop_path_rate == 0.2
-    assert (training.gradient_accumulation_steps, total_batch(training)) == (64, 4096)
-    assert training.warmup_steps == 0.2  # 20 of 100 epochs
-    assert parse("imagenet1k_t", "--warmup_steps", "7")[2].warmup_steps == 7
 
 
 @pytest.mark.parametrize(
