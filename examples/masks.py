@@ -18,11 +18,11 @@ from data import (
     DataArguments,
     InputError,
     LeftOut,
-    _some,
     chosen_splits,
     find_images,
     load_data,
     open_image,
+    some,
     upright_size,
 )
 from PIL import Image
@@ -121,7 +121,7 @@ def _paired(
         if split in used:
             image = files[0]
             mask = Path(*(mask_folder if part.lower() == IMAGES else part for part in image.parts)).with_suffix(".png")
-            there = f"; there are masks such as {_some([str(root / file) for file in without], 1)}" if without else ""
+            there = f"; there are masks such as {some([str(root / file) for file in without], 1)}" if without else ""
             raise InputError(
                 f"{len(files)} of the {len(files) + len(pairs.get(split, ()))} images of the split {split} have no mask, the "
                 f"first is {root / image}: {root / mask}, or that name with another ending, was expected{there}"
@@ -138,7 +138,7 @@ def _paired(
         result[split] = datasets.Dataset.from_dict(columns, features=features)
     layout = f"images and {mask_folder} of the same names"
     if has_splits:
-        layout += f"; the folders {_some(sorted(pairs))} are taken for splits (--train_split, --eval_split)"
+        layout += f"; the folders {some(sorted(pairs))} are taken for splits (--train_split, --eval_split)"
     return Data(arguments.dataset, layout, result, left_out)
 
 
@@ -282,7 +282,7 @@ class MaskRules:
     def expected(self, num_labels: int) -> str:
         """Which values there may be, for messages."""
         if self.values is not None:
-            text = f"{_some([self.text(value) for value in self.values.tolist()], 20)} of --mask_values"
+            text = f"{some([self.text(value) for value in self.values.tolist()], 20)} of --mask_values"
         else:
             first = int(self.reduce_labels)
             text = f"{first} to {num_labels - 1 + first} for the {num_labels} classes"
@@ -323,7 +323,7 @@ def read_names(file: Path, rules: MaskRules) -> list[str]:
     if sorted(names) != list(range(len(names))):
         names.pop(rules.ignore_index, None)
     if sorted(names) != list(range(len(names))) or not 2 <= len(names) <= LARGEST:
-        raise InputError(f"{file} has the numbers {_some([str(number) for number in sorted(names)])}; {expected}")
+        raise InputError(f"{file} has the numbers {some([str(number) for number in sorted(names)])}; {expected}")
     if rules.values is not None and len(names) != len(rules.values):
         raise InputError(f"{file} names {len(names)} classes, but --mask_values lists {len(rules.values)} values")
     return [names[number] for number in range(len(names))]
@@ -507,7 +507,7 @@ def class_names(data: Data, rules: MaskRules, names: list[str] | None) -> tuple[
             problem += " (JPEG changes values, PNG does not)"
         raise InputError(
             f"{problem}; {rules.expected(len(names or range(LARGEST)))}; {number} masks of {data.name} have such values, "
-            f"{_some([rules.text(value) for value in wrong])}"
+            f"{some([rules.text(value) for value in wrong])}"
         )
     present = sorted(set(classes[classes >= 0].tolist()))
     listed = [rules.text(value) for value in values.tolist()]
@@ -533,13 +533,13 @@ def class_names(data: Data, rules: MaskRules, names: list[str] | None) -> tuple[
         if len(absent) > len(present):
             of_classes = [text for text, kind in zip(listed, classes.tolist(), strict=True) if kind >= 0]
             raise InputError(
-                f"the masks of {data.name} have the values {_some(of_classes)}, by which {len(absent)} of {count} classes would "
+                f"the masks of {data.name} have the values {some(of_classes)}, by which {len(absent)} of {count} classes would "
                 f"be empty; values without gaps were expected, or all classes' names (--id2label), or --mask_values "
                 f"{' '.join(of_classes[:8])}{' ...' if len(of_classes) > 8 else ''}"
             )
         if absent:
             warnings.append(
-                f"{len(absent)} of {count} classes are in no mask: {_some([names[number] for number in absent])}"
+                f"{len(absent)} of {count} classes are in no mask: {some([names[number] for number in absent])}"
             )
     if rules.values is None and masks[rules.ignore_index] and rules.ignore_index < present[-1]:
         warnings.append(
