@@ -21,6 +21,7 @@ from data import (
     chosen_splits,
     find_images,
     load_data,
+    one_line,
     open_image,
     some,
     upright_size,
@@ -312,7 +313,7 @@ def read_names(file: Path, rules: MaskRules) -> list[str]:
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read: {error}; {expected}") from error
+        raise InputError(f"{file} cannot be read: {one_line(error)}; {expected}") from error
     if not isinstance(content, dict):
         raise InputError(f"{file} holds a {type(content).__name__}; {expected}")
     names = {}
@@ -350,8 +351,7 @@ def find_names(
     except (OSError, ValueError, EntryNotFoundError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None, None  # the Hub says that there is none
-        reason = " ".join(str(error).split())
-        return None, f"whether {arguments.dataset} has an {NAMES_FILE} could not be found out: {reason}"
+        return None, f"whether {arguments.dataset} has an {NAMES_FILE} could not be found out: {one_line(error)}"
     return read_names(Path(file), rules), None
 
 

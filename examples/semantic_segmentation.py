@@ -51,6 +51,7 @@ from data import (
     chosen_splits,
     read_image,
     run_program,
+    some,
     train_and_evaluation,
     undecoded,
 )
@@ -280,8 +281,7 @@ def _warnings(data: Data, parts: dict, counts: dict[str, dict[str, int]], rules:
         ),
     ):
         if classes := [name for name, count in counts[one].items() if count and not counts[other][name]]:
-            shown = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
-            warnings.append(f"{len(classes)} classes are in masks {text}: {shown}")
+            warnings.append(f"{len(classes)} classes are in masks {text}: {some(classes)}")
     return warnings
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 masks = importlib.import_module("masks")
 segmentation = importlib.import_module("semantic_segmentation")
-from data import InputError  # noqa: E402
+from data import InputError, run_program  # noqa: E402
 
 
 def picture(width=12, height=8) -> Image.Image:
@@ -552,4 +552,9 @@ def test_the_program_prints_the_account_and_one_line_of_an_error(tmp_path, capsy
     assert "left out  nothing is left out" in printed
     assert printed.index("left out") < printed.index("mean IoU")
     account = json.loads((tmp_path / "out" / "data.json").read_text())
-    assert account["parts"]["evaluation"] == {"images": 1, "per class": {"class 0": 1, "class 1": 1}, "unit": "masks"}
+    assert account["parts"]["evaluation"]["per class"] == {"class 0": 1, "class 1": 1}
+    (root / "annotations" / "validation" / "0.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit) as ended:
+        run_program(lambda: segmentation.main([str(flag) for flag in flags]))
+    assert str(ended.value).startswith(f"error: {root}/annotations/validation/0.png cannot be read as an image")
+    assert "\n" not in str(ended.value)
