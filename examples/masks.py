@@ -55,14 +55,17 @@ def load_pairs(arguments: DataArguments, mask_column: str) -> Data:
         return load_data(arguments, class_folders=False)
     left_out = LeftOut()
     files = find_images(root, left_out, expected)
-    if not files or any(file for name in METADATA for file in root.rglob(name)):
+    metadata = [file for name in METADATA for file in root.rglob(name)]
+    if not files or metadata:
         data = load_data(arguments, class_folders=False, expected=expected)
         if not files or all(mask_column in split.column_names for split in data.splits.values()):
             return data
+    for file in metadata:
+        left_out.add(f"without the column {mask_column}", file.relative_to(root))
     images, masks, mask_folder = _images_and_masks(files, left_out)
     if not images or not masks:
         raise InputError(
-            f"--dataset {root} has {len(files)} images, but not in folders of images and of masks: {LAYOUTS}"
+            f"--dataset {root} has {len(files)} images, but not in folders of images and of masks: {LAYOUTS}; {left_out}"
         )
     return _paired(arguments, root, images, masks, mask_folder, left_out, mask_column)
 
@@ -92,12 +95,12 @@ def _paired(
 ) -> Data:
     import datasets
 
-    for kind, files in (("mask", masks), ("image", images)):
+    for kind, files, others in (("mask", masks, images), ("image", images, masks)):
         for key, several in files.items():
-            if len(several) > 1 and (kind == "mask" or key in masks):
+            if len(several) > 1 and key in others:
                 raise InputError(
                     f"{root / several[0]} and {root / several[1]} have one name, so that it is not clear which {kind} belongs "
-                    f"to {(images if kind == 'mask' else masks).get(key, ['no image'])[0]}: one was expected"
+                    f"to {others[key][0]}: one was expected"
                 )
     first = {key[0] for key in images if len(key) > 1}
     has_splits = arguments.train_split != "all" and (
@@ -106,15 +109,16 @@ def _paired(
     )
     pairs: dict[str, list[tuple[Path, Path]]] = {}
     alone: dict[str, list[Path]] = {}
-    for key, (image, *_) in images.items():
+    for key, files in images.items():
         split = key[0] if has_splits else "train"
         if has_splits and len(key) == 1:
-            left_out.add("beside the folders of the splits", image)
+            for file in files:
+                left_out.add("beside the folders of the splits", file)
         elif key in masks:
-            pairs.setdefault(split, []).append((image, masks[key][0]))
+            pairs.setdefault(split, []).append((files[0], masks[key][0]))
         else:
-            alone.setdefault(split, []).append(image)
-    without = [masks[key][0] for key in sorted(masks.keys() - images.keys())]
+            alone.setdefault(split, []).extend(files)
+    without = [file for key in sorted(masks.keys() - images.keys()) for file in masks[key]]
     with_masks = {key[0] if has_splits else "train" for key in masks}
     splits = [split for split in dict.fromkeys((*pairs, *alone)) if split in with_masks]
     used = chosen_splits(splits, arguments) if pairs else list(alone)
@@ -254,7 +258,8 @@ class MaskRules:
         if self.values is not None:
             order = np.argsort(self.values)
             places = order[np.searchsorted(self.values, values, sorter=order).clip(max=len(order) - 1)]
-            others = np.where(self.ignore_other_values | (values == self.ignore_index), IGNORED, NO_CLASS)
+            ignored = self.ignore_other_values | ((values == self.ignore_index) & (not self.colours))
+            others = np.where(ignored, IGNORED, NO_CLASS)
             return np.where(self.values[places] == values, places, others)
         if self.reduce_labels:
             return np.where((values == 0) | (values == self.ignore_index), IGNORED, values - 1)
@@ -426,7 +431,7 @@ class _Pair:
         self.name = (image or {}).get("path") or place
         self.mask_name = (mask or {}).get("path") or f"the mask of {self.name}"
         self.values, self.jpeg, self.size = [], False, None
-        if mask is None:
+        if mask is None or (mask.get("bytes") is None and mask.get("path") is None):
             return
         if rules.values is None and _head(mask) == b"\xff\xd8\xff":
             self.values = rules.summary(np.asarray(open_image(mask, self.mask_name).convert("L")))
@@ -453,13 +458,16 @@ class _Pair:
 
 
 def _head(source: dict) -> bytes:
-    """The first bytes of a file; none of a URL."""
+    """The first bytes of a file; none of a URL, or of a file that cannot be read."""
     if source.get("bytes") is not None:
         return source["bytes"][:3]
     if "://" in source["path"]:
         return b""
-    with open(source["path"], "rb") as file:
-        return file.read(3)
+    try:
+        with open(source["path"], "rb") as file:
+            return file.read(3)
+    except OSError:
+        return b""  # which `open_image` will say
 
 
 def _orientation(source: dict) -> int:

@@ -194,6 +194,9 @@ def test_modes_of_masks_whose_values_are_defined(tmp_path):
     train, _, account = load(root, ignore_index=-1)
     assert len(account.classes) == 288 and train[2]["mask"].dtype == np.uint16
     assert np.array_equal(train[2]["mask"], np.asarray(many[2]))
+    arguments = segmentation.SegmentationDataArguments(min_scale=0.5, max_scale=0.5)
+    changed = segmentation.training_transform(arguments, 64, 64, masks.ignored_label(288))(train[2], 0)["mask"]
+    assert changed.shape == (64, 64) and set(np.unique(changed)) <= {*range(192, 288), 65535}
 
 
 def test_masks_of_colours_need_their_list(tmp_path):
@@ -212,6 +215,9 @@ def test_masks_of_colours_need_their_list(tmp_path):
         for row in part:
             assert np.array_equal(row["mask"], np.asarray(mask(0, 1, 2)))
     assert account.classes == ["value #000000", "value #ff0000", "value #0080ff"]
+    blue = Image.fromarray(np.array([[0, 0, 0], [255, 0, 0], [0, 0, 255]], dtype=np.uint8)[np.asarray(mask(0, 1, 2))])
+    blues = folder(tmp_path.with_name(f"{tmp_path.name}_blue"), [blue, blue])  # 255 as a number, and yet not ignored
+    assert "the value #0000ff" in refused(blues, mask_values=["#000000", "#ff0000"])
     assert "the value #0080ff; #000000, #ff0000 of --mask_values were expected" in refused(
         root, mask_values=["#000000", "#ff0000"]
     )
@@ -349,6 +355,10 @@ def test_ambiguous_names_are_refused(tmp_path):
     picture().save(root / "images" / "0.jpg")
     message = refused(root)
     assert "images/0.jpg and " in message and "which image belongs to annotations/0.png" in message
+    (root / "images" / "0.jpg").unlink()
+    for ending in ("png", "bmp"):
+        mask(0, 1).save(root / "annotations" / f"alone.{ending}")
+    assert load(root)[2].data.left_out.counts == {"masks without an image": 2}
 
 
 def test_layouts_of_folders(tmp_path):
@@ -384,7 +394,9 @@ def test_metadata_names_masks(tmp_path):
     train, evaluation, account = load(root)
     assert len(train) + len(evaluation) == 3 and account.classes == ["a", "b", "c"] and not account.data.left_out
     (root / "metadata.jsonl").write_text('{"file_name": "images/0.png", "caption": "x"}')
-    assert sum(map(len, load(root)[:2])) == 3  # captions: masks have their images' names
+    train, evaluation, account = load(root)  # captions: masks have their images' names
+    assert len(train) + len(evaluation) == 3
+    assert account.data.left_out.counts == {"without the column annotation": 1}
     shutil.rmtree(root / "annotations")
     assert "--mask_column" in refused(root) or "images and of masks" in refused(root)
 
@@ -394,6 +406,9 @@ def test_folders_without_masks_are_refused(tmp_path):
     picture().save(tmp_path / "photos" / "a.png")
     message = refused(tmp_path)
     assert "has 1 images, but not in folders of images and of masks: images/train/ and annotations/train/" in message
+    (tmp_path / "masks").mkdir()
+    np.save(tmp_path / "masks" / "a.npy", np.zeros((8, 12)))
+    assert "2 left out: 1 with the ending .npy (masks/a.npy); 1 beside" in refused(tmp_path)
 
 
 def test_broken_files_are_named(tmp_path):
@@ -545,7 +560,8 @@ def test_the_program_prints_the_account_and_one_line_of_an_error(tmp_path, capsy
     root = folder(tmp_path / "data", [[0, 1], [0, 255], [1]], [[0, 1]])
     flags = ["--dataset", root, "--image_size", 32, "--max_steps", 1, "--use_cpu", "--disable_tqdm", "true"]
     flags += ["--output_dir", tmp_path / "out", "--per_device_train_batch_size", 1, "--eval_strategy", "steps"]
-    segmentation.main([str(flag) for flag in [*flags, "--save_strategy", "steps", "--picture_samples", 1]])
+    flags = [str(flag) for flag in [*flags, "--save_strategy", "steps", "--picture_samples", 1]]
+    segmentation.main(flags)
     printed = capsys.readouterr().out
     assert "classes  2: class 0, class 1" in printed
     assert "train  3 images; masks per class: class 0 2, class 1 2" in printed
@@ -555,6 +571,6 @@ def test_the_program_prints_the_account_and_one_line_of_an_error(tmp_path, capsy
     assert account["parts"]["evaluation"]["per class"] == {"class 0": 1, "class 1": 1}
     (root / "annotations" / "validation" / "0.png").write_bytes(b"no image")
     with pytest.raises(SystemExit) as ended:
-        run_program(lambda: segmentation.main([str(flag) for flag in flags]))
+        run_program(lambda: segmentation.main(flags))
     assert str(ended.value).startswith(f"error: {root}/annotations/validation/0.png cannot be read as an image")
     assert "\n" not in str(ended.value)
