@@ -493,6 +493,13 @@ def test_one_image_per_device_and_ignored_masks_are_trained_on(tmp_path, head):
     assert np.isfinite([metrics["eval_loss"], metrics["eval_mean_iou"]]).all()
 
 
+def test_a_last_image_is_no_batch_of_its_own(tmp_path):
+    rows = [{"image": picture(40, 40), "mask": np.asarray(mask(0, 1, width=40, height=40))} for _ in range(3)]
+    trainer = trainer_of("upernet", tmp_path, rows, per_device_train_batch_size=2, num_train_epochs=1)
+    assert [len(batch["labels"]) for batch in trainer.get_train_dataloader()] == [2, 2]
+    assert np.isfinite(trainer.train().training_loss)
+
+
 def test_more_classes_than_queries_are_a_warning(tmp_path):
     train, _, account = load(folder(tmp_path, [[0, 1], [0, 1, 2, 255]], [[0]]))
     model, _ = small_model("mask2former", 3)
