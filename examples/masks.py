@@ -45,7 +45,8 @@ LAYOUTS = (
 def load_pairs(arguments: DataArguments, mask_column: str) -> Data:
     """What `--dataset` names: folders of images and of masks, or whatever `data.load_data` reads.
 
-    Folders become splits with the columns `image` and `mask_column`.
+    Folders become splits with the columns `image` and `annotation`. Metadata without the column `mask_column` is left out beside
+    such folders.
 
     Raises:
         InputError: if there is no such data set, it is not laid out so, or an image has no mask or several.
@@ -67,7 +68,7 @@ def load_pairs(arguments: DataArguments, mask_column: str) -> Data:
         raise InputError(
             f"--dataset {root} has {len(files)} images, but not in folders of images and of masks: {LAYOUTS}; {left_out}"
         )
-    return _paired(arguments, root, images, masks, mask_folder, left_out, mask_column)
+    return _paired(arguments, root, images, masks, mask_folder, left_out)
 
 
 def _images_and_masks(files: list[Path], left_out: LeftOut) -> tuple[dict, dict, str]:
@@ -91,7 +92,7 @@ def _images_and_masks(files: list[Path], left_out: LeftOut) -> tuple[dict, dict,
 
 
 def _paired(
-    arguments: DataArguments, root: Path, images: dict, masks: dict, mask_folder: str, left_out: LeftOut, column: str
+    arguments: DataArguments, root: Path, images: dict, masks: dict, mask_folder: str, left_out: LeftOut
 ) -> Data:
     import datasets
 
@@ -136,10 +137,13 @@ def _paired(
             left_out.add(reason, file)
     for file in without:
         left_out.add("masks without an image", file)
-    features = datasets.Features({"image": datasets.Image(decode=False), column: datasets.Image(decode=False)})
+    features = datasets.Features({"image": datasets.Image(decode=False), "annotation": datasets.Image(decode=False)})
     result = {}
     for split in pairs:
-        columns = {"image": [str(root / i) for i, _ in pairs[split]], column: [str(root / m) for _, m in pairs[split]]}
+        columns = {
+            "image": [str(root / i) for i, _ in pairs[split]],
+            "annotation": [str(root / m) for _, m in pairs[split]],
+        }
         result[split] = datasets.Dataset.from_dict(columns, features=features)
     layout = f"images and {mask_folder} of the same names"
     if has_splits:
