@@ -2,12 +2,13 @@
 
 import argparse
 import copy
+import os
 import sys
 from pathlib import Path
 
 from . import backbone, classification, cli, mask2former, upernet
-from .conversion import is_finished
-from .errors import ConversionError
+from .conversion import size_in_bytes
+from .errors import ConversionError, describe, listed
 from .released import RELEASED
 
 
@@ -28,20 +29,28 @@ def run(arguments: argparse.Namespace) -> None:
     unknown = set(arguments.only or ()) - RELEASED.keys()
     if unknown:
         raise ConversionError(f"not released: {', '.join(sorted(unknown))}; released are {', '.join(RELEASED)}")
+    size_in_bytes(arguments.max_shard_size)
+    folder = arguments.source_folder
+    if folder is not None:
+        if not folder.is_dir():
+            raise ConversionError(f"--source-folder {folder} is not a folder")
+        known = {released.file for released in RELEASED.values()}
+        if others := sorted(file.name for file in folder.iterdir() if file.name not in known):
+            print(f"{len(others)} entries of {folder} have no released file's name and are left out: {listed(others)}")
     failed = []
     for name, released in RELEASED.items():
         if arguments.only and name not in arguments.only:
             continue
         one = copy.copy(arguments)
-        local = arguments.source_folder / released.file if arguments.source_folder else None
-        one.source = str(local) if local is not None and local.is_file() else name
+        local = folder / released.file if folder is not None else None
+        # whatever has the file's name is meant, also if it turns out to be a folder or a broken link
+        one.source = str(local) if local is not None and os.path.lexists(local) else name
         one.output = arguments.output / name
         one.push_to_hub = f"{arguments.push_to_hub}/{name}" if arguments.push_to_hub else None
-        print(f"{name}: {'finished already' if is_finished(one.output) else 'converting ' + one.source}", flush=True)
         try:
-            cli.run(PLANS[released.task], one)
-        except ConversionError as error:
-            print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
+            cli.run(PLANS[released.task], one, released.task, name)
+        except Exception as error:
+            print(f"error: {name}: {describe(error)}", file=sys.stderr)
             failed.append(name)
     if failed:
         raise ConversionError(f"{len(failed)} failed: {', '.join(failed)}")

@@ -7,13 +7,12 @@ import argparse
 import sys
 
 from internimage_hf import InternImageBackbone, InternImageConfig
-from internimage_hf.checkpoint import BASE_MODEL_PREFIX, translate_config
+from internimage_hf.checkpoint import BASE_MODEL_PREFIX, translate_config, translate_key
 
 from . import cli
 from .classification import translated
 from .conversion import Plan
-from .errors import ConversionError
-from .source import Source
+from .source import Source, configuration_of
 
 
 def backbone_config(source: Source, has_layer_scale: bool) -> InternImageConfig:
@@ -22,9 +21,11 @@ def backbone_config(source: Source, has_layer_scale: bool) -> InternImageConfig:
     Downstream models were trained with layer scale even where the classification model of the same variant (T) has none,
     so the tensors decide.
     """
-    try:
+    with configuration_of(source):
         if source.config is not None:
             fields = source.config.get("backbone", source.config)
+            if not isinstance(fields, dict):
+                raise TypeError(f"`backbone` must be an object, got {type(fields).__name__}")
             fields = translate_config({key: value for key, value in fields.items() if key != "num_classes"})
             for unrelated in ("num_labels", "architectures", "id2label", "label2id"):
                 fields.pop(unrelated, None)
@@ -35,19 +36,21 @@ def backbone_config(source: Source, has_layer_scale: bool) -> InternImageConfig:
             if source.released.task != "classification":
                 fields |= {"use_clip_projector": False, "layer_scale_init_value": 1.0 if has_layer_scale else None}
             config = InternImageConfig.from_variant(source.released.variant, num_labels=2, **fields)
-    except (TypeError, ValueError) as error:
-        raise ConversionError(f"the configuration of {source.file} is wrong: {error}") from error
     config.out_features = ["stage1", "stage2", "stage3", "stage4"]
     return config
 
 
 def backbone_tensors(source: Source, ema: bool) -> tuple[dict, tuple[str, ...]]:
-    """The backbone's tensors under the names of `InternImageBackbone`, and the names of what else the file has."""
-    state_dict = translated(source, ema)
+    """The backbone's tensors under the names of `InternImageBackbone`, and the file's names of what else it has."""
+    tensors = source.read(ema)
+    if any(name.startswith("backbone.") for name in tensors):  # a downstream checkpoint
+        ignored = tuple(name for name in tensors if not name.startswith("backbone."))
+    else:
+        heads = (f"{BASE_MODEL_PREFIX}.pooler.", "pooler.", "classifier.")
+        ignored = tuple(name for name in tensors if translate_key(name).startswith(heads))
+    state_dict = translated(source, {name: tensor for name, tensor in tensors.items() if name not in set(ignored)})
     prefix = f"{BASE_MODEL_PREFIX}."
-    state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-    ignored = tuple(name for name in state_dict if name.startswith(("pooler.", "classifier.")))
-    return {name: tensor for name, tensor in state_dict.items() if name not in ignored}, ignored
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}, ignored
 
 
 def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
@@ -58,7 +61,7 @@ def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = cli.parser("Takes the InternImage backbone out of a checkpoint.").parse_args(argv)
-    return cli.main(lambda: cli.run(make_plan, arguments))
+    return cli.main(lambda: cli.run(make_plan, arguments, "backbone"))
 
 
 if __name__ == "__main__":

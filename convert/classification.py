@@ -1,12 +1,12 @@
 """python -m convert.classification SOURCE --output DIR: a classification checkpoint, to transformers or (--reverse) back."""
 
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers.core_model_loading import dot_natural_key
 
 from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageImageProcessor
@@ -14,34 +14,35 @@ from internimage_hf.checkpoint import translate_config, translate_key, translate
 
 from . import cli
 from .conversion import Plan
-from .errors import ConversionError, first_line
+from .errors import ConversionError, describe, first_line, listed
 from .labels import id2label
-from .source import Source
+from .output import publish, resolve, workplace
+from .source import Source, configuration_of, shape_of
 
 
 def image_processor(size: int) -> InternImageImageProcessor:
     return InternImageImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
-def translated(source: Source, ema: bool) -> dict[str, torch.Tensor]:
-    """The source's tensors under our names."""
+def translated(source: Source, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors that were read from the source, under our names."""
     try:
-        return translate_state_dict(source.read(ema))
+        return translate_state_dict(tensors)
     except ValueError as error:
         raise ConversionError(f"{source.file}: {error}") from error
 
 
 def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
-    state_dict = translated(source, arguments.ema)
+    state_dict = translated(source, source.read(arguments.ema))
     if "classifier.weight" not in state_dict:
         raise ConversionError(f"{source.file} has no classifier; a backbone is converted by convert.backbone")
-    num_labels = state_dict["classifier.weight"].shape[0]
+    num_labels = shape_of(source.file, state_dict, "classifier.weight", 2)[0]
     data_set = source.released.labels if source.released is not None else None
     if data_set is None and num_labels in (1000, 21841):
         data_set = "imagenet-1k" if num_labels == 1000 else "imagenet-22k"
     labels = id2label(data_set, num_labels)
     names = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
-    try:
+    with configuration_of(source):
         if source.config is not None:
             fields = translate_config(source.config)
             for derived in ("num_labels", "architectures", "transformers_version", "torch_dtype", "_name_or_path"):
@@ -53,8 +54,6 @@ def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
             config = InternImageConfig.from_variant(
                 source.released.variant, **{"image_size": source.released.size, **names}
             )
-    except (TypeError, ValueError) as error:
-        raise ConversionError(f"the configuration of {source.file} is wrong: {error}") from error
     side = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
     return Plan("classification", source, config, InternImageForImageClassification, state_dict, image_processor(side))
 
@@ -119,19 +118,31 @@ def official_state_dict(model: InternImageForImageClassification) -> dict[str, t
 
 
 def reverse(folder: str, output: Path) -> None:
-    """Writes `{"model": state dict}` in the official names, from a folder that transformers can load."""
+    """Writes `{"model": state dict}` in the official names, from a folder that transformers can load.
+
+    Raises:
+        ConversionError: if the folder does not hold all of the model, `output` exists, or it cannot be written.
+    """
+    output = resolve(output)
     if output.exists():
         raise ConversionError(f"{output} exists already")
     try:
-        model = InternImageForImageClassification.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError) as error:
+        model, info = InternImageForImageClassification.from_pretrained(folder, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConversionError(f"cannot load {folder}: {first_line(error)}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, info[kind])):
+            raise ConversionError(f"{folder} is no whole classifier, it has {kind.replace('_', ' ')}: {listed(names)}")
     state_dict = official_state_dict(model)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.unfinished")
     ordered = {name: state_dict[name].contiguous() for name in sorted(state_dict, key=dot_natural_key)}
-    torch.save({"model": ordered}, unfinished)
-    os.replace(unfinished, output)
+    with workplace(output) as work:
+        file = work / "result.pth"
+        try:
+            torch.save({"model": ordered}, file)
+        except (OSError, RuntimeError) as error:
+            reason = describe(error) if isinstance(error, OSError) else first_line(error)
+            raise ConversionError(f"cannot write {output}: {reason}") from error
+        publish(file, output)
     print(f"wrote {output}")
 
 
@@ -144,8 +155,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     if arguments.reverse:
+        unused = [
+            "--" + name.replace("_", "-")
+            for name, value in vars(arguments).items()
+            if name not in ("source", "output", "reverse") and value != parser.get_default(name)
+        ]
+        if unused:
+            parser.error(f"--reverse has no use for {', '.join(unused)}")
         return cli.main(lambda: reverse(arguments.source, arguments.output))
-    return cli.main(lambda: cli.run(make_plan, arguments))
+    return cli.main(lambda: cli.run(make_plan, arguments, "classification"))
 
 
 if __name__ == "__main__":

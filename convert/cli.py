@@ -6,15 +6,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from .conversion import Plan, convert, is_finished
-from .errors import ConversionError
-from .hub import push
+from .conversion import Plan, convert, is_finished, read_report, settings_of, size_in_bytes
+from .errors import ConversionError, describe, listed
+from .hub import check_repository, push
+from .output import resolve, sweep, workplace
 from .source import Source, find
-
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -32,7 +28,9 @@ def add_options(result: argparse.ArgumentParser) -> None:
     result.add_argument("--config", help="JSON with the official fields, for a file of no released name")
     result.add_argument("--revision", help="commit of the source's Hub repository; pins the download")
     result.add_argument("--ema", action="store_true", help="convert the averaged weights (`model_ema`)")
-    result.add_argument("--dtype", choices=DTYPES, help="store the weights so; float32 as they are if absent")
+    result.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="store the weights so; absent: as in the source"
+    )
     result.add_argument("--push-to-hub", metavar="REPO", help="upload the folder to this repository")
     result.add_argument("--private", action="store_true", help="create the repository as a private one")
     result.add_argument(
@@ -44,36 +42,69 @@ def add_options(result: argparse.ArgumentParser) -> None:
     )
 
 
-def run(make_plan: Callable[[Source, argparse.Namespace], Plan], arguments: argparse.Namespace) -> None:
+def run(
+    make_plan: Callable[[Source, argparse.Namespace], Plan], arguments: argparse.Namespace, task: str, label: str = ""
+) -> None:
     """Converts, prints the report, uploads. What is finished already is not converted again.
+
+    Args:
+        make_plan: of the task.
+        arguments: of `parser`.
+        task: as a `Plan` has it.
+        label: printed before what is printed.
 
     Raises:
         ConversionError: if any of it fails.
     """
-    if is_finished(arguments.output):
-        print(f"{arguments.output} is finished already")
-    else:
-        source = find(arguments.source, arguments.config, arguments.revision)
-        report = convert(
-            make_plan(source, arguments),
-            arguments.output,
-            dtype=DTYPES[arguments.dtype] if arguments.dtype else None,
-            remote_code=arguments.remote_code,
-            verify=arguments.verify,
-            max_shard_size=arguments.max_shard_size,
-            repository=arguments.push_to_hub,
-        )
-        print(json.dumps(report, indent=2))
-        print(f"wrote {arguments.output}")
+    output = resolve(arguments.output)
     if arguments.push_to_hub:
-        print(f"uploaded to {push(arguments.output, arguments.push_to_hub, arguments.private)}")
+        check_repository(arguments.push_to_hub)
+    size_in_bytes(arguments.max_shard_size)  # before anything is read
+    report = read_report(output)
+    converted = report["source"]["sha256"] if report is not None else None
+    source = find(arguments.source, arguments.config, arguments.revision, converted)
+    settings = settings_of(
+        task,
+        source,
+        dtype=arguments.dtype,
+        ema=arguments.ema,
+        remote_code=arguments.remote_code,
+        max_shard_size=arguments.max_shard_size,
+    )
+    prefix = f"{label}: " if label else ""
+    if is_finished(output, source, settings, arguments.verify):
+        sweep(output)
+        print(f"{prefix}finished already, in {output}")
+    else:
+        with workplace(output) as work:
+            if is_finished(output, source, settings, arguments.verify):
+                print(f"{prefix}finished meanwhile by another conversion, in {output}")
+            else:
+                print(f"{prefix}converting {source.file}", flush=True)
+                plan = make_plan(source, arguments)
+                report = convert(
+                    plan, output, work, settings, verify=arguments.verify, repository=arguments.push_to_hub
+                )
+                print(json.dumps(report, indent=2))
+                if source.left_out:
+                    print(f"left out of {source.file}: {len(source.left_out)} other parts: {listed(source.left_out)}")
+                if plan.ignored:
+                    print(f"left out of {source.file}: {len(plan.ignored)} tensors: {listed(plan.ignored)}")
+                print(f"wrote {output}")
+    if arguments.push_to_hub:
+        print(f"uploaded to {push(output, arguments.push_to_hub, arguments.private)}")
 
 
 def main(action: Callable[[], None]) -> int:
-    """Runs a command; what a user can act on becomes one line and the status 1."""
+    """Runs a command; what goes wrong becomes one line and the status 1."""
     try:
         action()
-    except ConversionError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if sys.flags.dev_mode and not isinstance(error, ConversionError):
+            raise
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 1
     return 0

@@ -1,24 +1,30 @@
 """From a translated state dict to a finished folder: build, write, verify, rename."""
 
+import hashlib
 import json
-import os
-import shutil
+import re
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import internimage_hf
 from internimage_hf.remote_code import write_remote_code
 
 from .cards import model_card
-from .errors import ConversionError
-from .source import Source, sha256_of
+from .errors import ConversionError, describe, first_line, listed
+from .output import publish
+from .source import Source, check_kind, configuration_of, sha256_of
 
 
 REPORT = "conversion_report.json"
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_OTHERWISE = "choose another --output, or delete the folder first"
 
 
 @dataclass
@@ -46,94 +52,214 @@ class Plan:
     ignored: tuple[str, ...] = ()
 
 
-def is_finished(output: Path) -> bool:
-    return (output / REPORT).is_file()
+def size_in_bytes(text: str) -> int:
+    """`--max-shard-size` in bytes.
+
+    Raises:
+        ConversionError: if it is not a positive number with a unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
+    size = (
+        int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    )
+    if size < 1:
+        raise ConversionError(f"--max-shard-size must be a positive size such as 500MB, 2GB or 1GiB, got {text!r}")
+    return size
+
+
+def settings_of(
+    task: str, source: Source, *, dtype: str | None, ema: bool, remote_code: bool, max_shard_size: str
+) -> dict[str, Any]:
+    """What decides, with the source's bytes, on what a folder holds; a report records it."""
+    config = json.dumps(source.config, sort_keys=True).encode()
+    return {
+        "task": task,
+        "released": source.released.name if source.released is not None else None,
+        "config": hashlib.sha256(config).hexdigest() if source.config is not None else None,
+        "dtype": dtype,
+        "ema": ema,
+        "remote_code": remote_code,
+        "max_shard_size": size_in_bytes(max_shard_size),
+    }
+
+
+def read_report(output: Path) -> dict[str, Any] | None:
+    """The report in a folder; None if the folder is absent, empty, or none of ours.
+
+    Raises:
+        ConversionError: if the report cannot be read, or is an earlier version's, which does not tell all of the settings.
+    """
+    file = output / REPORT
+    try:
+        if not file.is_file():
+            return None
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConversionError(f"cannot read {file}: {first_line(error)}; {_OTHERWISE}") from error
+    try:
+        strings = [report["source"]["file"], report["source"]["sha256"], *report["files"], *report["files"].values()]
+        if not all(isinstance(string, str) for string in strings) or not isinstance(report["settings"], dict):
+            raise TypeError
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConversionError(
+            f"{file} does not tell the source, the settings and the files' sums, as an earlier version's does not; "
+            + _OTHERWISE
+        ) from error
+    return report
+
+
+def is_finished(output: Path, source: Source, settings: dict[str, Any], verify: bool) -> bool:
+    """Whether the folder holds this source, converted with these settings, whole; False if it is absent or empty.
+
+    Raises:
+        ConversionError: if the folder holds anything else, or is damaged: nothing is overwritten.
+    """
+    if not output.exists():
+        return False
+    report = read_report(output)
+    if report is None:
+        if output.is_dir() and not any(output.iterdir()):
+            return False
+        raise ConversionError(f"{output} exists already and is not empty")
+    recorded = report["source"]
+    if recorded["sha256"] != source.sha256:
+        raise ConversionError(
+            f"{output} holds the conversion of {recorded['file']} (sha256 {recorded['sha256'][:12]}...), not of "
+            f"{source.file.name} (sha256 {source.sha256[:12]}...); {_OTHERWISE}"
+        )
+    if verify and "outputs" not in report:
+        raise ConversionError(f"{output} was converted with --no-verify; {_OTHERWISE}")
+    for name, value in settings.items():
+        if report["settings"].get(name) != value:
+            raise ConversionError(
+                f"{output} was converted with {name} = {report['settings'].get(name)!r}, not {value!r}; {_OTHERWISE}"
+            )
+    for name, digest in report["files"].items():
+        file = output / name
+        if not file.is_file():
+            raise ConversionError(f"{output} is damaged: {name} is missing; {_OTHERWISE}")
+        if sha256_of(file) != digest:
+            raise ConversionError(f"{output} is damaged: {name} is not what the conversion wrote; {_OTHERWISE}")
+    if strange := sorted(
+        file.name for file in output.iterdir() if _is_weights(file.name) and file.name not in report["files"]
+    ):
+        raise ConversionError(
+            f"{output} has weights that the conversion did not write: {', '.join(strange)}; {_OTHERWISE}"
+        )
+    return True
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"))
 
 
 def convert(
     plan: Plan,
     output: Path,
+    work: Path,
+    settings: dict[str, Any],
     *,
-    dtype: torch.dtype | None = None,
-    remote_code: bool = False,
     verify: bool = True,
-    max_shard_size: str = "2GB",
     repository: str | None = None,
 ) -> dict:
     """Writes the folder `output` and returns the report, which it holds as well.
 
-    Everything is written and verified in a folder beside it, which then is renamed: a folder of the final name is
+    Everything is written and verified in the work folder; the result is then renamed: a folder of the final name is
     complete. Tensors are taken from the mapped source shard by shard, so that memory holds the weights once and one shard.
 
-    Raises:
-        ConversionError: if names or shapes do not agree, or what was written does not pass.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConversionError(f"{output} exists already and is not empty")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    Args:
+        plan: what to write.
+        output: must be absent or an empty folder.
+        work: an empty folder beside it, of `workplace`.
+        settings: of `settings_of`.
+        verify: whether to compare what was written with the source, and to run it.
+        repository: id on the Hub that the model card names.
 
-    with torch.device("meta"):
+    Raises:
+        ConversionError: if names, shapes or dtypes do not agree, what was written does not pass, or it cannot be written.
+    """
+    folder = work / "result"
+    with configuration_of(plan.source), torch.device("meta"):
         model = plan.model_class(plan.config)
-    _check_names_and_shapes(model, plan.state_dict)
+    _check_tensors(model, plan.state_dict)
+    sources = {t.dtype for t in plan.state_dict.values() if t.is_floating_point()}
+    dtype = getattr(torch, settings["dtype"]) if settings["dtype"] is not None else None
+    if dtype is None and len(sources) > 1:  # transformers loads a model in one: the smallest that holds all values
+        dtype = reduce(torch.promote_types, sources)
     model.load_state_dict(plan.state_dict, strict=True, assign=True)
     if dtype is not None:
         model.to(dtype)
     num_parameters = model.num_parameters()
     try:
-        model.save_pretrained(unfinished, max_shard_size=max_shard_size)
+        model.save_pretrained(folder, max_shard_size=settings["max_shard_size"])
         del model
         if plan.processor is not None:
-            plan.processor.save_pretrained(unfinished)
+            plan.processor.save_pretrained(folder)
         report = {
             "source": {"file": plan.source.file.name, "sha256": plan.source.sha256},
+            "settings": settings,
             "task": plan.task,
             "num_parameters": num_parameters,
-            "dtype": sorted({str(dtype or t.dtype)[6:] for t in plan.state_dict.values() if t.is_floating_point()}),
+            "dtype": [str(dtype or next(iter(sources)))[6:]],
+            "source_dtype": sorted(str(source)[6:] for source in sources),
             "ignored_entries": list(plan.ignored),
+            "left_out": plan.source.left_out,
             "internimage_hf": internimage_hf.__version__,
         }
         if verify:
-            report["tensors"] = verify_tensors(plan.state_dict, unfinished, dtype)
+            report["tensors"] = verify_tensors(plan.state_dict, folder, dtype)
         plan.state_dict.clear()  # lets go of the mapped source before the result is loaded
         if verify:
-            report["outputs"] = verify_outputs(plan, unfinished)
-        if remote_code:
-            write_remote_code(unfinished, plan.model_class)
-        card = model_card(repository or output.name, plan.task, plan.source.released, num_parameters, remote_code)
-        (unfinished / "README.md").write_text(str(card), encoding="utf-8")
-        report["files"] = {
-            file.name: sha256_of(file) for file in sorted(unfinished.iterdir()) if file.suffix == ".safetensors"
-        }
-        (unfinished / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    if output.is_dir():
-        output.rmdir()  # empty
-    os.replace(unfinished, output)
+            report["outputs"] = verify_outputs(plan, folder)
+        if settings["remote_code"]:
+            write_remote_code(folder, plan.model_class)
+        report["files"] = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
+        # the card is the user's to edit, and not among the files that must stay as they are
+        name, remote_code = repository or output.name, settings["remote_code"]
+        card = model_card(name, plan.task, plan.source.released, num_parameters, remote_code)
+        (folder / "README.md").write_text(str(card), encoding="utf-8")
+        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        reason = describe(error) if isinstance(error, OSError) else first_line(error)
+        raise ConversionError(f"cannot write {output}: {reason}") from error
+    publish(folder, output)
     return report
 
 
-def _check_names_and_shapes(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-    def listed(names) -> str:
-        names = sorted(names)
-        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _check_tensors(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> None:
+    expected = model.state_dict()
 
     if left_over := state_dict.keys() - expected.keys():
-        raise ConversionError(f"the checkpoint has entries that the model lacks: {listed(left_over)}")
+        raise ConversionError(f"the checkpoint has entries that the model lacks: {listed(sorted(left_over))}")
     if missing := expected.keys() - state_dict.keys():
-        raise ConversionError(f"the checkpoint lacks entries of the model: {listed(missing)}")
-    for name, shape in expected.items():
-        if tuple(state_dict[name].shape) != shape:
-            raise ConversionError(f"{name} has the shape {tuple(state_dict[name].shape)}, the model's has {shape}")
+        raise ConversionError(f"the checkpoint lacks entries of the model: {listed(sorted(missing))}")
+    for name, wanted in expected.items():
+        tensor = state_dict[name]
+        check_kind(name, tensor)
+        if tensor.shape != wanted.shape:
+            raise ConversionError(f"{name} has the shape {tuple(tensor.shape)}, the model's has {tuple(wanted.shape)}")
+        if not wanted.is_floating_point() and tensor.dtype in _FLOATS and torch.equal(tensor, tensor.round()):
+            tensor = state_dict[name] = tensor.to(wanted.dtype)  # a counter that was averaged with the weights
+        allowed = _FLOATS if wanted.is_floating_point() else (wanted.dtype,)
+        if tensor.dtype not in allowed:
+            raise ConversionError(
+                f"{name} is of {str(tensor.dtype)[6:]}, expected {' or '.join(str(dtype)[6:] for dtype in allowed)}"
+            )
+    end = 0  # of the memory that was met so far
+    for name in sorted(state_dict, key=lambda name: state_dict[name].data_ptr()):
+        tensor = state_dict[name]
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        if tensor.data_ptr() < end:  # memory under two names, which a safetensors file cannot hold
+            state_dict[name] = tensor.clone()
+        end = max(end, tensor.data_ptr() + (last + 1) * tensor.element_size())
 
 
 def verify_tensors(state_dict: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype | None) -> dict:
-    """Compares every tensor with the file, bit for bit; in another dtype, with the source rounded to it."""
+    """Compares every tensor with the file, bit for bit; in another dtype, with the source rounded to it.
+
+    Raises:
+        ConversionError: if a value differs, is not finite in the source, or is too large for `dtype`.
+    """
     compared, values, largest = set(), 0, 0.0
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as written:
@@ -142,21 +268,22 @@ def verify_tensors(state_dict: dict[str, torch.Tensor], folder: Path, dtype: tor
                 if expected is None or name in compared:
                     raise ConversionError(f"{file.name} has an entry that was not to be written: {name}")
                 actual = written.get_tensor(name)
-                rounded = expected.to(actual.dtype) if dtype is not None and expected.is_floating_point() else expected
-                same_bits = actual.shape == rounded.shape and actual.dtype == rounded.dtype
-                if not same_bits or (not torch.equal(actual, rounded) and not _equal_with_nan(actual, rounded)):
+                if strange := expected.numel() - int(expected.isfinite().sum()):
+                    raise ConversionError(
+                        f"the checkpoint is damaged: {strange} of the {expected.numel()} values of {name} are not finite"
+                    )
+                rounded = expected.to(dtype) if dtype is not None and expected.is_floating_point() else expected
+                if not rounded.isfinite().all():
+                    raise ConversionError(f"{name} has values too large for {str(dtype)[6:]}: choose another --dtype")
+                if actual.dtype != rounded.dtype or not torch.equal(actual, rounded):
                     raise ConversionError(f"{file.name} holds other values than the checkpoint for {name}")
-                if actual.is_floating_point() and actual.dtype != expected.dtype and actual.numel():
-                    largest = max(largest, (actual.float() - expected.float()).abs().max().item())
+                if actual.dtype != expected.dtype and actual.numel():
+                    largest = max(largest, (actual.double() - expected.double()).abs().max().item())
                 compared.add(name)
                 values += actual.numel()
     if missing := state_dict.keys() - compared:
         raise ConversionError(f"{len(missing)} entries were not written, {min(missing)} first")
     return {"entries": len(compared), "values": values, "largest_difference": largest}
-
-
-def _equal_with_nan(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.isnan(), other.isnan()) and torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def example_input(size: int, num_channels: int = 3) -> torch.Tensor:

@@ -1,10 +1,51 @@
-"""What goes wrong for reasons a user can act on."""
+"""What goes wrong for reasons a user can act on, and how it is said: in one line."""
+
+import os
+import re
+import traceback
+from collections.abc import Iterable
+
+
+_TERMINAL_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-_])")
+_QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
 
 
 class ConversionError(Exception):
     """Ends a conversion with one line and exit status 1."""
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line; its class if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def one_line(text: str) -> str:
+    """The text in one line, without terminal codes, control characters, and the signatures in URLs."""
+    text = _QUERY.sub(r"\1", _TERMINAL_CODE.sub("", text))
+    text = "".join(c if c.isprintable() or c.isspace() else "?" for c in text)
+    return " ".join(text.split())
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in its first line; its class if it says nothing."""
+    lines = (line for line in map(one_line, str(error).splitlines()) if line)
+    return next(lines, type(error).__name__)
+
+
+def describe(error: Exception) -> str:
+    """Any exception in one line. For those that nobody foresaw the line names the class and the place in the code."""
+    if isinstance(error, ConversionError):
+        return one_line(str(error))
+    if isinstance(error, MemoryError):
+        return "there is not enough memory"
+    if isinstance(error, OSError) and error.strerror:
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+        return one_line(": ".join([" -> ".join(names), error.strerror] if names else [error.strerror]))
+    if isinstance(error, OSError):
+        return first_line(error)
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    where = f" in {os.path.basename(place[0].filename)}, line {place[0].lineno}" if place else ""
+    return (
+        f"unexpected {type(error).__name__}{where}: {first_line(error)} (this is a fault of the program: please report "
+        "it with the traceback, which `python -X dev -m ...` shows)"
+    )
+
+
+def listed(names: Iterable[str], shown: int = 8) -> str:
+    names = list(names)
+    return ", ".join(names[:shown]) + (f", ... ({len(names) - shown} more)" if len(names) > shown else "")

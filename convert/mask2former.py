@@ -13,7 +13,7 @@ from .backbone import backbone_config
 from .conversion import Plan
 from .errors import ConversionError
 from .labels import id2label
-from .source import Source
+from .source import Source, check_kind, shape_of
 from .upernet import processor_options, translate_segmentation
 
 
@@ -75,6 +75,9 @@ def _split_self_attention(head: dict[str, torch.Tensor]) -> dict[str, torch.Tens
         if match is None:
             result[name] = tensor
             continue
+        check_kind(name, tensor)
+        if tensor.ndim == 0 or tensor.shape[0] % 3:
+            raise ConversionError(f"{name} has the shape {tuple(tensor.shape)}, expected three equal parts")
         for part, third in zip(("q", "k", "v"), tensor.chunk(3), strict=True):
             result[f"{match[1]}.{part}_proj.{match[2]}"] = third
     return result
@@ -88,27 +91,30 @@ def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
     head = _split_self_attention(parts["head"])
     backbone = {f"model.pixel_level_module.encoder.{name}": tensor for name, tensor in parts["backbone"].items()}
 
-    def shape(name: str) -> torch.Size:
-        if name not in head:
-            raise ConversionError(f"{source.file} has no Mask2Former head: {name} is missing")
-        return head[name].shape
+    def shape(name: str, dimensions: int) -> torch.Size:
+        return shape_of(source.file, head, name, dimensions)
 
     def number_of(prefix: str) -> int:
         return len({name.removeprefix(prefix).split(".")[0] for name in head if name.startswith(prefix)})
 
-    hidden_dim = shape(f"{_TM}.queries_features.weight")[1]
-    num_labels = shape("class_predictor.weight")[0] - 1  # the last row is "no object"
-    heads = shape(f"{_PD}.encoder.layers.0.self_attn.attention_weights.weight")[0] // 12  # 3 levels x 4 points
+    hidden_dim = shape(f"{_TM}.queries_features.weight", 2)[1]
+    num_labels = shape("class_predictor.weight", 2)[0] - 1  # the last row is "no object"
+    heads = shape(f"{_PD}.encoder.layers.0.self_attn.attention_weights.weight", 2)[0] // 12  # 3 levels x 4 points
     labels = id2label(source.released.labels if source.released is not None else None, num_labels)
+    features = backbone_config(source, any("layer_scale" in name for name in backbone))
+    if heads == 0 or hidden_dim % heads or num_labels == 0:
+        raise ConversionError(
+            f"{source.file} has {num_labels} classes and {heads} attention heads of together {hidden_dim} channels"
+        )
     config = Mask2FormerConfig(
-        backbone_config=backbone_config(source, any("layer_scale" in name for name in backbone)),
-        feature_size=shape(f"{_PD}.mask_projection.weight")[1],
-        mask_feature_size=shape(f"{_PD}.mask_projection.weight")[0],
+        backbone_config=features,
+        feature_size=shape(f"{_PD}.mask_projection.weight", 4)[1],
+        mask_feature_size=shape(f"{_PD}.mask_projection.weight", 4)[0],
         hidden_dim=hidden_dim,
         num_attention_heads=heads,
-        encoder_feedforward_dim=shape(f"{_PD}.encoder.layers.0.fc1.weight")[0],
-        dim_feedforward=shape(f"{_TM}.decoder.layers.0.fc1.weight")[0],
-        num_queries=shape(f"{_TM}.queries_features.weight")[0],
+        encoder_feedforward_dim=shape(f"{_PD}.encoder.layers.0.fc1.weight", 2)[0],
+        dim_feedforward=shape(f"{_TM}.decoder.layers.0.fc1.weight", 2)[0],
+        num_queries=shape(f"{_TM}.queries_features.weight", 2)[0],
         encoder_layers=number_of(f"{_PD}.encoder.layers."),
         decoder_layers=number_of(f"{_TM}.decoder.layers.") + 1,  # transformers builds one less than it is told
         pre_norm=False,
@@ -128,7 +134,7 @@ def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = cli.parser("Converts a Mask2Former checkpoint with an InternImage backbone.").parse_args(argv)
-    return cli.main(lambda: cli.run(make_plan, arguments))
+    return cli.main(lambda: cli.run(make_plan, arguments, "mask2former"))
 
 
 if __name__ == "__main__":

@@ -1,35 +1,51 @@
 """Finding and reading what is to be converted."""
 
+import contextlib
 import hashlib
 import json
 import pickle
-from dataclasses import dataclass
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.utils import httpx
 from safetensors.torch import load_file
 
-from .errors import ConversionError, first_line
+from .errors import ConversionError, describe, first_line
+from .plain_data import STAND_INS
 from .released import RELEASED, REPOSITORY, Released
 
 
 @dataclass
 class Source:
-    """A checkpoint that was found: its tensors as they are in the file, and what is known about it."""
+    """A checkpoint that was found: its tensors as they are in the file, and what is known about it.
+
+    Args:
+        file: that holds it; not there, and only its name, if `find` had no need to download it.
+        released: the released checkpoint that it is, by its name.
+        config: the official fields, if they were given or lie beside the file.
+        sha256: of the file.
+        left_out: what the file holds beside the tensors that `read` returned, by name; filled by `read`.
+    """
 
     file: Path
     released: Released | None
     config: dict[str, Any] | None
     sha256: str
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def read(self, ema: bool = False) -> dict[str, torch.Tensor]:
-        return read_tensors(self.file, ema)
+        tensors, self.left_out = read_tensors(self.file, ema)
+        return tensors
 
 
-def find(name: str, config_file: str | None, revision: str | None) -> Source:
+def find(name: str, config_file: str | None, revision: str | None, converted: str | None = None) -> Source:
     """Finds the checkpoint that a command line names.
 
     Args:
@@ -37,11 +53,13 @@ def find(name: str, config_file: str | None, revision: str | None) -> Source:
             checkpoint, or the id of a Hub repository in the published layout.
         config_file: JSON with the official fields, for what is not released under a known name.
         revision: of the Hub repository; the default branch if None.
+        converted: the sha256 of a file that is converted already: a file on the Hub with this sum is not downloaded.
 
     Raises:
         ConversionError: if there is no such thing, or no configuration for it.
     """
     path = Path(name)
+    digest = None
     config = _read_json(Path(config_file)) if config_file is not None else None
     released = RELEASED.get(path.stem if path.suffix == ".pth" else path.name)
     if path.is_file():
@@ -49,13 +67,15 @@ def find(name: str, config_file: str | None, revision: str | None) -> Source:
     elif path.is_dir():
         file = next((path / n for n in ("model.safetensors", "pytorch_model.bin") if (path / n).is_file()), None)
         if file is None:
-            raise ConversionError(f"the folder {path} has neither model.safetensors nor pytorch_model.bin")
+            index = next(path.glob("*.index.json"), None)
+            sharded = f"; {index.name} says that it is in several files, which must be merged first" if index else ""
+            raise ConversionError(f"the folder {path} has neither model.safetensors nor pytorch_model.bin{sharded}")
         if config is None:
             config = _read_json(path / "config.json")
     elif name in RELEASED:
-        file = _download(REPOSITORY, released.file, revision)
+        file, digest = _from_hub(REPOSITORY, released.file, revision, converted)
     elif "/" in name and not name.startswith((".", "/")) and path.suffix != ".pth":
-        file = _download(name, "model.safetensors", revision)
+        file, digest = _from_hub(name, "model.safetensors", revision, converted)
         if config is None:
             config = _read_json(_download(name, "config.json", revision))
     else:
@@ -67,12 +87,23 @@ def find(name: str, config_file: str | None, revision: str | None) -> Source:
         raise ConversionError(
             f"{name} is not the name of a released checkpoint: give its architecture by --config FILE (official fields)"
         )
+    if digest is not None:
+        return Source(file, released, config, digest)
     if released is not None and released.num_bytes is not None and file.stat().st_size != released.num_bytes:
         raise ConversionError(f"{file} has {file.stat().st_size} bytes, but {released.file} has {released.num_bytes}")
     digest = sha256_of(file)
     if released is not None and released.sha256 is not None and digest != released.sha256:
         raise ConversionError(f"{file} has the sha256 {digest}, but {released.file} has {released.sha256}")
     return Source(file, released, config, digest)
+
+
+@contextlib.contextmanager
+def configuration_of(source: Source) -> Iterator[None]:
+    """Around what builds a configuration of the official fields: what it raises names the source."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        raise ConversionError(f"the configuration of {source.file} is wrong: {error}") from error
 
 
 def sha256_of(file: Path) -> str:
@@ -92,58 +123,173 @@ def _sha256(stream) -> str:  # Python 3.10
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"cannot read {file}: {error}") from error
+    except OSError as error:
+        raise ConversionError(f"cannot read the configuration {file}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"cannot read the configuration {file}: {first_line(error)}") from error
     if not isinstance(value, dict):
         raise ConversionError(f"{file} must hold a JSON object, not a {type(value).__name__}")
     return value
 
 
+def _from_hub(
+    repository: str, file: str, revision: str | None, converted: str | None
+) -> tuple[Path, None] | tuple[Path, str]:
+    """The file in the cache, downloaded if need be; or its name and its sum, if it is converted already and not cached."""
+    if converted is not None and not isinstance(try_to_load_from_cache(repository, file, revision=revision), str):
+        try:
+            etag = get_hf_file_metadata(hf_hub_url(repository, file, revision=revision)).etag  # a large file's sha256
+        except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
+            etag = None  # the download below says what is wrong
+        if etag == converted:
+            return Path(file), converted
+    return _download(repository, file, revision), None
+
+
 def _download(repository: str, file: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(repository, file, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConversionError(f"cannot download {file} of {repository}: {first_line(error)}") from error
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise ConversionError(f"cannot download {file} of {repository}: {reason}") from error
 
 
-def read_tensors(file: Path, ema: bool = False) -> dict[str, torch.Tensor]:
-    """The state dict in a file, mapped into memory and not read: only tensors, no code of the file is run.
+_EMA = ("model_ema", "state_dict_ema", "ema_state_dict")
+_WEIGHTS = ("model", "state_dict", "module")
+
+
+def read_tensors(file: Path, ema: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The state dict in a file, mapped into memory and not read: no code of the file is run.
+
+    Returns the tensors by name, without a `module.` that all names begin with, and what else the file holds: a description
+    by name.
 
     Raises:
         ConversionError: if the file is truncated, holds something else, or has no averaged weights although `ema`.
     """
+    checkpoint = _load(file)
+    left_out: dict[str, str] = {}
+    place = ""
+    for names in (_EMA, _WEIGHTS) if ema else (_WEIGHTS, _WEIGHTS):  # once more: {"state_dict": {"model": ...}}
+        if not isinstance(checkpoint, dict):
+            break
+        name = next((name for name in names if isinstance(checkpoint.get(name), dict)), None)
+        if name is None and names is _EMA:
+            raise ConversionError(f"{file} has no averaged weights: none of {', '.join(f'`{name}`' for name in _EMA)}")
+        if name is not None:
+            left_out |= {f"{place}{key}": _described(value) for key, value in checkpoint.items() if key != name}
+            checkpoint, place = checkpoint[name], f"{place}{name}."
+    if not isinstance(checkpoint, dict) or not checkpoint:
+        raise ConversionError(f"{file} holds {_described(checkpoint)} and no state dict")
+    others = [str(k) for k, v in checkpoint.items() if not isinstance(v, torch.Tensor) or not isinstance(k, str)]
+    if others:
+        raise ConversionError(
+            f"{file} has {len(others)} entries that are no tensors under a name: {', '.join(others[:5])}"
+        )
+    if all(name.startswith("module.") for name in checkpoint):  # saved from a wrapper for data-parallel training
+        checkpoint = {name.removeprefix("module."): tensor for name, tensor in checkpoint.items()}
+    return dict(checkpoint), left_out
+
+
+def shape_of(file: Path, tensors: dict[str, torch.Tensor], name: str, dimensions: int) -> torch.Size:
+    """The shape of a tensor that the architecture is derived from.
+
+    Raises:
+        ConversionError: if there is no such tensor, or it has another number of dimensions, or no elements.
+    """
+    if name not in tensors:
+        raise ConversionError(f"{file}: {name} is missing")
+    check_kind(name, tensors[name])
+    shape = tensors[name].shape
+    if len(shape) != dimensions or 0 in shape:
+        raise ConversionError(f"{file}: {name} has the shape {tuple(shape)}, expected {dimensions} dimensions above 0")
+    return shape
+
+
+def check_kind(name: str, tensor: torch.Tensor) -> None:
+    """Raises ConversionError for a tensor without plain values: sparse, nested, quantized, or without data."""
+    for kind, found in (
+        ("nested", tensor.is_nested),
+        ("sparse", not tensor.is_nested and tensor.layout != torch.strided),
+        ("quantized", tensor.is_quantized),
+        ("a tensor without data (meta device)", tensor.is_meta),
+    ):
+        if found:
+            raise ConversionError(f"{name} is {kind}, expected an ordinary tensor")
+
+
+def _described(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}" if value.layout == torch.strided else "a tensor"
+    if isinstance(value, (dict, list, tuple, set)):
+        kind = "dict" if isinstance(value, dict) else type(value).__name__
+        return f"a {kind} of {len(value)} entries"
+    if isinstance(value, (bool, int, float)):
+        return repr(value)
+    return f"a {type(value).__name__}"
+
+
+def _load(file: Path) -> Any:
+    kind = _kind(file)
+    if kind is not None and kind not in ("safetensors", "pickle", "zip", "tar"):
+        raise ConversionError(f"{file} {kind}, not a checkpoint")
     try:
-        if file.suffix == ".safetensors":
-            checkpoint = load_file(file)
-        else:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(STAND_INS):
+            warnings.simplefilter("ignore")  # about the format, in files that are refused or read all the same
+            if kind == "safetensors" or (kind is None and file.suffix == ".safetensors"):
+                return load_file(file)
             try:
-                checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError as error:
                 if "mmap can only be used" not in str(error):
                     raise
-                checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
-    except pickle.UnpicklingError as error:
-        raise ConversionError(
-            f"{file} holds more than tensors, and is not read because that would run code from it: "
-            + first_line(error)
-        ) from error
+                return torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
+    except OSError as error:
+        raise ConversionError(f"cannot read {describe(error)}") from error
     except Exception as error:  # whatever torch's and safetensors' parsers stumble on in a wrong file
-        raise ConversionError(
-            f"{file} cannot be read as a checkpoint, it may be truncated: {first_line(error)}"
-        ) from error
+        if kind is None and file.suffix != ".safetensors":
+            reason = "it is neither a file of torch.save nor a safetensors file"
+        elif isinstance(error, pickle.UnpicklingError):
+            raise ConversionError(_refusal(file, str(error))) from error
+        else:
+            reason = f"it may be truncated or of another kind: {first_line(error)}"
+        raise ConversionError(f"{file} cannot be read as a checkpoint: {reason}") from error
 
-    if ema:
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_ema"), dict):
-            raise ConversionError(f"{file} has no averaged weights (`model_ema`)")
-        checkpoint = checkpoint["model_ema"]
-    elif isinstance(checkpoint, dict):
-        for name in ("model", "state_dict", "module"):
-            if isinstance(checkpoint.get(name), dict):
-                checkpoint = checkpoint[name]
-                break
-    if not isinstance(checkpoint, dict) or not checkpoint:
-        raise ConversionError(f"{file} holds a {type(checkpoint).__name__} and no state dict")
-    others = [str(key) for key, value in checkpoint.items() if not isinstance(value, torch.Tensor)]
-    if others:
-        raise ConversionError(f"{file} has entries that are no tensors: {', '.join(others[:5])}")
-    return checkpoint
+
+def _refusal(file: Path, message: str) -> str:
+    """Why a pickle is not read, and what to do: torch's own text is an essay with terminal codes."""
+    if found := re.search(r"GLOBAL (\S+)", message):
+        what = f"an object of the class or function {found[1]}"
+    else:
+        reason = message.rsplit("WeightsUnpickler error:", 1)[-1].strip().split("\n")[0]
+        what = f"something that is neither a tensor nor plain data ({reason})"
+    return (
+        f"{file} holds {what}, and is not read because that would run code from it. If you trust it, save its weights "
+        "alone with the program that wrote it: "
+        f'torch.save({{"model": torch.load("{file.name}", weights_only=False)["model"]}}, "weights.pth")'
+    )
+
+
+def _kind(file: Path) -> str | None:
+    """What a file is, by how it begins: one of the formats that are read, or the end of a sentence; None if unknown."""
+    with open(file, "rb") as stream:
+        start = stream.read(512)
+    if not start:
+        return "is empty (0 bytes)"
+    for magic, kind in (
+        (b"PK\x03\x04", "zip"),
+        (b"\x80", "pickle"),
+        (b"\x1f\x8b", "is a gzip archive (unpack it first)"),
+        (b"BZh", "is a bzip2 archive (unpack it first)"),
+        (b"\xfd7zXZ\x00", "is an xz archive (unpack it first)"),
+        (b"\x28\xb5\x2f\xfd", "is a zstd archive (unpack it first)"),
+        (b"7z\xbc\xaf\x27\x1c", "is a 7z archive (unpack it first)"),
+        (b"\x89HDF", "is an HDF5 file"),
+        (b"version https://git-lfs", "is a pointer of Git LFS (`git lfs pull` fetches the file)"),
+        (b"<", "is a web page or another text in angle brackets (download the file itself)"),
+    ):
+        if start.startswith(magic):
+            return kind
+    if start[257:262] == b"ustar":
+        return "tar"
+    return "safetensors" if start[8:9] == b"{" else None

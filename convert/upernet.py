@@ -7,14 +7,13 @@ import sys
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
-from internimage_hf.checkpoint import translate_state_dict
-
 from . import cli
 from .backbone import backbone_config
+from .classification import translated
 from .conversion import Plan
 from .errors import ConversionError
 from .labels import id2label
-from .source import Source
+from .source import Source, configuration_of, shape_of
 
 
 # mmsegmentation's ConvModule calls its norm `bn` where transformers says `batch_norm`
@@ -28,10 +27,7 @@ _PATTERNS = [
 def translate_segmentation(source: Source, ema: bool, patterns: list) -> tuple[dict, list[str]]:
     """The tensors of a segmenter: the backbone's translated, the head's by patterns; and the names nothing matched."""
     state_dict = source.read(ema)
-    try:
-        backbone = translate_state_dict({name: t for name, t in state_dict.items() if name.startswith("backbone.")})
-    except ValueError as error:
-        raise ConversionError(f"{source.file}: {error}") from error
+    backbone = translated(source, {name: t for name, t in state_dict.items() if name.startswith("backbone.")})
     if not backbone:
         raise ConversionError(f"{source.file} has no backbone: no name begins with `backbone.`")
     head, unknown = {}, []
@@ -62,33 +58,33 @@ def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
         raise ConversionError(f"{source.file} has entries that no UperNet has: {', '.join(unknown[:5])}")
     head = parts["head"]
     state_dict = {f"backbone.{name}": tensor for name, tensor in parts["backbone"].items()} | head
-    try:
-        num_labels, hidden_size = head["decode_head.classifier.weight"].shape[:2]
-        auxiliary = head.get("auxiliary_head.convs.0.conv.weight")
-    except KeyError as error:
-        raise ConversionError(f"{source.file} has no UperNet head: {error.args[0]} is missing") from error
-    official_head = (source.config or {}).get("decode_head", {})
+    num_labels, hidden_size = shape_of(source.file, head, "decode_head.classifier.weight", 4)[:2]
+    auxiliary = None
+    if any(name.startswith("auxiliary_head.") for name in head):
+        auxiliary = shape_of(source.file, head, "auxiliary_head.convs.0.conv.weight", 4)
     num_convs = len({name.split(".")[2] for name in head if name.startswith("auxiliary_head.convs.")})
     labels = id2label(source.released.labels if source.released is not None else None, num_labels)
-    config = UperNetConfig(
-        backbone_config=backbone_config(source, any("layer_scale" in name for name in parts["backbone"])),
-        hidden_size=hidden_size,
-        pool_scales=list(official_head.get("pool_scales", (1, 2, 3, 6))),
-        use_auxiliary_head=auxiliary is not None,
-        auxiliary_in_channels=auxiliary.shape[1] if auxiliary is not None else None,
-        auxiliary_channels=auxiliary.shape[0] if auxiliary is not None else 256,
-        auxiliary_num_convs=max(1, num_convs),
-        auxiliary_concat_input=any(name.startswith("auxiliary_head.conv_cat.") for name in head),
-        id2label=labels,
-        label2id={name: index for index, name in labels.items()},
-    )
+    backbone = backbone_config(source, any("layer_scale" in name for name in parts["backbone"]))
+    with configuration_of(source):
+        config = UperNetConfig(
+            backbone_config=backbone,
+            hidden_size=hidden_size,
+            pool_scales=list((source.config or {}).get("decode_head", {}).get("pool_scales", (1, 2, 3, 6))),
+            use_auxiliary_head=auxiliary is not None,
+            auxiliary_in_channels=auxiliary[1] if auxiliary is not None else None,
+            auxiliary_channels=auxiliary[0] if auxiliary is not None else 256,
+            auxiliary_num_convs=max(1, num_convs),
+            auxiliary_concat_input=any(name.startswith("auxiliary_head.conv_cat.") for name in head),
+            id2label=labels,
+            label2id={name: index for index, name in labels.items()},
+        )
     processor = SegformerImageProcessorPil(**processor_options(source))
     return Plan("upernet", source, config, UperNetForSemanticSegmentation, state_dict, processor, 96)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = cli.parser("Converts a UperNet checkpoint with an InternImage backbone.").parse_args(argv)
-    return cli.main(lambda: cli.run(make_plan, arguments))
+    return cli.main(lambda: cli.run(make_plan, arguments, "upernet"))
 
 
 if __name__ == "__main__":
