@@ -87,9 +87,11 @@ def run(
                 )
                 print(json.dumps(report, indent=2))
                 if source.left_out:
-                    print(f"left out of {source.file}: {len(source.left_out)} other parts: {listed(source.left_out)}")
+                    print(
+                        f"left out of {source.file}: other parts ({len(source.left_out)}): {listed(source.left_out)}"
+                    )
                 if plan.ignored:
-                    print(f"left out of {source.file}: {len(plan.ignored)} tensors: {listed(plan.ignored)}")
+                    print(f"left out of {source.file}: tensors ({len(plan.ignored)}): {listed(plan.ignored)}")
                 print(f"wrote {output}")
     if arguments.push_to_hub:
         print(f"uploaded to {push(output, arguments.push_to_hub, arguments.private)}")

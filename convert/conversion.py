@@ -181,7 +181,10 @@ def convert(
     folder = work / "result"
     with configuration_of(plan.source), torch.device("meta"):
         model = plan.model_class(plan.config)
-    _check_tensors(model, plan.state_dict)
+    try:
+        _check_tensors(model, plan.state_dict)
+    except ConversionError as error:
+        raise ConversionError(f"{plan.source.file}: {error}") from error
     sources = {t.dtype for t in plan.state_dict.values() if t.is_floating_point()}
     dtype = getattr(torch, settings["dtype"]) if settings["dtype"] is not None else None
     if dtype is None and len(sources) > 1:  # transformers loads a model in one: the smallest that holds all values

@@ -231,7 +231,7 @@ def _described(value: object) -> str:
 
 def _load(file: Path) -> Any:
     kind = _kind(file)
-    if kind is not None and kind not in ("safetensors", "pickle", "zip", "tar"):
+    if kind is not None and kind not in ("safetensors", "pickle", "zip"):
         raise ConversionError(f"{file} {kind}, not a checkpoint")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(STAND_INS):
@@ -252,7 +252,9 @@ def _load(file: Path) -> Any:
         elif isinstance(error, pickle.UnpicklingError):
             raise ConversionError(_refusal(file, str(error))) from error
         else:
-            reason = f"it may be truncated or of another kind: {first_line(error)}"
+            reason = (
+                f"it may be truncated or of another kind: {first_line(error).split('. ')[0]}"  # not torch's advice
+            )
         raise ConversionError(f"{file} cannot be read as a checkpoint: {reason}") from error
 
 
@@ -291,5 +293,5 @@ def _kind(file: Path) -> str | None:
         if start.startswith(magic):
             return kind
     if start[257:262] == b"ustar":
-        return "tar"
+        return "is a tar archive (unpack it first)"
     return "safetensors" if start[8:9] == b"{" else None

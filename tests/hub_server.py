@@ -1,13 +1,15 @@
 """A small Hub on loopback: the endpoints that creating, uploading and loading a model repository use, over real HTTP.
 
 Repositories live in memory, one linear history each. Faults can be put in: `fail_next` answers that many requests with 503,
-`forbid` and `unknown_token` play permissions, `slow_upload` sleeps before it takes a large file.
+`fail` spoils requests to one endpoint, `forbid` plays permissions, `slow_upload` sleeps before it takes a large file.
 """
 
 import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +23,8 @@ class Hub:
         self.commits: dict[str, list[str]] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.private: set[str] = set()
+        self.faults: list[list] = []
         self.fail_next = 0
         self.forbid = False
         self.slow_upload = 0.0
@@ -52,6 +56,16 @@ class Hub:
             "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
         }
         return {**result, "HF_TOKEN": token} if token is not None else result
+
+    def fail(self, request: str, answer: int | str, times: int = 1_000_000) -> None:
+        """Spoils the next requests whose method and path match the pattern.
+
+        Args:
+            request: regular expression, searched in `"PUT /lfs/..."`.
+            answer: a status; `"reset"` ends the connection; `"html"` is a page in place of JSON.
+            times: how many requests.
+        """
+        self.faults.append([re.compile(request), answer, times])
 
     def revision(self, repository: str) -> str:
         return self.commits[repository][-1]
@@ -94,6 +108,17 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.fail_next:
             hub.fail_next -= 1
             return self.answer(503, {"error": "try again"})
+        for fault in hub.faults:
+            pattern, answer, times = fault
+            if times and pattern.search(f"{self.command} {path}"):
+                fault[2] -= 1
+                if answer == "reset":  # a reset and not an orderly end: unread data, or this option, make it one
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.close_connection = True
+                    return self.connection.close()
+                if answer == "html":
+                    return self.answer(200, headers={"Content-Type": "text/html"}, body=b"<html>log in first</html>")
+                return self.answer(answer, {"error": f"fault {answer}"})
         writes = self.command in ("POST", "PUT") and not path.endswith("validate-yaml")
         if writes and not path.startswith("/lfs/"):
             if self.headers.get("Authorization") != "Bearer hf_good":
@@ -125,6 +150,8 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.hub.repositories:
             return self.answer(409, {"error": "exists", "url": f"{self.hub.url}/{name}"})
         self.hub.repositories[name] = {}
+        if wanted.get("private") or wanted.get("visibility") == "private":
+            self.hub.private.add(name)
         self.hub.commits[name] = [hashlib.sha1(name.encode()).hexdigest()]
         return self.answer(200, {"url": f"{self.hub.url}/{name}", "name": name, "id": name})
 
@@ -179,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
     def commit(self, body, repository):
         if not self.known(repository):
             return None
-        changed = {}
+        changed, deleted = {}, []
         for line in body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
@@ -189,7 +216,11 @@ class _Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in self.hub.blobs:
                     return self.answer(400, {"error": f"{value['path']} was not uploaded"})
                 changed[value["path"]] = self.hub.blobs[value["oid"]]
+            elif entry["key"] == "deletedFile":
+                deleted.append(value["path"])
         self.hub.repositories[repository].update(changed)
+        for name in deleted:
+            del self.hub.repositories[repository][name]
         oid = hashlib.sha1(self.hub.revision(repository).encode() + body).hexdigest()
         self.hub.commits[repository].append(oid)
         url = f"{self.hub.url}/{repository}/commit/{oid}"
@@ -204,7 +235,9 @@ class _Handler(BaseHTTPRequestHandler):
                 "sha": self.hub.revision(repository),
                 "siblings": files,
             }
-            self.answer(200, {**content, "private": False, "tags": [], "downloads": 0, "likes": 0})
+            self.answer(
+                200, {**content, "private": repository in self.hub.private, "tags": [], "downloads": 0, "likes": 0}
+            )
 
     def tree(self, body, repository):
         if self.known(repository):

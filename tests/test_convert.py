@@ -1,5 +1,6 @@
 """Conversion: every layout in, a folder for transformers out, and onto a Hub over HTTP."""
 
+import argparse
 import gzip
 import json
 import os
@@ -9,19 +10,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, MODEL_CASES, ROOT, case_folder, load_case
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_package import bare_environment, run_python
 
 from convert import all as convert_all
-from convert import backbone, classification, mask2former, upernet
+from convert import backbone, classification, cli, conversion, mask2former, upernet
+from convert import output as output_module
+from convert import source as source_module
 from convert.conversion import REPORT
+from convert.errors import ConversionError
 from convert.labels import class_names, id2label
 from convert.released import RELEASED
+from convert.source import sha256_of
 from internimage_hf import (
     InternImageBackbone,
     InternImageConfig,
@@ -267,6 +275,509 @@ classification.main({arguments!r})
     stamp = (output / "model.safetensors").stat().st_mtime_ns
     assert classification.main(arguments) == 0  # finished already
     assert (output / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+T_LIKE = ["--config", FIXTURES / "t_like" / "config.json"]
+WEIGHT = "levels.0.blocks.0.mlp.fc1.weight"
+
+
+def official(**changed: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {**torch.load(FIXTURES / "t_like" / "checkpoint.pth", weights_only=True)["model"], **changed}
+
+
+def saved(file: Path, content: object) -> Path:
+    torch.save(content, file)
+    return file
+
+
+def only_error(capsys) -> str:
+    """What the last command said on stderr, beside progress bars: one line."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert "Traceback" not in lines[0] and lines[0].isprintable()
+    return lines[0]
+
+
+ODD = {
+    "complex": (lambda t: t.to(torch.complex64), "is of complex64, expected float32"),
+    "integer": (lambda t: t.to(torch.int32), "is of int32, expected float32"),
+    "bool": (lambda t: t > 0, "is of bool, expected float32"),
+    "float8": (lambda t: t.to(torch.float8_e4m3fn), "is of float8_e4m3fn, expected float32"),
+    "sparse": (lambda t: t.to_sparse(), "is sparse"),
+    "quantized": (lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8), "is quantized"),
+    "meta": (lambda t: t.to("meta"), "without data"),
+    "scalar": (lambda t: t.flatten()[0], "has the shape ()"),
+    "empty": (lambda t: t[:0], "has the shape (0, 8)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about the formats that are tested
+@pytest.mark.parametrize("kind", ODD)
+def test_an_odd_tensor_is_named_in_one_line(kind, tmp_path, capsys):
+    spoil, message = ODD[kind]
+    source = saved(tmp_path / "odd.pth", {"model": official(**{WEIGHT: spoil(official()[WEIGHT])})})
+    output = tmp_path / "out" / "model"
+    assert convert(classification, source, *T_LIKE, "--output", output) == 1
+    error = only_error(capsys)
+    assert message in error and "odd.pth: internimage.encoder.stages.0.layers.0.mlp.fc1.weight" in error
+    assert not list(output.parent.iterdir())
+
+
+@pytest.mark.parametrize("shape", [(), (0, 64), (5, 64, 1)])
+def test_an_odd_classifier_is_named_in_one_line(shape, tmp_path, capsys):
+    source = saved(tmp_path / "odd.pth", {"model": official(**{"head.weight": torch.zeros(shape)})})
+    assert convert(classification, source, *T_LIKE, "--output", tmp_path / "out") == 1
+    assert f"odd.pth: classifier.weight has the shape {shape}" in only_error(capsys)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_values_that_no_model_has_are_named(value, tmp_path, capsys):
+    """Not a number, infinite, or so large that half precision makes it infinite."""
+    source = saved(tmp_path / "odd.pth", {"model": official(**{"head.bias": torch.tensor([0, 0, value, 0, 0.0])})})
+    options = ["--dtype", "float16"] if value == 1e6 else []
+    output = tmp_path / "out" / "model"
+    assert official()["head.bias"].shape == (5,)
+    assert convert(classification, source, *T_LIKE, "--output", output, *options) == 1
+    error = only_error(capsys)
+    assert ("too large for float16" if options else "1 of the 5 values of classifier.bias are not finite") in error
+    assert not list(output.parent.iterdir())
+
+
+def test_counters_that_were_averaged_are_counters_again(tmp_path):
+    name = "conv_head.1.0.num_batches_tracked"
+    source = saved(tmp_path / "ema.pth", {"model": official(**{name: torch.tensor(7.0)})})
+    assert convert(classification, source, *T_LIKE, "--output", tmp_path / "model") == 0
+    assert (
+        load_file(tmp_path / "model" / "model.safetensors")["internimage.pooler.norm.num_batches_tracked"].item() == 7
+    )
+    source = saved(tmp_path / "half.pth", {"model": official(**{name: torch.tensor(7.5)})})
+    assert convert(classification, source, *T_LIKE, "--output", tmp_path / "other") == 1
+
+
+def test_several_dtypes_become_the_smallest_that_holds_all(tmp_path):
+    """transformers loads a model in one dtype; left as they are, some would be rounded to that of the first."""
+    state_dict = {
+        k: (t.half() if "mlp" in k else t.bfloat16()) if t.is_floating_point() else t for k, t in official().items()
+    }
+    source = saved(tmp_path / "mixed.pth", {"model": state_dict})
+    assert convert(classification, source, *T_LIKE, "--output", tmp_path / "model") == 0
+    report = json.loads((tmp_path / "model" / REPORT).read_text())
+    assert report["dtype"] == ["float32"] and report["source_dtype"] == ["bfloat16", "float16"]
+    model = InternImageForImageClassification.from_pretrained(tmp_path / "model")
+    weight = model.internimage.encoder.stages[0].layers[0].mlp.fc1.weight
+    assert torch.equal(weight, state_dict[WEIGHT].float())
+
+
+def test_one_memory_under_two_names_is_written_twice(tmp_path):
+    other = WEIGHT.replace("levels.0", "levels.2").replace("weight", "bias")
+    state_dict = official()
+    state_dict[other] = state_dict[other.replace("blocks.0", "blocks.1")]
+    source = saved(tmp_path / "shared.pth", {"model": state_dict})
+    assert convert(classification, source, *T_LIKE, "--output", tmp_path / "model") == 0
+
+
+@pytest.mark.parametrize("size", ["abc", "0", "-1", "5XB", "", "nan"])
+def test_a_shard_size_that_is_none_is_one_line(size, tmp_path, capsys):
+    source = FIXTURES / "t_like" / "checkpoint.pth"
+    for module, arguments in ((classification, [source, *T_LIKE]), (convert_all, [])):
+        assert convert(module, *arguments, "--output", tmp_path / "model", f"--max-shard-size={size}") == 1
+        assert f"--max-shard-size must be a positive size such as 500MB, 2GB or 1GiB, got {size!r}" in only_error(
+            capsys
+        )
+
+
+# ------------------------------------------------------------------------------------------------- files of other kinds
+
+
+class _Own:
+    """Of a program that nobody here knows."""
+
+
+def plain_data() -> dict[str, object]:
+    """What training programs save beside the weights, the classes under the names that they have there."""
+    config = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    node = config(MODEL=config(NAME="internimage"))
+    node.__dict__ |= {"__immutable__": True, "__deprecated_keys__": {"OLD"}}
+    return {
+        "config": node,
+        "args": argparse.Namespace(lr=1e-3, betas=[0.9, 0.999]),
+        "max_accuracy": np.float64(83.5),
+        "history": np.zeros(3),
+        "meta": defaultdict(list, {"epoch": [1]}),
+        "optimizer": {"state": {}, "param_groups": []},
+        "epoch": 299,
+    }
+
+
+@pytest.fixture
+def foreign_classes(monkeypatch):
+    """Lets torch.save pickle the classes of `plain_data` by their names; reading must do without the modules."""
+    content = plain_data()
+    package, module = ModuleType("yacs"), ModuleType("yacs.config")
+    module.CfgNode = type(content["config"])
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", package)
+        patch.setitem(sys.modules, "yacs.config", module)
+        yield content
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_training_programs_checkpoint_is_read_without_its_classes(
+    zipped, tmp_path, foreign_classes, monkeypatch, capsys
+):
+    source = tmp_path / "ckpt_epoch_ema_best.pth"
+    torch.save({"model": official(), **foreign_classes}, source, _use_new_zipfile_serialization=zipped)
+    monkeypatch.delitem(sys.modules, "yacs.config")
+    monkeypatch.setattr(argparse.Namespace, "__init__", None)  # no code of the classes themselves runs
+    left_out = source_module.read_tensors(source)[1]
+    monkeypatch.undo()
+    assert left_out.keys() == foreign_classes.keys()
+    assert convert(classification, source, *T_LIKE, "--output", tmp_path / "model") == 0
+    out = capsys.readouterr().out
+    assert f"left out of {source}: other parts (7): config, args, max_accuracy, history, meta, optimizer, epoch" in out
+    report = json.loads((tmp_path / "model" / REPORT).read_text())
+    assert (
+        report["left_out"] == left_out
+        and left_out["optimizer"] == "a dict of 2 entries"
+        and left_out["epoch"] == "299"
+    )
+
+
+class Calls:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_an_unknown_class_or_a_call_is_one_clear_line(tmp_path, foreign_classes, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = type(foreign_classes["config"])
+    for content, name in (
+        (_Own(), f"{__name__}._Own"),
+        (Calls(os.system, "touch was-here"), f"{os.name if os.name != 'nt' else 'nt'}.system"),
+        (config(inner=Calls(eval, "open('was-here', 'w')")), "eval"),
+        (Calls(getattr, argparse.Namespace(), "x"), "getattr"),
+    ):
+        source = saved(tmp_path / "own.pth", {"model": official(), "config": content})
+        assert convert(classification, source, *T_LIKE, "--output", tmp_path / "model") == 1
+        error = only_error(capsys)
+        assert "own.pth holds" in error and f" {name}, and is not read" in error and "torch.save(" in error
+        assert not (tmp_path / "was-here").exists() and not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (gzip.compress(b"x"), "gzip"),
+        (b"PK\x03\x04 no archive", "cannot be read"),
+        (b"x" * 257 + b"ustar", "tar archive"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+        (b"some text", "neither a file of torch.save nor a safetensors file"),
+        (pickle.dumps({"model": 1}, protocol=4), "neither a tensor nor plain data"),
+        (None, "has neither model.safetensors nor pytorch_model.bin"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_by_its_kind(content, message, tmp_path, capsys):
+    source = tmp_path / "file.pth"
+    source.mkdir() if content is None else source.write_bytes(content)
+    assert convert(classification, source, *T_LIKE, "--output", tmp_path / "out" / "model") == 1
+    assert message in (error := only_error(capsys)) and "file.pth" in error
+
+
+def test_prefixes_nesting_and_cache_links(tmp_path):
+    """`module.` of data-parallel training, a state dict within one, and a file of the cache: a link to a name without suffix."""
+    (tmp_path / "blobs").mkdir()
+    blob = tmp_path / "blobs" / "0123abc"
+    shutil.copyfile(FIXTURES / "hf_t_like" / "model.safetensors", blob)
+    sources = [
+        saved(tmp_path / "a.pth", {f"module.{name}": tensor for name, tensor in official().items()}),
+        saved(tmp_path / "b.pth", {"state_dict": {"model": official(), "epoch": 3}, "optimizer": {}}),
+        blob,
+    ]
+    (tmp_path / "link.safetensors").symlink_to(blob)
+    for source in (*sources, tmp_path / "link.safetensors"):
+        assert all(isinstance(tensor, torch.Tensor) for tensor in source_module.read_tensors(source)[0].values())
+    tensors, left_out = source_module.read_tensors(sources[0])
+    assert tensors.keys() == official().keys() and not left_out
+    tensors, left_out = source_module.read_tensors(sources[1])
+    assert tensors.keys() == official().keys() and left_out == {
+        "optimizer": "a dict of 0 entries",
+        "state_dict.epoch": "3",
+    }
+
+
+# ----------------------------------------------------------------------------------------- two conversions, one folder
+
+
+def finished(folder: Path) -> bool:
+    """Whether every file is what the report says."""
+    report = json.loads((folder / REPORT).read_text())
+    return bool(report["files"]) and all(
+        sha256_of(folder / name) == digest for name, digest in report["files"].items()
+    )
+
+
+def other_source(folder: Path) -> Path:
+    return saved(folder / "other.pth", {"model": official(**{"head.bias": official()["head.bias"] + 1})})
+
+
+def test_a_second_conversion_into_a_folder_that_is_being_written_says_so(tmp_path, capsys, monkeypatch):
+    output, a, b = tmp_path / "out" / "model", FIXTURES / "t_like" / "checkpoint.pth", other_source(tmp_path)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "out")
+    results = []
+
+    def verify_and_start_another(*arguments):
+        if not results:
+            results.append(None)
+            capsys.readouterr()
+            for source, place in ((a, output), (b, output), (b, link / "model")):
+                results.append((convert(classification, source, *T_LIKE, "--output", place), only_error(capsys)))
+        return verify(*arguments)
+
+    verify = conversion.verify_tensors
+    monkeypatch.setattr(conversion, "verify_tensors", verify_and_start_another)
+    assert convert(classification, a, *T_LIKE, "--output", output) == 0
+    assert len(results) == 4
+    assert all(status == 1 and f"another conversion is writing {output}" in error for status, error in results[1:])
+    assert finished(output) and [path.name for path in output.parent.iterdir()] == ["model"]
+
+
+def test_many_processes_write_one_folder_whole(tmp_path):
+    """Forked after the imports, all let go at once: each folder is one source's, and who says "wrote" wrote it."""
+    sources = [FIXTURES / "t_like" / "checkpoint.pth", other_source(tmp_path)]
+    program = """
+        import contextlib, io, os, sys
+        from convert import classification
+        config, output, *sources = sys.argv[1:]
+        read, write = os.pipe()
+        children = []
+        for index in range(4):
+            if not (child := os.fork()):
+                os.close(write)
+                os.read(read, 1)
+                said = io.StringIO()
+                with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+                    status = classification.main(
+                        [sources[index % 2], "--config", config, "--output", output, "--max-shard-size", "20KB"])
+                os._exit(10 + index % 2 if "wrote" in said.getvalue() else status)
+            children.append(child)
+        os.close(write)
+        print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+    """
+    output = tmp_path / "out" / "model"
+    codes = json.loads(run_python(program, T_LIKE[1], output, *sources, OMP_NUM_THREADS="1"))
+    assert set(codes) <= {0, 1, 10, 11} and len([code for code in codes if code >= 10]) == 1, codes
+    assert finished(output) and len(list(output.glob("*.safetensors"))) > 1
+    source = sources[max(codes) - 10]
+    assert json.loads((output / REPORT).read_text())["source"]["sha256"] == sha256_of(source)
+    assert [path.name for path in output.parent.iterdir()] == ["model"]
+
+
+def test_a_folder_that_appears_meanwhile_is_not_written_over(tmp_path, monkeypatch, capsys):
+    """By a program that knows of no lock."""
+    output = tmp_path / "model"
+    verify = conversion.verify_tensors
+
+    def appears(*arguments):
+        output.mkdir()
+        (output / "file").write_text("mine")
+        return verify(*arguments)
+
+    monkeypatch.setattr(conversion, "verify_tensors", appears)
+    source = FIXTURES / "t_like" / "checkpoint.pth"
+    assert convert(classification, source, *T_LIKE, "--output", output) == 1
+    assert f"cannot give the result its name {output}" in only_error(capsys)
+    assert [path.name for path in output.iterdir()] == ["file"] and os.listdir(tmp_path) == ["model"]
+
+
+def test_folders_of_the_users_own_stay(tmp_path):
+    output = tmp_path / "model"
+    for name in (".model.unfinished", ".model.unfinished-mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    (tmp_path / ".model.conversion.lock").write_text("mine")
+    assert convert(classification, FIXTURES / "t_like" / "checkpoint.pth", *T_LIKE, "--output", output) == 0
+    assert sorted(os.listdir(tmp_path)) == [
+        ".model.conversion.lock", ".model.unfinished", ".model.unfinished-mine", "model",
+    ]  # fmt: skip
+    assert all((path / "thesis.txt").read_text() == "mine" for path in tmp_path.glob(".model.unfinished*"))
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("converted") / "model"
+    assert convert(classification, FIXTURES / "t_like" / "checkpoint.pth", *T_LIKE, "--output", output) == 0
+    return output
+
+
+def edit_report(folder: Path, edit) -> None:
+    report = json.loads((folder / REPORT).read_text())
+    edit(report)
+    (folder / REPORT).write_text(json.dumps(report))
+
+
+DAMAGES = {
+    "missing": (lambda folder: (folder / "config.json").unlink(), "is damaged: config.json is missing"),
+    "changed": (lambda folder: _flip(folder / "model.safetensors"), "is damaged: model.safetensors is not what"),
+    "foreign": (
+        lambda folder: (folder / "model.safetensors.index.json").touch(),
+        "did not write: model.safetensors.index",
+    ),
+    "old": (
+        lambda folder: edit_report(folder, lambda report: report.pop("settings")),
+        "as an earlier version's does not",
+    ),
+    "broken": (lambda folder: (folder / REPORT).write_text("{"), f"{REPORT}: "),
+    "list": (lambda folder: (folder / REPORT).write_text("[1]"), "does not tell the source"),
+    "unverified": (lambda folder: edit_report(folder, lambda report: report.pop("outputs")), "with --no-verify"),
+}
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_folder_is_not_finished(kind, converted, tmp_path, capsys):
+    damage, message = DAMAGES[kind]
+    output = shutil.copytree(converted, tmp_path / "model")
+    damage(output)
+    before = sorted(os.listdir(output))
+    assert convert(classification, FIXTURES / "t_like" / "checkpoint.pth", *T_LIKE, "--output", output) == 1
+    error = only_error(capsys)
+    assert message in error and "choose another --output, or delete the folder first" in error
+    assert sorted(os.listdir(output)) == before
+
+
+def test_a_folder_of_another_source_or_of_other_settings_is_not_finished(converted, tmp_path, monkeypatch, capsys):
+    """Nor is it uploaded under the other's name."""
+    monkeypatch.setattr(cli, "push", lambda *arguments: pytest.fail("uploaded"))
+    checkpoint = FIXTURES / "t_like" / "checkpoint.pth"
+    other_config = tmp_path / "config.json"
+    other_config.write_text(json.dumps({**json.loads(T_LIKE[1].read_text()), "drop_path_rate": 0.3}))
+    stamp = (converted / "model.safetensors").stat().st_mtime_ns
+    for arguments, message in (
+        ([other_source(tmp_path), *T_LIKE], "holds the conversion of checkpoint.pth (sha256 "),
+        ([checkpoint, *T_LIKE, "--dtype", "float16"], "with dtype = None, not 'float16'"),
+        ([checkpoint, *T_LIKE, "--ema"], "with ema = False, not True"),
+        ([checkpoint, *T_LIKE, "--remote-code"], "with remote_code = False, not True"),
+        ([checkpoint, *T_LIKE, "--max-shard-size", "1MB"], "with max_shard_size = 2000000000, not 1000000"),
+        ([checkpoint, "--config", other_config], "with config = "),
+    ):
+        assert convert(classification, *arguments, "--output", converted, "--push-to-hub", "me/model") == 1
+        assert message in only_error(capsys)
+    assert convert(backbone, checkpoint, *T_LIKE, "--output", converted) == 1
+    assert "with task = 'classification', not 'backbone'" in only_error(capsys)
+    assert (converted / "model.safetensors").stat().st_mtime_ns == stamp
+
+    (converted / "README.md").write_text("my own card")
+    assert convert(classification, checkpoint, *T_LIKE, "--output", converted) == 0  # the card is the user's to edit
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_what_a_killed_conversion_left_beside_a_finished_folder_goes(converted, tmp_path):
+    output = shutil.copytree(converted, tmp_path / "model")
+    work = tmp_path / ".model.unfinished-abcd1234"
+    work.mkdir()
+    (work / output_module._MARKER).touch()
+    (tmp_path / ".model.unfinished-empty").mkdir()  # killed before the marker was written
+    (tmp_path / ".model.conversion.lock").touch()
+    assert convert(classification, FIXTURES / "t_like" / "checkpoint.pth", *T_LIKE, "--output", output) == 0
+    assert os.listdir(tmp_path) == ["model"]
+
+
+# --------------------------------------------------------------------------------------------- paths, disks, all of them
+
+
+def test_unusable_paths_are_one_line(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    for output in (
+        file,
+        file / "below",
+        tmp_path / ("x" * 300),
+        "/proc/nowhere/model",
+        tmp_path / "nul\0byte",
+        tmp_path / "\udcff",
+    ):
+        assert convert(classification, FIXTURES / "t_like" / "checkpoint.pth", *T_LIKE, "--output", output) == 1
+        only_error(capsys)
+    for source in ("nul\0byte", "x" * 5000, file / "below.pth"):
+        assert convert(classification, source, *T_LIKE, "--output", tmp_path / "model") == 1
+        only_error(capsys)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.fixture
+def full_disk():
+    """No file may grow beyond 50 KB: what a full disk is to a program, errno aside."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_left(converted, tmp_path, capfd, full_disk):
+    checkpoint = FIXTURES / "t_like" / "checkpoint.pth"
+    assert convert(classification, checkpoint, *T_LIKE, "--output", tmp_path / "model") == 1
+    assert f"error: cannot write {tmp_path / 'model'}: " in capfd.readouterr().err
+    assert convert(classification, converted, "--output", tmp_path / "back.pth", "--reverse") == 1
+    assert f"error: cannot write {tmp_path / 'back.pth'}: " in capfd.readouterr().err
+    assert not os.listdir(tmp_path)
+
+
+def test_all_go_on_after_any_failure(tmp_path, monkeypatch, capsys):
+    """An error of the system, one that nobody foresaw, one of memory; a folder and a broken link in a file's place."""
+    names = [name for name in RELEASED if RELEASED[name].task == "classification"][:6]
+    folder = tmp_path / "pth"
+    folder.mkdir()
+    (folder / RELEASED[names[0]].file).mkdir()
+    (folder / RELEASED[names[1]].file).symlink_to("nowhere")
+    (folder / "internimage_t_1k_224 (1).pth").touch()
+    for name in names[2:]:
+        (folder / RELEASED[name].file).write_bytes(b"x")
+    errors = dict(
+        zip(names[2:], (OSError(28, "No space left on device", "/x"), KeyError("k"), MemoryError(), None), strict=True)
+    )
+
+    def make_plan(source, arguments):
+        if error := errors[source.released.name]:
+            raise error
+        raise ConversionError("last")
+
+    monkeypatch.setitem(convert_all.PLANS, "classification", make_plan)
+    assert convert(convert_all, "--output", tmp_path / "out", "--source-folder", folder, "--only", *names) == 1
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 7 and all(line.startswith("error: ") for line in lines), lines
+    assert lines[-1] == f"error: 6 failed: {', '.join(names)}"
+    for line, name, message in zip(
+        lines, names, ("has neither model", "", "/x: No space left", "unexpected KeyError in test_convert.py", "memory", "last"), strict=False,
+    ):  # fmt: skip
+        assert line.startswith(f"error: {name}: ") and message in line
+    assert "1 entries" in captured.out and "internimage_t_1k_224 (1).pth" in captured.out
+    assert convert(convert_all, "--output", tmp_path / "out", "--source-folder", folder / "none") == 1
+    assert "--source-folder" in only_error(capsys)
+
+
+def test_reverse_takes_whole_classifiers_and_no_option_of_the_other_direction(converted, tmp_path, capsys):
+    folder = shutil.copytree(converted, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["classifier.bias"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert convert(classification, folder, "--output", tmp_path / "back.pth", "--reverse") == 1
+    assert "missing keys: classifier.bias" in capsys.readouterr().err and not (tmp_path / "back.pth").exists()
+    with pytest.raises(SystemExit):
+        convert(classification, folder, "--output", tmp_path / "back.pth", "--reverse", "--push-to-hub", "me/model")
+    assert "--push-to-hub" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------- downstream models
