@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from transformers.utils import logging
+
 from .conversion import Plan, convert, is_finished, read_report, settings_of, size_in_bytes
 from .errors import ConversionError, describe, listed
 from .hub import check_repository, push
@@ -98,15 +100,26 @@ def run(
 
 
 def main(action: Callable[[], None]) -> int:
-    """Runs a command; what goes wrong becomes one line and the status 1."""
+    """Runs a command; what goes wrong becomes one line and the status 1.
+
+    Progress bars are for terminals: elsewhere a bar that is cut short and the error would share a line.
+    """
+    terminal = sys.stderr.isatty()
+    hide = not terminal and logging.is_progress_bar_enabled()
+    start = "\n" if terminal else ""
+    if hide:
+        logging.disable_progress_bar()  # transformers' and huggingface_hub's
     try:
         action()
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        print(f"{start}error: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if sys.flags.dev_mode and not isinstance(error, ConversionError):
             raise
-        print(f"error: {describe(error)}", file=sys.stderr)
+        print(f"{start}error: {describe(error)}", file=sys.stderr)
         return 1
+    finally:
+        if hide:
+            logging.enable_progress_bar()
     return 0

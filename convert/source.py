@@ -150,8 +150,9 @@ def _download(repository: str, file: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(repository, file, revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        raise ConversionError(f"cannot download {file} of {repository}: {reason}") from error
+        # huggingface_hub speaks of the connection in general; its cause says what happened
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+        raise ConversionError(f"cannot download {file} of {repository}: {first_line(cause)}") from error
 
 
 _EMA = ("model_ema", "state_dict_ema", "ema_state_dict")
