@@ -57,7 +57,7 @@ def workplace(output: Path) -> Iterator[Path]:
         try:
             if lock is not None:
                 for leftover in _leftovers(output):
-                    shutil.rmtree(leftover)
+                    _remove(leftover)
             work = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
             (work / _MARKER).touch()
         except OSError as error:
@@ -65,7 +65,8 @@ def workplace(output: Path) -> Iterator[Path]:
         yield work
     finally:
         if work is not None:
-            shutil.rmtree(work, ignore_errors=True)  # if it fails, the next conversion tries again and says why
+            with contextlib.suppress(OSError):  # the next conversion tries again and says why it cannot
+                _remove(work)
         if lock is not None:
             _unlock(output, lock)
 
@@ -108,6 +109,14 @@ def _leftovers(output: Path) -> list[Path]:
         and not path.is_symlink()
         and ((path / _MARKER).is_file() or not any(path.iterdir()))
     ]
+
+
+def _remove(work: Path) -> None:
+    """The marker goes last: a removal that is killed is taken up by the next conversion."""
+    for path in work.iterdir():
+        if path.name != _MARKER:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(work)
 
 
 def _lock_file(output: Path) -> Path:
