@@ -10,7 +10,7 @@ from internimage_hf import InternImageBackbone, InternImageConfig
 from internimage_hf.checkpoint import BASE_MODEL_PREFIX, translate_config, translate_key
 
 from . import cli
-from .classification import translated
+from .classification import config_from, translated
 from .conversion import Plan
 from .source import Source, configuration_of
 
@@ -30,7 +30,7 @@ def backbone_config(source: Source, has_layer_scale: bool) -> InternImageConfig:
             for unrelated in ("num_labels", "architectures", "id2label", "label2id"):
                 fields.pop(unrelated, None)
             fields.pop("out_indices", None)
-            config = InternImageConfig(**fields)
+            config = config_from(source, fields)
         else:
             fields = {"drop_path_rate": source.released.drop_path_rate, "image_size": source.released.size}
             if source.released.task != "classification":

@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +33,14 @@ def translated(source: Source, tensors: dict[str, torch.Tensor]) -> dict[str, to
         raise ConversionError(f"{source.file}: {error}") from error
 
 
+def config_from(source: Source, fields: dict[str, Any]) -> InternImageConfig:
+    """The configuration of translated fields. transformers keeps a field that it does not know, as of a misspelt name."""
+    source.unknown_fields = sorted(
+        fields.keys() - InternImageConfig().to_dict().keys() - InternImageConfig().__dict__.keys()
+    )
+    return InternImageConfig(**fields)
+
+
 def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
     state_dict = translated(source, source.read(arguments.ema))
     if "classifier.weight" not in state_dict:
@@ -49,7 +58,7 @@ def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
                 fields.pop(derived, None)
             if source.released is not None:
                 fields.setdefault("image_size", source.released.size)
-            config = InternImageConfig(**{**fields, **names})
+            config = config_from(source, {**fields, **names})
         else:
             config = InternImageConfig.from_variant(
                 source.released.variant, **{"image_size": source.released.size, **names}

@@ -92,6 +92,8 @@ def run(
                     print(
                         f"left out of {source.file}: other parts ({len(source.left_out)}): {listed(source.left_out)}"
                     )
+                if source.unknown_fields:
+                    print(f"fields of the configuration without effect: {listed(source.unknown_fields)}")
                 if plan.ignored:
                     print(f"left out of {source.file}: tensors ({len(plan.ignored)}): {listed(plan.ignored)}")
                 print(f"wrote {output}")

@@ -118,7 +118,9 @@ def is_finished(output: Path, source: Source, settings: dict[str, Any], verify: 
         return False
     report = read_report(output)
     if report is None:
-        if output.is_dir() and not any(output.iterdir()):
+        if not output.is_dir():
+            raise ConversionError(f"{output} exists already and is not a folder")
+        if not any(output.iterdir()):
             return False
         raise ConversionError(f"{output} exists already and is not empty")
     recorded = report["source"]
@@ -207,6 +209,7 @@ def convert(
             "source_dtype": sorted(str(source)[6:] for source in sources),
             "ignored_entries": list(plan.ignored),
             "left_out": plan.source.left_out,
+            "unknown_config_fields": plan.source.unknown_fields,
             "internimage_hf": internimage_hf.__version__,
         }
         if verify:

@@ -32,6 +32,7 @@ class Source:
         config: the official fields, if they were given or lie beside the file.
         sha256: of the file.
         left_out: what the file holds beside the tensors that `read` returned, by name; filled by `read`.
+        unknown_fields: of `config`, which no model here has and which have no effect; filled by what builds the model's.
     """
 
     file: Path
@@ -39,6 +40,7 @@ class Source:
     config: dict[str, Any] | None
     sha256: str
     left_out: dict[str, str] = field(default_factory=dict)
+    unknown_fields: list[str] = field(default_factory=list)
 
     def read(self, ema: bool = False) -> dict[str, torch.Tensor]:
         tensors, self.left_out = read_tensors(self.file, ema)

@@ -297,7 +297,7 @@ def only_error(capsys) -> str:
     """What the last command said on stderr: one line."""
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    assert "Traceback" not in lines[0] and lines[0].isprintable()
+    assert "Traceback" not in lines[0] and "unexpected" not in lines[0] and lines[0].isprintable()
     return lines[0]
 
 
@@ -490,6 +490,32 @@ def test_a_file_of_another_kind_is_called_by_its_kind(content, message, tmp_path
     assert message in (error := only_error(capsys)) and "file.pth" in error
 
 
+def test_a_misspelt_field_of_the_configuration_is_told(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(T_LIKE[1].read_text()), "offset_scal": 2.0}))
+    source = FIXTURES / "t_like" / "checkpoint.pth"
+    for module in (classification, backbone):
+        output = tmp_path / module.__name__
+        assert convert(module, source, "--config", config, "--output", output) == 0
+        assert "fields of the configuration without effect: offset_scal\n" in capsys.readouterr().out
+        assert json.loads((output / REPORT).read_text())["unknown_config_fields"] == ["offset_scal"]
+
+
+def test_a_wrong_configuration_is_one_line(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    good = json.loads(T_LIKE[1].read_text())
+    for text in (
+        json.dumps({**good, "depths": "many"}), json.dumps({**good, "backbone": 3}), json.dumps({**good, "act_layer": []}),
+        "[1]", "{", "[" * 100_000, json.dumps({**good, "channels": 7}),
+    ):  # fmt: skip
+        config.write_text(text)
+        assert (
+            convert(backbone, FIXTURES / "t_like" / "checkpoint.pth", "--config", config, "--output", tmp_path / "o")
+            == 1
+        )
+        only_error(capsys)
+
+
 def test_prefixes_nesting_and_cache_links(tmp_path):
     """`module.` of data-parallel training, a state dict within one, and a file of the cache: a link to a name without suffix."""
     (tmp_path / "blobs").mkdir()
@@ -661,6 +687,7 @@ def test_a_damaged_folder_is_not_finished(kind, converted, tmp_path, capsys):
 def test_a_folder_of_another_source_or_of_other_settings_is_not_finished(converted, tmp_path, monkeypatch, capsys):
     """Nor is it uploaded under the other's name."""
     monkeypatch.setattr(cli, "push", lambda *arguments: pytest.fail("uploaded"))
+    converted = shutil.copytree(converted, tmp_path / "model")
     checkpoint = FIXTURES / "t_like" / "checkpoint.pth"
     other_config = tmp_path / "config.json"
     other_config.write_text(json.dumps({**json.loads(T_LIKE[1].read_text()), "drop_path_rate": 0.3}))
@@ -1074,20 +1101,6 @@ def test_upload_killed_half_way(hub, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("token", "forbid", "message"),
-    [(None, False, "HF_TOKEN"), ("hf_bad", False, "HF_TOKEN"), ("hf_good", True, "may not write")],
-)
-def test_missing_token_or_permission(hub, tmp_path, token, forbid, message):
-    hub.forbid = forbid
-    shutil.copytree(FIXTURES / "t_like", tmp_path / "source")
-    status, _, err = run_converter(
-        hub, tmp_path, *SOURCE, "--output", tmp_path / "model", "--push-to-hub", "somebody/refused", token=token
-    )
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == 1 and len(lines) == 1 and message in lines[0] and "Traceback" not in err
-
-
 @pytest.fixture
 def hub_here(hub, monkeypatch, tmp_path):
     """The hub for this very process, whose own retries wait for nothing."""
@@ -1105,6 +1118,18 @@ def hub_here(hub, monkeypatch, tmp_path):
     _http.close_session()
     yield hub
     _http.close_session()
+
+
+@pytest.mark.parametrize(
+    ("token", "forbid", "message"),
+    [(None, False, "HF_TOKEN"), ("hf_bad", False, "HF_TOKEN"), ("hf_good", True, "may not write")],
+)
+def test_missing_token_or_permission(hub_here, converted, monkeypatch, capsys, token, forbid, message):
+    hub_here.forbid = forbid
+    monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
+    push_it = ["--output", converted, "--push-to-hub", "somebody/refused"]
+    assert convert(classification, *SOURCE, *push_it) == 1
+    assert message in only_error(capsys)
 
 
 CREATE, PREUPLOAD, BATCH, PUT, COMMIT = r"/repos/create", r"/preupload/", r"/objects/batch", r"^PUT /lfs/", r"/commit/"
