@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -103,6 +104,23 @@ def read_image(source: object, name: str | None = None) -> Image.Image:
     return image.convert("RGB")
 
 
+def _metadata_behind_pixels(png: BinaryIO) -> bool:
+    """Whether a PNG, opened and read as far as its first pixels, has a chunk with an orientation behind them."""
+    start, pixels = png.tell(), False
+    png.seek(8)
+    while len(head := png.read(8)) == 8:
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        pixels |= kind == b"IDAT"
+        name = png.read(min(length, 32)) if pixels and kind in (b"tEXt", b"zTXt", b"iTXt") else b""
+        if (pixels and kind == b"eXIf") or name.startswith((b"Raw profile type exif", b"XML:com.adobe.xmp")):
+            break
+        png.seek(length + 4 - len(name), os.SEEK_CUR)
+    else:
+        head = b""
+    png.seek(start)
+    return bool(head)
+
+
 def upright_size(source: object, name: str | None = None) -> tuple[int, int]:
     """Width and height of an image after it is turned upright, from the file's head where that is enough.
 
@@ -115,7 +133,10 @@ def upright_size(source: object, name: str | None = None) -> tuple[int, int]:
         return open_image(source, name).size
     try:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else path) as image:
-            turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+            # Pillow decodes all of a PNG to look for an orientation behind its pixels
+            behind = image.format != "PNG" or _metadata_behind_pixels(image.fp)
+            exif = image.getexif() if behind else Image.Image.getexif(image)
+            turned = exif.get(0x0112) in (5, 6, 7, 8)
             return image.size[::-1] if turned else image.size
     except Exception:
         return open_image(source, name).size  # says what is wrong with it
@@ -628,14 +649,17 @@ class Part:
         images: how many; None if they are streamed and were not counted.
         counts: of images or objects per class; None if they were not counted.
         unit: what `counts` counts.
+        empty: how many of the images have none of it.
     """
 
     images: int | None
     counts: dict[str, int] | None = None
     unit: str = "images"
+    empty: int = 0
 
     def __str__(self) -> str:
         images = "streamed, not counted" if self.images is None else f"{self.images} images"
+        images += f", {self.empty} of them without {self.unit}" if self.empty else ""
         return images if self.counts is None else f"{images}; {counted(self.counts, self.unit)}"
 
 
@@ -671,7 +695,7 @@ class Account:
             "layout": self.data.layout,
             "classes": list(self.classes),
             "parts": {
-                name: {"images": part.images, "per class": part.counts, "unit": part.unit}
+                name: {"images": part.images, "per class": part.counts, "unit": part.unit, "empty": part.empty}
                 for name, part in self.parts.items()
             },
             "left out": {

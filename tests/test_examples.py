@@ -126,7 +126,7 @@ def check_unchanged(folder: Path, again: Path) -> None:
 
 
 @pytest.mark.parametrize("head", ["rt_detr", "deformable_detr", pytest.param("detr", marks=pytest.mark.slow)])
-def test_detection_on_a_coco_folder(programs, coco_folder, tmp_path, head):
+def test_detection_on_a_coco_folder(programs, coco_folder, tmp_path, capsys, head):
     flags = [
         "--dataset", coco_folder, "--head", head, "--head_config_overrides", json.dumps(SMALL_HEADS[head]),
         "--image_size", 64, "--output_dir", tmp_path, *FEW_STEPS,
@@ -134,6 +134,12 @@ def test_detection_on_a_coco_folder(programs, coco_folder, tmp_path, head):
     metrics = run_main(programs.object_detection, *flags)
     assert {"eval_map", "eval_map_50", "eval_map_75", "eval_mar_100", "eval_loss"} <= set(metrics)
     check_outputs(tmp_path, metrics, "eval_map")
+    account = json.loads((tmp_path / "data.json").read_text())
+    assert (
+        account["parts"]["train"]["unit"] == "objects" and account["left out"]["crowds, not trained on"]["count"] > 0
+    )
+    output = capsys.readouterr().out
+    assert "9 images, 1 of them without objects; objects per class: the 0" in output.partition("train_loss")[0]
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["id2label"] == {str(i): f"the {i}" for i in range(10)}
     check_resume(programs.object_detection, flags, tmp_path)
@@ -178,13 +184,15 @@ def test_coco_metrics_of_the_truth_are_perfect(programs, coco_folder):
     """Through the model's own terms: fractions of a padded batch, from which `detect` must find the way back."""
     detection = programs.object_detection
     data = detection.DetectionDataArguments(dataset=str(coco_folder))
-    train, evaluation, labels = detection.load_splits(data, seed=0)
+    train, evaluation, account = detection.load_splits(data, seed=0)
+    labels = account.classes
     assert labels == [f"the {i}" for i in range(10)] and len(train) == 9 and len(evaluation) == 4
     assert evaluation[1]["objects"]["bbox"] == [] and set(evaluation[2]["objects"]["iscrowd"]) == {1}
     processor = detection.HEADS["deformable_detr"].processor(size={"shortest_edge": 48, "longest_edge": 80})
     examples = [dict(evaluation[i]) for i in range(4)]
     for example in examples[::2]:
-        example["image"] = example["image"].rotate(90, expand=True)  # the batch is padded in both directions
+        # the batch is padded in both directions
+        example["image"] = programs.data.read_image(example["image"]).rotate(90, expand=True)
         example["objects"] = dict(example["objects"])
         height = example["image"].height
         example["objects"]["bbox"] = [[y, height - x - w, h, w] for x, y, w, h in example["objects"]["bbox"]]
@@ -203,19 +211,11 @@ def test_coco_metrics_of_the_truth_are_perfect(programs, coco_folder):
             for one in found
         ]
     )  # fmt: skip
-
-    class Rotated(list):
-        def select_columns(self, names):
-            return self
-
-    metrics = detection.CocoMetrics(Rotated(examples), labels)(
-        SimpleNamespace(predictions=rows, label_ids=np.arange(4))
-    )
+    truth = [example["objects"] for example in examples]
+    metrics = detection.CocoMetrics(truth, labels)(SimpleNamespace(predictions=rows, label_ids=np.arange(4)))
     assert metrics["map"] == pytest.approx(1.0) and metrics["mar_100"] == pytest.approx(1.0)
     rows[..., :4] += 1000
-    metrics = detection.CocoMetrics(Rotated(examples), labels)(
-        SimpleNamespace(predictions=rows, label_ids=np.arange(4))
-    )
+    metrics = detection.CocoMetrics(truth, labels)(SimpleNamespace(predictions=rows, label_ids=np.arange(4)))
     assert metrics["map"] == 0.0
 
 
@@ -230,11 +230,11 @@ def test_detection_splits_of_an_imagefolder(programs, scenes, tmp_path):
             file.write(json.dumps(row) + "\n")
     detection = programs.object_detection
     data = detection.DetectionDataArguments(dataset=str(tmp_path), box_format="xyxy", eval_fraction=1 / 3)
-    train, evaluation, labels = detection.load_splits(data, seed=0)
-    assert labels == ["even", "odd"] and len(train) == 6 and len(evaluation) == 3
-    found = sorted(box for part in (train, evaluation) for row in part for box in row["objects"]["bbox"])
+    train, evaluation, account = detection.load_splits(data, seed=0)
+    assert account.classes == ["even", "odd"] and len(train) == 6 and len(evaluation) == 3
+    found = sorted(box for part in (train, evaluation) for row in part.objects["objects"] for box in row["bbox"])
     assert found == sorted(box for scene in scenes["train"] for box in scene["objects"]["bbox"])
-    assert {c for row in train for c in row["objects"]["category"]} <= {0, 1}
+    assert {c for row in train.objects["objects"] for c in row["category"]} <= {0, 1}
     assert train[0]["objects"]["area"][0] == np.prod(train[0]["objects"]["bbox"][0][2:])
 
 

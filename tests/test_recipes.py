@@ -193,6 +193,26 @@ def test_segmentation(name):
     assert rates[steps // 2] == pytest.approx(lr / 2, rel=0.02)
 
 
+@pytest.mark.parametrize("name", DETECTION)
+def test_detection_starts(name, coco_folder, tmp_path):
+    """One step on small images, with a small backbone and a small head; all else is the recipe's."""
+    small = {
+        "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_queries": 8, "two_stage_num_proposals": 8,
+    }  # fmt: skip
+    recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    flags = {
+        "dataset": coco_folder, "backbone": FIXTURES / "hf_t_like", "image_size": 64, "output_dir": tmp_path, "max_steps": 1,
+        "picture_samples": 1, "head_config_overrides": json.dumps({**recipe["head_config_overrides"], **small}),
+    }  # fmt: skip
+    program = importlib.import_module("object_detection")
+    metrics = program.main(
+        [str(RECIPES / f"{name}.yaml"), *(f"--{flag}={value}" for flag, value in flags.items()), "--use_cpu"]
+    )
+    assert math.isfinite(metrics["eval_loss"]) and metrics["eval_map"] >= 0
+    assert (tmp_path / "model.safetensors").is_file()
+
+
 def test_flags_override_a_recipe():
     _, model, training = parse(
         "imagenet1k_t", "--num_train_epochs", "100", "--drop_path_rate=0.2", "--per_device_train_batch_size", "64"

@@ -1,0 +1,381 @@
+"""COCO's format: a JSON file for each split with images, categories, and annotations that name both by their ids."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data import EVAL_NAMES, METADATA, InputError, LeftOut, find_images
+
+
+IN_FOLDER = "_annotations.coco.json"  # among the images, as Roboflow writes it
+
+
+@dataclass(slots=True)
+class Annotation:
+    """One object as its file has it, unchecked but for the category.
+
+    Attributes:
+        name: in messages, such as "annotation 12".
+        category: the number of its class; None if it has none.
+        bbox, area, iscrowd: as they are.
+    """
+
+    name: str
+    category: int | None
+    bbox: object
+    area: object = None
+    iscrowd: object = None
+
+
+@dataclass
+class CocoImage:
+    """An image and its objects; `width` and `height` as the file has them, unchecked."""
+
+    path: Path
+    width: object
+    height: object
+    annotations: list[Annotation] = field(default_factory=list)
+
+
+@dataclass
+class CocoData:
+    """What a folder in COCO's format holds.
+
+    Attributes:
+        splits: the images of each annotation file that is used, by its name relative to the folder.
+        train, evaluation: the names of the splits; `evaluation` is None if there is none.
+        classes: names of all categories of all annotation files, used or not, in the order of their ids.
+        layout: what was taken for what, in words.
+        left_out: files and annotations that are in no split.
+        warnings: what does not fit together.
+    """
+
+    splits: dict[str, list[CocoImage]]
+    train: str
+    evaluation: str | None
+    classes: list[str]
+    layout: str
+    left_out: LeftOut
+    warnings: list[str]
+
+
+def load_coco(
+    root: Path,
+    train_annotations: str | None = None,
+    train_images: str | None = None,
+    eval_annotations: str | None = None,
+    eval_images: str | None = None,
+    train_split: str | None = None,
+    eval_split: str | None = None,
+) -> CocoData | None:
+    """Reads `annotations/instances_SPLIT.json` with images in `SPLIT/`, or `SPLIT/_annotations.coco.json` among the images.
+
+    A category is known by its name: the files may number theirs differently. Ids of images and categories are matched as they
+    are spelled: 10 and "10" are one id.
+
+    Args:
+        root: the folder.
+        train_annotations, eval_annotations: annotation files, relative to it; otherwise the one whose split begins with
+            "train", and the one that begins with "val", "dev", "test" or "eval", in this order.
+        train_images, eval_images: folders of the images, likewise.
+        train_split, eval_split: names of splits, which are chosen among what is found.
+
+    Returns:
+        None if there are no annotation files.
+
+    Raises:
+        InputError: if a file, a folder or an image is absent, a choice is ambiguous, or a file's content is not in COCO's
+            format.
+    """
+    files = {_relative(file, root): file for file in sorted(root.glob("annotations/instances_*.json"))}
+    files |= {_relative(file, root): file for file in sorted(root.glob(f"*/{IN_FOLDER}"))}
+    if not files and train_annotations is None and eval_annotations is None:
+        return None
+    train = _choose(root, files, "train", train_annotations, train_split, ("train",))
+    evaluation = _choose(root, files, "eval", eval_annotations, eval_split, EVAL_NAMES)
+    if train is None:
+        raise InputError(
+            f"--dataset {root} has no annotations to train on, only {', '.join(files)}; name the file by --train_annotations"
+        )
+    if train == evaluation:
+        raise InputError(f"--dataset {root}: {train} is to be both trained and evaluated on; two files were expected")
+    used = [name for name in (train, evaluation) if name is not None]
+    folders = {
+        train: _images_folder(root, files[train], train_images, "train"),
+        evaluation: evaluation and _images_folder(root, files[evaluation], eval_images, "eval"),
+    }
+    contents = {name: _read(files[name]) for name in (*used, *(name for name in files if name not in used))}
+
+    left_out, warnings, splits = LeftOut(), [], {}
+    classes, numbers = _classes(files, contents, warnings)
+    for name in used:
+        images = _images(files[name], folders[name], root, contents[name])
+        _annotate(files[name], contents[name], images, numbers[name], left_out, warnings)
+        splits[name] = list(images.values())
+    layout = "COCO annotations in " + " and ".join(
+        f"{name} (images in {_relative(folders[name], root)})" for name in used
+    )
+    named = {os.path.normpath(image.path) for images in splits.values() for image in images}
+    for name, content in contents.items():
+        if name not in used:
+            layout += f"; {name} ({len(content['images'])} images) is not used"
+            for image in content["images"]:
+                for folder in folders.values():
+                    if folder is not None and isinstance(image.get("file_name"), str):
+                        named.update(map(os.path.normpath, _places(image["file_name"], folder, root)))
+    expected = {*METADATA, IN_FOLDER, *(file.name for file in files.values())}
+    _count_unnamed({folder for folder in folders.values() if folder is not None}, named, expected, left_out)
+    return CocoData(splits, train, evaluation, classes, layout, left_out, warnings)
+
+
+# --------------------------------------------------------------------------------------------------- which files are meant
+
+
+def _choose(
+    root: Path, files: dict[str, Path], flag: str, file: str | None, split: str | None, words: Iterable[str]
+) -> str | None:
+    """The name of the annotation file of a split; one that a flag names is added to `files`."""
+    if file is not None:
+        if not (root / file).is_file():
+            raise InputError(f"--{flag}_annotations {file} is not a file in {root}")
+        name = _relative(root / file, root)
+        files[name] = root / file
+        return name
+    if split is not None and split != "all":
+        found = [name for name, path in files.items() if split in (_split_of(path), name)]
+        if not found:
+            raise InputError(
+                f"--{flag}_split {split} is not a split of --dataset {root}, which has {', '.join(map(_split_of, files.values()))}"
+            )
+    else:
+        by_word = ([n for n, path in files.items() if _split_of(path).lower().startswith(word)] for word in words)
+        found = next((names for names in by_word if names), [])
+    if len(found) > 1:
+        raise InputError(
+            f"{root} has several annotations for {'train' if flag == 'train' else 'validation'}, name one by "
+            f"--{flag}_annotations: {', '.join(found)}"
+        )
+    return found[0] if found else None
+
+
+def _split_of(file: Path) -> str:
+    return file.parent.name if file.name == IN_FOLDER else file.stem.removeprefix("instances_")
+
+
+def _images_folder(root: Path, file: Path, named: str | None, flag: str) -> Path:
+    if named is not None:
+        folder = root / named
+    elif file.parent.name == "annotations":
+        folder = root / _split_of(file)
+    else:
+        folder = file.parent
+    if not folder.is_dir():
+        raise InputError(f"the images of {file} are expected in {folder}; name their folder by --{flag}_images")
+    return folder
+
+
+def _relative(path: Path, root: Path) -> str:
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+
+def _places(name: str, folder: Path, root: Path) -> list[Path]:
+    """Where an image may lie: `file_name` is relative to the images' folder, or to the folder of all."""
+    name = name.replace("\\", "/")
+    return [folder / name, root / name]
+
+
+def _count_unnamed(folders: set[Path], named: set[str], expected: set[str], left_out: LeftOut) -> None:
+    for folder in sorted(folders):
+        if not any(other != folder and folder.is_relative_to(other) for other in folders):
+            for image in find_images(folder, left_out, expected):
+                if os.path.normpath(folder / image) not in named:
+                    left_out.add("images that no annotation file names", folder / image)
+
+
+# ------------------------------------------------------------------------------------------------------------- their content
+
+
+def _read(file: Path) -> dict[str, list[dict]]:
+    """The lists `images`, `annotations` and `categories` of a file; a list that is null is empty."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is not in COCO's format: it is a {type(content).__name__}, an object was expected")
+    if missing := {"images", "annotations", "categories"} - set(content):
+        raise InputError(f"{file} is not in COCO's format: it has no {', '.join(sorted(missing))}")
+    result = {}
+    for key in ("images", "annotations", "categories"):
+        entries = content[key] if content[key] is not None else []
+        if not isinstance(entries, list):
+            raise InputError(f"{file}: {key} is a {type(entries).__name__}, a list was expected")
+        for index, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise InputError(f"{file}: {key}[{index}] is a {type(entry).__name__}, an object was expected")
+        result[key] = entries
+    return result
+
+
+def _id(entry: dict, key: str, where: str) -> str:
+    """An id as it is spelled: that of 10, 10.0 and "10" is "10"."""
+    value = entry.get(key)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise InputError(f"{where}: {key} is {value!r}, a whole number or a text was expected")
+    return str(value)
+
+
+def _text(entry: dict, key: str, where: str) -> str:
+    value = entry.get(key)
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{where}: {key} is {value!r}, a text was expected")
+    return value
+
+
+def _is_text(entry: dict, key: str) -> bool:
+    return isinstance(entry[key], str)
+
+
+def _order(ids: Iterable[str]):
+    """The key to sort ids by: as numbers if all are."""
+    return int if all(identifier.removeprefix("-").isdecimal() for identifier in ids) else str
+
+
+def _classes(
+    files: dict[str, Path], contents: dict[str, dict], warnings: list[str]
+) -> tuple[list[str], dict[str, dict[str, int]]]:
+    """The names of the categories of all files, and the class numbers of each file's category ids."""
+    by_file: dict[str, dict[str, str]] = {}
+    repeated = set()
+    for name, content in contents.items():
+        names = by_file.setdefault(name, {})
+        for index, category in enumerate(content["categories"]):
+            where = f"{files[name]}: categories[{index}]"
+            identifier = _id(category, "id", where)
+            text = _id(category, "name", where)  # some number their categories and give no other name
+            if names.setdefault(identifier, text) != text:
+                raise InputError(f"{where}: the id {identifier} has two names, {names[identifier]} and {text}")
+        repeated |= {text for text, count in Counter(names.values()).items() if count > 1}
+    first, of_id = {}, {}
+    for names in by_file.values():
+        for identifier, text in names.items():
+            names[identifier] = f"{text} ({identifier})" if text in repeated else text
+            first.setdefault(names[identifier], identifier)
+            if of_id.setdefault(identifier, names[identifier]) != names[identifier]:
+                of_id[identifier] += f" and {names[identifier]}"
+                warnings.append(
+                    f"the category id {identifier} is {of_id[identifier]} in different annotation files: categories are "
+                    "matched by name"
+                )
+    order = _order(first.values())
+    classes = sorted(first, key=lambda text: order(first[text]))
+    number = {text: index for index, text in enumerate(classes)}
+    return classes, {name: {i: number[text] for i, text in names.items()} for name, names in by_file.items()}
+
+
+def _images(file: Path, folder: Path, root: Path, content: dict) -> dict[str, CocoImage]:
+    """The images of a file by their ids."""
+    images, of_path, missing = {}, {}, []
+    for index, entry in enumerate(content["images"]):
+        where = f"{file}: images[{index}]"
+        name, identifier = _text(entry, "file_name", where), _id(entry, "id", where)
+        path = next((path for path in _places(name, folder, root) if path.is_file()), None)
+        if path is None:
+            missing.append(name)
+            continue
+        if identifier in images:
+            raise InputError(f"{where}: the id {identifier} is also that of {images[identifier].path}")
+        key = os.path.normpath(path)
+        if key in of_path:
+            raise InputError(f"{where}: {path} is listed twice, with the ids {of_path[key]} and {identifier}")
+        of_path[key] = identifier
+        images[identifier] = CocoImage(path, entry.get("width"), entry.get("height"))
+    if missing:
+        raise InputError(
+            f"{file} names {len(missing)} images which are not in {folder} (of {len(content['images'])}): "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
+    if not images:
+        raise InputError(f"{file} lists no images")
+    return images
+
+
+def _annotate(
+    file: Path,
+    content: dict,
+    images: dict[str, CocoImage],
+    numbers: dict[str, int],
+    left_out: LeftOut,
+    warnings: list[str],
+) -> None:
+    """Gives the images their annotations.
+
+    Raises:
+        InputError: if there are none, or an image or a category that an annotation names is not in the file.
+    """
+    entries, seen, repeated, unknown, unmatched = content["annotations"], {}, [], [], []
+    as_text = {
+        key: {_id(entry, "id", key): _is_text(entry, "id") for entry in content[key]}
+        for key in ("images", "categories")
+    }
+    respelled = Counter()
+    for index, entry in enumerate(entries):
+        name = f"annotation {entry['id']}" if entry.get("id") is not None else f"annotations[{index}]"
+        image, category = (_id(entry, key, f"{file}: {name}") for key in ("image_id", "category_id"))
+        if image not in images:
+            unmatched.append((name, image))
+            continue
+        if category not in numbers:
+            unknown.append((name, category))
+            continue
+        respelled["image"] += _is_text(entry, "image_id") != as_text["images"][image]
+        respelled["category"] += _is_text(entry, "category_id") != as_text["categories"][category]
+        if entry.get("id") is not None:
+            what = (image, category, repr(entry.get("bbox")))
+            if name not in seen:
+                seen[name] = what
+            elif seen[name] == what:
+                left_out.add("annotations that are listed twice", f"{file.name}: {name}")
+                continue
+            else:
+                repeated.append(name)
+        images[image].annotations.append(
+            Annotation(name, numbers[category], entry.get("bbox"), entry.get("area"), entry.get("iscrowd"))
+        )
+    if unknown:
+        raise InputError(
+            f"{file}: {unknown[0][0]}: category_id {unknown[0][1]} is none of its {len(numbers)} categories "
+            f"({', '.join(list(numbers)[:8])}){_more(unknown, 'such annotations')}"
+        )
+    if len(unmatched) == len(entries):
+        ids = ", ".join(list(images)[:3])
+        raise InputError(
+            f"{file}: none of its {len(entries)} annotations names one of its {len(images)} images"
+            + (f": image_id is {unmatched[0][1]} in {unmatched[0][0]}, and id {ids}, ... in images" if entries else "")
+        )
+    for name, _ in unmatched:
+        left_out.add(f"annotations of images that {file.name} does not list", name)
+    if unmatched:
+        warnings.append(
+            f"{file}: {len(unmatched)} of its {len(entries)} annotations are of images that it does not list, such as "
+            f"{unmatched[0][0]} of the image {unmatched[0][1]}"
+        )
+    for kind, count in respelled.items():
+        if count:
+            warnings.append(
+                f"{file}: the {kind} ids are text in one list and numbers in the other for {count} annotations; they are "
+                "matched as they are spelled"
+            )
+    if repeated:
+        warnings.append(
+            f"{file}: {len(repeated)} annotations have the id of another one, such as {repeated[0]}; all are used"
+        )
+
+
+def _more(found: list, what: str) -> str:
+    return f"; there are {len(found)} {what}" if len(found) > 1 else ""

@@ -1,0 +1,522 @@
+"""Data sets for detectors: images with boxes, from COCO's format, metadata files or the Hub, checked and counted."""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from coco import Annotation, CocoImage, load_coco
+from common import HeadDataArguments, check_column
+from data import (
+    Account,
+    Data,
+    InputError,
+    LeftOut,
+    Part,
+    chosen_splits,
+    encode_labels,
+    file_name,
+    load_data,
+    read_image,
+    train_and_evaluation,
+    undecoded,
+    upright_size,
+)
+from PIL import Image
+
+
+EMBEDDED_TRAIN, EMBEDDED_EVAL, EMBEDDED_SIZE = 800, 100, 96  # scenes, scenes, pixels
+TOLERANCE = 2  # pixels that a box may reach beyond its image without a word
+CATEGORY_FIELDS = ("category", "categories", "label", "labels", "category_id")
+COCO_FLAGS = ("train_annotations", "train_images", "eval_annotations", "eval_images")
+COLUMN_FLAGS = ("image_column", "objects_column")
+
+
+@dataclass
+class DetectionDataArguments(HeadDataArguments):
+    dataset: str = field(
+        default="digits",
+        metadata={"help": "a folder in COCO's format, or with metadata, the id of a dataset on the Hub, or `digits`"},
+    )
+    train_annotations: str | None = field(
+        default=None, metadata={"help": "COCO annotations of the training images, relative to the folder"}
+    )
+    train_images: str | None = field(default=None, metadata={"help": "folder of the training images, likewise"})
+    eval_annotations: str | None = field(
+        default=None, metadata={"help": "COCO annotations of the evaluation images, likewise"}
+    )
+    eval_images: str | None = field(default=None, metadata={"help": "folder of the evaluation images, likewise"})
+    objects_column: str = field(default="objects", metadata={"help": "column of the boxes and categories"})
+    box_format: str = field(
+        default="xywh",
+        metadata={
+            "help": "boxes of the data set: left, top, width, height; or left, top, right, bottom; in pixels",
+            "choices": ["xywh", "xyxy"],
+        },
+    )
+    leave_out_mismatched: bool = field(
+        default=False,
+        metadata={
+            "help": "leave out images that are not of the width and height that the data set records for them, which are "
+            "an error otherwise: where their boxes lie is not known"
+        },
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "side of the square that RT-DETR sees, shortest side for the others; 640 and 800 if absent"},
+    )
+    random_crop_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "smallest part of an image's area that a random training crop has, 1 for none; 0.5, digits 1; "
+            "objects of which a crop shows less than 30 % are not in it"
+        },
+    )
+
+
+class Detections(torch.utils.data.Dataset):
+    """Images and their objects.
+
+    An example has the `image` as `datasets.Image(decode=False)` gives it; its `name` in messages; an `image_id`, counted from
+    0; and `objects`: lists of `bbox` (left, top, width, height in pixels), `category` (counted from 0), `area` and `iscrowd`.
+    """
+
+    def __init__(self, images: datasets.Dataset, objects: datasets.Dataset, name: str):
+        self.images, self.objects, self.name = images, objects, name
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        image, objects = self.images[index]["image"], self.objects[index]["objects"]
+        return {"image": image, "name": _image_name(image, index, self.name), "image_id": index, "objects": objects}
+
+
+def _image_name(image: object, index: int, part: str) -> str:
+    """How messages name an image: its file, or its place where the data set does not keep files' names."""
+    path = image.get("path") if isinstance(image, dict) else None
+    return path or f"image {index} of {part}"
+
+
+def load_splits(arguments: DetectionDataArguments, seed: int) -> tuple[Detections, Detections, Account]:
+    """The images to train and to evaluate on, and the account of them; `Account.classes` are the categories' names.
+
+    Raises:
+        InputError: if the data set cannot be used: see `load_coco` and `data.load_data`; an object is not a box within its
+            image of a category; or there are no objects.
+    """
+    root, coco = Path(arguments.dataset), None
+    if arguments.dataset != "digits" and root.is_dir():
+        files = (getattr(arguments, flag) for flag in COCO_FLAGS)
+        coco = load_coco(root, *files, arguments.train_split, arguments.eval_split)
+    other = COLUMN_FLAGS if coco is not None else COCO_FLAGS
+    for flag in other:
+        if getattr(arguments, flag) != getattr(DetectionDataArguments, flag):
+            raise InputError(
+                f"--{flag} is for {'data sets with columns' if coco is not None else 'COCO annotations in a folder'}; "
+                f"--dataset {arguments.dataset} has {'COCO annotations' if coco is not None else 'none'}"
+            )
+    if coco is not None:
+        data = Data(arguments.dataset, coco.layout, {}, coco.left_out)
+        for name, images in coco.splits.items():
+            data.splits[name] = _coco_split(name, images, coco.classes, arguments.box_format, data)
+        classes, warnings = coco.classes, coco.warnings
+        arguments = replace(arguments, train_split=coco.train, eval_split=coco.evaluation)
+    else:
+        data, warnings = _load_columns(arguments), []
+        classes = _uniform_columns(data, arguments)
+    parts = train_and_evaluation(data, arguments, seed)
+    result, lines = {}, {}
+    for name, part in parts.items():
+        result[name] = _fit_to_images(name, part, classes, arguments, data, warnings)
+        lines[name] = _count(name, result[name], classes, data)
+    return result["train"], result["evaluation"], Account(data, classes, lines, warnings)
+
+
+def _features(classes: list[str]) -> datasets.Features:
+    return datasets.Features(
+        {
+            "objects": {
+                "bbox": datasets.List(datasets.List(datasets.Value("float32"), length=4)),
+                "category": datasets.List(datasets.ClassLabel(names=classes)),
+                "area": datasets.List(datasets.Value("float32")),
+                "iscrowd": datasets.List(datasets.Value("int64")),
+            }
+        }
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ single objects
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9  # not NaN either
+
+
+def _checked(
+    annotations: Iterable[Annotation], where: Callable[[], str], classes: list[str], box_format: str, left_out: LeftOut
+) -> dict[str, list]:
+    """An image's objects as lists of boxes (left, top, width, height), categories, areas and crowds.
+
+    Objects without a box, or with one of no width or no height, are left out.
+
+    Raises:
+        InputError: if a field is not what it should be.
+    """
+    objects = {"bbox": [], "category": [], "area": [], "iscrowd": []}
+    for annotation in annotations:
+
+        def wrong(key: str, value: object, expected: str, annotation=annotation):
+            return InputError(f"{where()}: {annotation.name}: {key} is {value!r}; {expected}")
+
+        box, category, area, crowd = annotation.bbox, annotation.category, annotation.area, annotation.iscrowd
+        if box is None or (isinstance(box, (list, tuple)) and not box):
+            left_out.add("objects without a box", f"{where()}: {annotation.name}")
+            continue
+        if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(_number, box)):
+            raise wrong("bbox", box, "four finite numbers were expected")
+        x, y, width, height = map(float, box)
+        if box_format == "xyxy":
+            width, height = width - x, height - y
+        if width < 0 or height < 0:
+            other = "xyxy" if box_format == "xywh" else "xywh"
+            terms = "left, top, width, height" if box_format == "xywh" else "left, top, right, bottom"
+            raise wrong("bbox", box, f"{terms} were expected, which gives a box of {width:g} x {height:g}; --box_format "
+                        f"{other} is for the other order")  # fmt: skip
+        if width == 0 or height == 0:
+            left_out.add("objects with a box of no width or height", f"{where()}: {annotation.name}")
+            continue
+        if not isinstance(category, int) or not 0 <= category < len(classes):
+            raise wrong("category", category, "a category was expected")
+        if area is None:
+            area = width * height
+        elif not _number(area) or area < 0:
+            raise wrong("area", area, "a number of pixels, or null, was expected")
+        if crowd is None:
+            crowd = 0
+        elif crowd not in (0, 1):  # also true and false
+            raise wrong("iscrowd", crowd, "0, 1 or null was expected")
+        objects["bbox"].append([x, y, width, height])
+        objects["category"].append(category)
+        objects["area"].append(float(area))
+        objects["iscrowd"].append(int(crowd))
+    return objects
+
+
+def _checked_side(value: object, where: Callable[[], str], key: str) -> int | None:
+    if value is None:
+        return None
+    if not _number(value) or value != int(value):
+        raise InputError(f"{where()}: {key} is {value!r}; a whole number of pixels, or null, was expected")
+    return int(value)
+
+
+# ------------------------------------------------------------------------------------------------------- where they come from
+
+
+def _coco_split(
+    file: str, images: list[CocoImage], classes: list[str], box_format: str, data: Data
+) -> datasets.Dataset:
+    """A split with the columns `image`, `width`, `height` (null where they are not recorded) and `objects`."""
+    columns = {"image": [], "width": [], "height": [], "objects": []}
+    for image in images:
+        columns["image"].append(str(image.path))
+        for key in ("width", "height"):
+            columns[key].append(_checked_side(getattr(image, key), lambda image=image: f"{file}: {image.path}", key))
+        columns["objects"].append(
+            _checked(image.annotations, lambda: f"{data.name}/{file}", classes, box_format, data.left_out)
+        )
+    features = {
+        "image": datasets.Image(decode=False),
+        "width": datasets.Value("int64"),
+        "height": datasets.Value("int64"),
+    }
+    return datasets.Dataset.from_dict(columns, features=datasets.Features({**features, **_features(classes)}))
+
+
+def _load_columns(arguments: DetectionDataArguments) -> Data:
+    """The embedded data, metadata in a folder, or a data set of the Hub."""
+    if arguments.dataset == "digits":
+        from embedded_data import load_digit_scenes
+
+        def scenes(most: int, limit: int | None) -> int:
+            return most if limit is None else max(1, min(most, limit))
+
+        splits = load_digit_scenes(
+            train=scenes(EMBEDDED_TRAIN, arguments.max_train_samples),
+            evaluation=scenes(EMBEDDED_EVAL, arguments.max_eval_samples),
+            size=EMBEDDED_SIZE,
+        )
+        return Data("digits", "handwritten digits on photographs", {n: undecoded(s) for n, s in splits.items()})
+    try:
+        return load_data(arguments, class_folders=False)
+    except InputError as error:
+        if not Path(arguments.dataset).is_dir():
+            raise
+        raise InputError(
+            f"{error}; COCO annotations were looked for in annotations/instances_*.json and */_annotations.coco.json, "
+            "--train_annotations names others"
+        ) from error
+
+
+def _uniform_columns(data: Data, arguments: DetectionDataArguments) -> list[str]:
+    """Makes the splits that are used like those of `_coco_split`, and returns the names of the categories of all splits."""
+    image_column, column = arguments.image_column, arguments.objects_column
+    used = [name for name in chosen_splits(data.splits, arguments) if name is not None]
+    for name, flag in ((image_column, "image_column"), (column, "objects_column")):
+        check_column(Data(data.name, data.layout, {split: data.splits[split] for split in used}), name, flag)
+    found, kinds = {}, {}
+    for name, split in data.splits.items():
+        if column in split.column_names:
+            kinds[name], found[name] = _annotations(name, split, arguments)
+    flat = Data(data.name, data.layout, {})  # a row for each object
+    for name, rows in found.items():
+        columns = {
+            "row": [index for index, row in enumerate(rows) for _ in row],
+            "category": [one.category for row in rows for one in row],
+        }
+        features = datasets.Features({"row": datasets.Value("int64"), "category": kinds[name]})
+        flat.splits[name] = datasets.Dataset.from_dict(columns, features=features)
+    classes = encode_labels(flat, "category")
+    for name in used:
+        split = data.splits[name]
+        numbers = iter(flat.splits[name]["category"])
+        sides = [side for side in ("width", "height") if _holds_numbers(split, side)]
+        recorded = {
+            side: list(split[side]) if len(sides) == 2 else [None] * len(split) for side in ("width", "height")
+        }
+        columns = {"width": [], "height": [], "objects": []}
+        for index, row in enumerate(found[name]):
+
+            def where(index=index, split=split, name=name) -> str:
+                return f"{data.name}, split {name}, {file_name(split, index, image_column)}"
+
+            for one in row:
+                number = next(numbers)
+                one.category = None if number is None or number < 0 else number
+            for side in recorded:
+                columns[side].append(_checked_side(recorded[side][index], where, side))
+            columns["objects"].append(_checked(row, where, classes, arguments.box_format, data.left_out))
+        split = split.select_columns([image_column])
+        if image_column != "image":
+            split = split.rename_column(image_column, "image")
+        for side in ("width", "height"):
+            split = split.add_column(side, columns[side], feature=datasets.Value("int64"))
+        data.splits[name] = split.add_column("objects", columns["objects"], feature=_features(classes)["objects"])
+    return classes
+
+
+def _holds_numbers(split: datasets.Dataset, column: str) -> bool:
+    kind = (split.features or {}).get(column)
+    return isinstance(kind, datasets.Value) and kind.dtype.startswith(("int", "uint", "float"))
+
+
+def _annotations(
+    name: str, split: datasets.Dataset, arguments: DetectionDataArguments
+) -> tuple[object, list[list[Annotation]]]:
+    """The feature of the categories of a split, and the objects of its rows, from dictionaries of lists or lists of
+    dictionaries."""
+    column = arguments.objects_column
+    feature = split.features[column]
+    fields = getattr(feature, "feature", feature)
+    if not isinstance(fields, dict) or "bbox" not in fields:
+        raise InputError(f"--objects_column {column} of the split {name} has no `bbox`, it is {feature}")
+    category = next((key for key in CATEGORY_FIELDS if key in fields), None)
+    if category is None:
+        raise InputError(f"--objects_column {column} of the split {name} has no `category`, only {', '.join(fields)}")
+    kind = fields[category]
+    keys = {"bbox": "bbox", "category": category, "area": "area", "iscrowd": "iscrowd"}
+    rows = []
+    for index, value in enumerate(split.select_columns([column])[column]):
+        if isinstance(value, dict):
+            lists = {key: value.get(source) for key, source in keys.items()}
+            lengths = {key: len(v) if isinstance(v, list) else 1 for key, v in lists.items() if v is not None}
+            if len(set(lengths.values())) > 1 or any(not isinstance(v, list) for v in lists.values() if v is not None):
+                raise InputError(
+                    f"{arguments.dataset}, split {name}, {file_name(split, index, arguments.image_column)}: the fields of "
+                    f"{column} have {', '.join(f'{n} {keys[k]}' for k, n in lengths.items())}; lists of one length were expected"
+                )
+            count = next(iter(lengths.values()), 0)
+            value = [{source: lists[key][i] for key, source in keys.items() if key in lengths} for i in range(count)]
+        rows.append(
+            [
+                Annotation(f"object {i}", **{key: (one or {}).get(source) for key, source in keys.items()})
+                for i, one in enumerate(value or [])
+            ]
+        )
+    return (kind.feature if isinstance(feature, dict) and hasattr(kind, "feature") else kind), rows
+
+
+# ---------------------------------------------------------------------------------------------------------- boxes and images
+
+
+def image_sizes(images: datasets.Dataset, name: str) -> Iterable[tuple[int, int]]:
+    """Width and height of each of the upright images of the column `image`, from the heads of their files.
+
+    Raises:
+        InputError: if one is no image.
+    """
+
+    def size(numbered: tuple[int, object]) -> tuple[int, int]:
+        index, image = numbered
+        return upright_size(image, _image_name(image, index, name))
+
+    index = 0
+    with ThreadPoolExecutor() as pool:
+        for batch in images.select_columns(["image"]).iter(batch_size=64):
+            yield from pool.map(size, enumerate(batch["image"], index))
+            index += len(batch["image"])
+
+
+def _fit_to_images(
+    name: str,
+    part: datasets.Dataset,
+    classes: list[str],
+    arguments: DetectionDataArguments,
+    data: Data,
+    warnings: list[str],
+) -> Detections:
+    """Compares recorded sizes and boxes with the images as they are decoded; boxes wholly outside are left out.
+
+    Raises:
+        InputError: if an image has another size than the one that is recorded for it, or all boxes look like fractions.
+    """
+
+    def image_name(index: int) -> str:
+        return _image_name(part[index]["image"], index, name)
+
+    rows = list(part["objects"])
+    recorded = list(zip(part["width"], part["height"], strict=True))
+    kept, objects, mismatched, unrecorded, beyond = [], [], [], 0, []
+    for index, (width, height) in enumerate(image_sizes(part, name)):
+        unrecorded += None in recorded[index]
+        if None not in recorded[index] and recorded[index] != (width, height):
+            mismatched.append((index, recorded[index], (width, height)))
+            if arguments.leave_out_mismatched:
+                data.left_out.add("images of another size than is recorded", image_name(index))
+                continue
+        row = {key: [] for key in rows[index]}
+        reaches = False
+        for i, (x, y, w, h) in enumerate(rows[index]["bbox"]):
+            if x >= width or y >= height or x + w <= 0 or y + h <= 0:
+                data.left_out.add("objects outside their image", f"{image_name(index)}: {[x, y, w, h]}")
+                continue
+            reaches |= min(x, y) < -TOLERANCE or x + w > width + TOLERANCE or y + h > height + TOLERANCE
+            for key, values in rows[index].items():
+                row[key].append(values[i])
+        if reaches:
+            beyond.append(index)
+        kept.append(index)
+        objects.append(row)
+    if mismatched and not arguments.leave_out_mismatched:
+        index, old, new = mismatched[0]
+        others = ", ".join(image_name(i) for i, _, _ in mismatched[1:3]) + (", ..." if len(mismatched) > 3 else "")
+        raise InputError(
+            f"{image_name(index)}: width and height are recorded as {old[0]} x {old[1]}, but the image "
+            f"{'turned upright by its EXIF orientation ' if old == new[::-1] else ''}is {new[0]} x {new[1]}"
+            + (f" (and {len(mismatched) - 1} more of {len(part)} images: {others})" if others else "")
+            + ": where its boxes lie is not known; record the size of the images that the boxes were drawn on and save these images "
+            "so, upright and without an orientation, or leave them out by --leave_out_mismatched"
+        )
+    boxes = [box for row in objects for box in row["bbox"]]
+    if boxes and all(min(x, y) >= 0 and max(x + w, y + h) <= 1.001 for x, y, w, h in boxes):
+        raise InputError(
+            f"{data.name}: all {len(boxes)} boxes of {name} lie between 0 and 1, such as {boxes[0]}; pixels were expected, "
+            "not fractions of the image"
+        )
+    if unrecorded and data.name != "digits":
+        warnings.append(
+            f"{unrecorded} of {len(part)} images of {name} record no width and height: not compared with the images"
+        )
+    if beyond:
+        warnings.append(
+            f"{len(beyond)} of {len(part)} images of {name} have boxes that reach more than {TOLERANCE} pixels beyond the image, "
+            f"such as {image_name(beyond[0])}: were they drawn on other images, or are they not {arguments.box_format} "
+            "(--box_format)? They are cut at the border in training"
+        )
+    images = part.select_columns(["image"])
+    if len(kept) < len(part):
+        images = images.select(kept)
+    return Detections(images, datasets.Dataset.from_dict({"objects": objects}, features=_features(classes)), name)
+
+
+def _count(name: str, part: Detections, classes: list[str], data: Data) -> Part:
+    """The line of the account. Crowds are neither trained on nor do they count in evaluation.
+
+    Raises:
+        InputError: if there are no objects.
+    """
+    counts, empty = np.zeros(len(classes), dtype=np.int64), 0
+    for index, row in enumerate(part.objects["objects"]):
+        crowd = np.asarray(row["iscrowd"], dtype=bool)
+        categories = np.asarray(row["category"], dtype=np.int64)
+        counts += np.bincount(categories[~crowd], minlength=len(classes))
+        empty += not len(categories)
+        for box in np.asarray(row["bbox"])[crowd] if crowd.any() else ():
+            reason = "crowds, not trained on" if name == "train" else "crowds, neither right nor wrong in evaluation"
+            data.left_out.add(reason, f"{part[index]['name']}: {box.tolist()}")
+    if not counts.sum():
+        raise InputError(
+            f"--dataset {data.name}: {name} has {len(part)} images, but no objects to "
+            f"{'train' if name == 'train' else 'evaluate'} on; {data.left_out}; {data.layout}"
+        )
+    return Part(len(part), dict(zip(classes, counts.tolist(), strict=True)), "objects", empty)
+
+
+# ------------------------------------------------------------------------------------------------------------- augmentation
+
+
+def training_transform(arguments: DetectionDataArguments) -> Callable[[dict, int], dict]:
+    """`transform(example, seed)`: random crop, mirroring and colours, by albumentations, of an example of `Detections`.
+
+    Crowds are left out, and objects of which a crop shows less than 30 %.
+
+    Raises:
+        InputError: if `--random_crop_scale` is out of range.
+    """
+    import albumentations as A
+
+    flip = arguments.random_flip if arguments.random_flip is not None else arguments.dataset != "digits"
+    scale = arguments.random_crop_scale
+    if scale is None:
+        scale = 1.0 if arguments.dataset == "digits" else 0.5
+    if not 0 < scale <= 1:
+        raise InputError(f"--random_crop_scale must be above 0 and at most 1, got {scale}")
+    margin = (1 - scale**0.5) / 2
+    steps = []
+    if margin > 0:
+        steps.append(A.RandomCropFromBorders(margin, margin, margin, margin, p=0.5))
+    if flip:
+        steps.append(A.HorizontalFlip(p=0.5))
+    if arguments.color_jitter if arguments.color_jitter is not None else arguments.dataset != "digits":
+        steps += [A.RandomBrightnessContrast(p=0.5), A.HueSaturationValue(p=0.2)]
+    boxes = A.BboxParams(
+        format="coco", label_fields=["category"], clip=True, filter_invalid_bboxes=True, min_visibility=0.3
+    )
+    augment = A.Compose(steps, bbox_params=boxes)
+
+    def transform(example: dict, seed: int) -> dict:
+        objects = example["objects"]
+        kept = [i for i, crowd in enumerate(objects["iscrowd"]) if not crowd]
+        augment.set_random_seed(seed)
+        result = augment(
+            image=np.asarray(read_image(example["image"], example["name"])),
+            bboxes=[objects["bbox"][i] for i in kept],
+            category=[objects["category"][i] for i in kept],
+        )
+        boxes = [list(map(float, box)) for box in result["bboxes"]]
+        return {
+            **example,
+            "image": Image.fromarray(result["image"]),
+            "objects": {
+                "bbox": boxes,
+                "category": [int(category) for category in result["category"]],
+                "area": [width * height for _, _, width, height in boxes],
+                "iscrowd": [0] * len(boxes),
+            },
+        }
+
+    return transform

@@ -1,0 +1,134 @@
+"""What comes of a detector: its boxes in the images' pixels, COCO's metrics, and a picture."""
+
+import contextlib
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+MAX_DETECTIONS = 100  # per image, as COCO counts them
+
+
+def detect(processor, outputs, sizes: torch.Tensor, pixel_mask: torch.Tensor | None) -> list[dict[str, torch.Tensor]]:
+    """All `boxes` (left, top, right, bottom in pixels), `scores` and `labels` of each image, the best ones first.
+
+    Args:
+        processor: the head's.
+        outputs: the detector's.
+        sizes: (batch, 2), height and width of the images before resizing.
+        pixel_mask: (batch, height, width), 0 where a batch was padded: boxes are fractions of the padded image.
+    """
+    if pixel_mask is not None:
+        inside = torch.stack([pixel_mask[:, :, 0].sum(1), pixel_mask[:, 0, :].sum(1)], dim=1)
+        padded = torch.tensor(pixel_mask.shape[1:], device=pixel_mask.device)
+        sizes = sizes * padded / inside
+    found = processor.post_process_object_detection(outputs, threshold=-1.0, target_sizes=sizes)
+    result = []
+    for one in found:
+        order = one["scores"].argsort(descending=True)[:MAX_DETECTIONS]
+        result.append({name: tensor[order] for name, tensor in one.items()})
+    return result
+
+
+class CocoMetrics:
+    """COCO's average precision and recall by pycocotools.
+
+    Called with detections (images, detections, [left, top, right, bottom, score, category]) and the images' ids. -1 is
+    pycocotools' figure where there is no object of a size.
+
+    Args:
+        objects: the true ones of each image, as in `detection_data.Detections`; its place is the image's id.
+        labels: the categories' names.
+    """
+
+    NAMES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large",
+             "mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large")  # fmt: skip
+
+    def __init__(self, objects: Iterable[dict[str, list]], labels: list[str]):
+        from pycocotools.coco import COCO
+
+        self.truth = COCO()
+        images, annotations = [], []
+        for image, row in enumerate(objects):
+            images.append({"id": image})
+            for box, category, area, crowd in zip(
+                *(row[name] for name in ("bbox", "category", "area", "iscrowd")), strict=True
+            ):
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": image,
+                        "category_id": category,
+                        "bbox": box,
+                        "area": area,
+                        "iscrowd": crowd,
+                    }
+                )
+        self.truth.dataset = {
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": i, "name": name} for i, name in enumerate(labels)],
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.truth.createIndex()
+
+    def __call__(self, prediction) -> dict[str, float]:
+        from pycocotools.cocoeval import COCOeval
+
+        detections, image_ids = prediction.predictions, prediction.label_ids
+        rows = np.concatenate(
+            [
+                np.repeat(image_ids, detections.shape[1])[:, None],
+                detections[..., :2].reshape(-1, 2),
+                (detections[..., 2:4] - detections[..., :2]).reshape(-1, 2),
+                detections[..., 4:].reshape(-1, 2),
+            ],
+            axis=1,
+        )  # image, left, top, width, height, score, category
+        rows = rows[rows[:, 6] >= 0]
+        if len(rows) == 0:
+            return dict.fromkeys(self.NAMES, 0.0)
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation = COCOeval(self.truth, self.truth.loadRes(rows), "bbox")
+            evaluation.params.imgIds = sorted({int(i) for i in image_ids})
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        return {name: float(value) for name, value in zip(self.NAMES, evaluation.stats, strict=True)}
+
+
+def draw_detections(images: list[Image.Image], truth: list[list[tuple]], found: list[list[tuple]], file: Path) -> None:
+    """Writes a PNG: each image with its true boxes, and beside it with the predicted ones.
+
+    Args:
+        images: RGB.
+        truth, found: of each image, tuples of left, top, width and height in pixels, and a text.
+        file: where to.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = 3
+    rows = max(1, -(-len(images) // columns))
+    figure, axes = plt.subplots(rows, 2 * columns, figsize=(4.4 * columns, 2.4 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for number, (image, *both) in enumerate(zip(images, truth, found, strict=True)):
+        row, column = divmod(number, columns)
+        for axis, boxes, title, color in zip(
+            axes[row, 2 * column : 2 * column + 2], both, ("truth", "predicted"), ("lime", "red"), strict=True
+        ):
+            axis.imshow(image)
+            axis.set_title(title, fontsize=8)
+            for x, y, width, height, name in boxes:
+                axis.add_patch(plt.Rectangle((x, y), width, height, fill=False, color=color))
+                axis.text(x, y, name[:24], fontsize=6, color="white", backgroundcolor=(0, 0, 0, 0.6))
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
