@@ -284,8 +284,8 @@ def write_file(filesystem: pa.fs.FileSystem, root: str, name: str, write: Callab
         with filesystem.open_output_stream(unfinished) as stream:
             write(stream)
         filesystem.move(unfinished, f"{root}/{name}")
-    except OSError as error:
-        with suppress(OSError):  # it may not even be there
+    except Exception as error:  # every storage has its own kinds
+        with suppress(Exception):  # it may not even be there
             filesystem.delete_file(unfinished)
         raise InputError(f"{root}/{name} cannot be written: {one_line(error)}") from error
 
@@ -307,8 +307,8 @@ def sole_writer(arguments: BatchArguments) -> Iterator[Callable[[], None]]:
     filesystem, root = open_filesystem(arguments.output)
     try:
         filesystem.create_dir(root, recursive=True)
-        local = isinstance(filesystem, pa.fs.LocalFileSystem)
-        check, release = lock(arguments, root) if local else claim(arguments, filesystem, root)
+        local = isinstance(filesystem, pa.fs.LocalFileSystem) and os.name == "posix"
+        check, release = (lock if local else claim)(arguments, filesystem, root)
     except InputError:
         raise
     except Exception as error:  # every storage has its own kinds
@@ -334,8 +334,8 @@ def this_run() -> dict:
     return {"host": socket.gethostname(), "process": os.getpid(), "start": time.time()}
 
 
-def lock(arguments: BatchArguments, root: str) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Locks a local folder for as long as this process lives."""
+def lock(arguments: BatchArguments, filesystem: pa.fs.FileSystem, root: str) -> tuple[Callable, Callable]:
+    """Locks a local folder for as long as this process lives; returns what `sole_writer` yields, and what ends the lock."""
     import fcntl
 
     file = open(f"{root}/{LOCK}", "a+")  # noqa: SIM115 - closing it gives the lock back
@@ -345,75 +345,84 @@ def lock(arguments: BatchArguments, root: str) -> tuple[Callable[[], None], Call
         file.seek(0)
         holder = file.read()
         file.close()
-        try:
-            raise in_use(arguments, json.loads(holder))
-        except json.JSONDecodeError:  # it has the lock and has not written yet
-            raise InputError(f"--output {arguments.output} is in use: another run just began there") from None
+        if holder:
+            raise in_use(arguments, json.loads(holder)) from None
+        raise InputError(f"--output {arguments.output} is in use: another run has just begun there") from None
+    except OSError:  # a network filesystem without locks
+        file.close()
+        return claim(arguments, filesystem, root)
     file.truncate(0)
     file.write(json.dumps(this_run()))
     file.flush()
     return (lambda: None), file.close
 
 
-def claim(
-    arguments: BatchArguments, filesystem: pa.fs.FileSystem, root: str
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Claims a folder on storage without locks, whose listings show at once what was written.
+def claim(arguments: BatchArguments, filesystem: pa.fs.FileSystem, root: str) -> tuple[Callable, Callable]:
+    """Claims a folder on storage without locks, whose listings show at once what was written; returns what `lock` does.
 
-    Of runs that begin together, the first gives way to none and the others to it: each writes its claim, waits, and gives way
-    if another claim has begun its work or is older. Whoever waits sees whoever could have begun.
+    A run writes its claim, waits, and gives way to a claim whose run works already or, of those that wait too, is older. Of
+    two runs, the one that wrote later sees the other's claim, so they never work both.
     """
-    name, mine, lost, stop = f"{CLAIM}{uuid.uuid4().hex}.json", this_run(), threading.Event(), threading.Event()
+    path, mine = f"{root}/{CLAIM}{uuid.uuid4().hex}.json", this_run() | {"working": False}
+    stop = threading.Event()
 
-    def write(working: bool) -> None:
-        content = json.dumps(mine | {"working": working, "renewed": time.time()}).encode()
-        with filesystem.open_output_stream(f"{root}/{name}") as stream:
-            stream.write(content)
+    def write() -> None:
+        renewed = time.time()
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(json.dumps(mine | {"renewed": renewed}).encode())
+        mine["renewed"] = renewed
 
     def exists() -> bool:
-        return filesystem.get_file_info(f"{root}/{name}").is_file
+        return filesystem.get_file_info(path).is_file
 
     def renew() -> None:
         while not stop.wait(RENEWAL):
-            if not exists():
-                return lost.set()
-            write(working=True)
+            with suppress(Exception):  # is tried again; `check` ends the run where that lasts
+                if exists():
+                    write()
 
     def check() -> None:
-        if lost.is_set():
+        if time.time() - mine["renewed"] > EXPIRY / 2:
             raise InputError(
-                f"--output {arguments.output}: another run took the folder over, as this one did not renew its claim"
+                f"--output {arguments.output}: the claim {path} could not be renewed, and another run may have taken over"
             )
 
     def release() -> None:
         stop.set()
         thread.join()
         if exists():
-            filesystem.delete_file(f"{root}/{name}")
+            filesystem.delete_file(path)
 
-    write(working=False)
-    time.sleep(SETTLE)
-    for entry in filesystem.get_file_info(pa.fs.FileSelector(root)):
-        if not entry.base_name.startswith(CLAIM) or entry.base_name == name:
-            continue
-        with filesystem.open_input_stream(entry.path) as stream:
-            other = json.loads(stream.read())
-        if other["renewed"] < time.time() - EXPIRY:
-            filesystem.delete_file(entry.path)
-        elif other["working"] or (other["start"], entry.base_name) < (mine["start"], name):
-            filesystem.delete_file(f"{root}/{name}")
-            raise in_use(arguments, other)
-    write(working=True)
+    write()
+    try:
+        time.sleep(SETTLE)
+        for entry in filesystem.get_file_info(pa.fs.FileSelector(root)):
+            if not entry.base_name.startswith(CLAIM) or entry.base_name == PurePosixPath(path).name:
+                continue
+            try:
+                with filesystem.open_input_stream(entry.path) as stream:
+                    other = json.loads(stream.read())
+            except FileNotFoundError:  # its run has just ended
+                continue
+            if other["renewed"] < time.time() - EXPIRY:
+                filesystem.delete_file(entry.path)
+            elif other["working"] or (other["start"], entry.base_name) < (mine["start"], PurePosixPath(path).name):
+                raise in_use(arguments, other)
+        mine["working"] = True
+        write()
+    except BaseException:
+        filesystem.delete_file(path)
+        raise
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
     return check, release
 
 
 def result_rows(arguments: BatchArguments, columns: list[str]) -> Iterator[tuple[str | None, ...]]:
-    """The rows of all results in the output folder; `columns` are of text.
+    """The rows of all results in the output folder; `columns` are of text, and `path` is one of them.
 
     Raises:
-        InputError: if a file is damaged.
+        InputError: if a file is damaged, or no result.
     """
     filesystem, root = open_filesystem(arguments.output)
     files = result_files(filesystem, root)
@@ -423,6 +432,10 @@ def result_rows(arguments: BatchArguments, columns: list[str]) -> Iterator[tuple
     try:
         dataset = pa.dataset.dataset(files, schema=schema, filesystem=filesystem, format="parquet")
         for batch in dataset.to_batches(columns=columns):
+            if batch["path"].null_count:
+                raise InputError(
+                    f"--output {arguments.output} holds a {RESULT.pattern} that this program did not write"
+                )
             yield from zip(*(batch[column].to_pylist() for column in columns), strict=True)
     except (OSError, pa.ArrowException) as error:
         raise InputError(
@@ -467,7 +480,7 @@ def check_settings(arguments: BatchArguments, filesystem: pa.fs.FileSystem, root
     try:
         with filesystem.open_input_stream(f"{root}/{SETTINGS}") as stream:
             found = dict(json.loads(stream.read()))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"{root}/{SETTINGS} is damaged ({one_line(error)}); name another --output") from error
     if different := [key for key in settings if found.get(key) != settings[key]]:
         old, new = (", ".join(f"{key} {some.get(key)}" for key in different) for some in (found, settings))
@@ -883,6 +896,15 @@ def start_ray(arguments: BatchArguments) -> Plan:
     return plan(arguments, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
 
+def ship_modules() -> None:
+    """Has Ray send the code of this program to workers, which may be on machines that do not have its files."""
+    import data
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(data)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
 def run_on_ray(
     shards: list[dict], arguments: BatchArguments, check: Callable[[], None] = lambda: None
 ) -> tuple[int, int, float]:
@@ -896,12 +918,9 @@ def run_on_ray(
     Raises:
         InputError: if Ray cannot be started as the flags say, or a worker raised one.
     """
-    import data
     import ray.data  # which sets up its logging
 
-    # workers on other machines do not have the files of this program
-    ray.cloudpickle.register_pickle_by_value(data)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    ship_modules()
     try:
         work = start_ray(arguments)
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised here as well
