@@ -211,9 +211,11 @@ def find_images(root: Path, left_out: LeftOut, expected: Iterable[str] = METADAT
     endings, expected, images = image_endings(), set(expected), []
     for name in sorted(files_below(root, left_out)):
         reason = unusable(name, endings)
+        if name.name in expected and reason != "hidden":
+            continue
         if reason is None:
             images.append(name)
-        elif reason == "hidden" or name.name not in expected:
+        else:
             left_out.add(reason, name)
     return images
 
