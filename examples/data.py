@@ -9,9 +9,9 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
 import numpy as np
@@ -163,23 +163,64 @@ class LeftOut:
         self.counts[reason] += 1
         examples = self.examples.setdefault(reason, [])
         if len(examples) < self.EXAMPLES:
-            examples.append(str(name))
+            examples.append(str(name).encode("utf-8", "backslashreplace").decode())
 
     def __bool__(self) -> bool:
         return bool(self.counts)
 
-    def __str__(self) -> str:
-        """Such as "3 left out: 2 with the ending .heic (a.heic, b.heic); 1 hidden (.x.jpg)"; "nothing is left out"."""
-        if not self.counts:
-            return "nothing is left out"
+    def reasons(self) -> str:
+        """Such as "2 with the ending .heic (a.heic, b.heic); 1 hidden (.x.jpg)"; "" if there are none."""
         parts = []
         for reason, count in self.counts.most_common():
             examples = self.examples[reason]
             more = ", ..." if count > len(examples) else ""
             parts.append(f"{count} {reason} ({', '.join(examples)}{more})")
-        return f"{self.counts.total() if hasattr(self.counts, 'total') else sum(self.counts.values())} left out: " + (
-            "; ".join(parts)
-        )
+        return "; ".join(parts)
+
+    def __str__(self) -> str:
+        """Such as "3 left out: 2 with the ending .heic (a.heic, b.heic); 1 hidden (.x.jpg)"; "nothing is left out"."""
+        return f"{sum(self.counts.values())} left out: {self.reasons()}" if self.counts else "nothing is left out"
+
+
+def files_below(root: str | os.PathLike, left_out: LeftOut) -> Iterator[Path]:
+    """The files in a folder and the folders below it, relative to it and in no order; links are followed.
+
+    Folders that cannot be read or that were read already under another name, and pipes, sockets and devices go to
+    `left_out`.
+    """
+    seen = set()
+
+    def unreadable(error: OSError) -> None:
+        left_out.add("folders that cannot be read", os.path.relpath(error.filename, root))
+
+    for folder, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
+        relative = Path(os.path.relpath(folder, root))
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to a folder above, or a second link
+            left_out.add("folders that were read under another name", relative)
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        for file in files:
+            path = os.path.join(folder, file)
+            if os.path.isfile(path) or not os.path.exists(path):  # reading a broken link is an error that names it
+                yield relative / file
+            else:
+                left_out.add("no regular files", relative / file)
+
+
+def unusable(name: PurePath, endings: Container[str]) -> str | None:
+    """Why a file below a folder is not used, as a reason for `LeftOut`; None if its ending is one of `endings`."""
+    if any(part.startswith(".") or part == "__MACOSX" for part in name.parts):
+        return "hidden"
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        return "with a name that is not UTF-8"
+    if name.suffix.lower() in endings:
+        return None
+    return f"with the ending {name.suffix}" if name.suffix else "without an ending"
 
 
 def find_images(root: Path, left_out: LeftOut, expected: Iterable[str] = METADATA) -> list[Path]:
@@ -188,26 +229,16 @@ def find_images(root: Path, left_out: LeftOut, expected: Iterable[str] = METADAT
     Hidden files and folders (`.name`, `__MACOSX`) and files of other formats go to `left_out`; those named in `expected` to
     neither.
     """
-    endings, expected, images, seen = image_endings(), set(expected), [], set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link to a folder above
-            folders.clear()
+    endings, expected, images = image_endings(), set(expected), []
+    for name in sorted(files_below(root, left_out)):
+        reason = unusable(name, endings)
+        if name.name in expected and reason != "hidden":
             continue
-        seen.add(real)
-        folders.sort()
-        relative = Path(folder).relative_to(root)
-        for file in sorted(files):
-            name = relative / file
-            if any(part.startswith(".") or part == "__MACOSX" for part in name.parts):
-                left_out.add("hidden", name)
-            elif file in expected:
-                continue
-            elif name.suffix.lower() in endings:
-                images.append(name)
-            else:
-                left_out.add(f"with the ending {name.suffix}" if name.suffix else "without an ending", name)
-    return sorted(images)
+        if reason is None:
+            images.append(name)
+        else:
+            left_out.add(reason, name)
+    return images
 
 
 # ---------------------------------------------------------------------------------------------------------------- data sets
