@@ -577,7 +577,7 @@ def load_without_the_others() -> None:
 def finish(
     trainer: ExampleTrainer, picture: Callable[[Path], dict[str, object] | None], summary: dict[str, object]
 ) -> None:
-    """Draws the picture and prints the summary on the first process, pushes all of it to the Hub if asked, and ends.
+    """Draws the picture and prints the summary on the first process, and pushes all of it to the Hub if asked.
 
     What `picture(file)` returns is added to the summary.
     """
@@ -589,4 +589,3 @@ def finish(
         print("\n" + "\n".join(f"{name:>{width}}  {value}" for name, value in summary.items()))
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.end_training()  # leaves the process group

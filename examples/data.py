@@ -3,11 +3,14 @@
 In come paths, ids and flags; out come data sets whose images are not decoded yet, and an account of every file that is not used.
 """
 
+import atexit
 import csv
+import gc
 import io
 import json
 import os
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +39,28 @@ def run_program(main: Callable[[], object]) -> None:
     except InputError as error:
         # A data loader's worker sends its whole traceback as the message; its last line is the error's own.
         sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('data.InputError: ')}")
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Ends a program that trains in several processes; in a single process nothing happens.
+
+    Gloo's threads keep the tensors of a collective for a moment after it is complete, and as long as anything refers to the
+    process group (a model in DDP, DeepSpeed) nothing waits for these threads. One that lets go of a tensor while Python's
+    interpreter is taken down aborts the process. So the process ends without taking it down, after all that comes before: other
+    threads and the functions of `atexit` end, and the output is written (as `multiprocessing` ends its processes).
+    """
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    gc.collect()  # first: if a model in DDP held the group last, its destructor would wait for threads that wait for Python
+    torch.distributed.destroy_process_group()
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
 
 
 # ------------------------------------------------------------------------------------------------------------------- images

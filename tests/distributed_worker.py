@@ -143,7 +143,8 @@ def train(
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    from data import run_program
+
     torch.set_num_threads(1)
-    for run in json.loads(sys.argv[1]):
-        trainer = train(**run)
-    trainer.accelerator.end_training()
+    run_program(lambda: [train(**run) and None for run in json.loads(sys.argv[1])])

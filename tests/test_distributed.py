@@ -5,12 +5,14 @@ import itertools
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -44,33 +46,42 @@ CHECKPOINT = 4
 def launch(engine: str, program: Path, *arguments: object, processes: int = 2, check: bool = True) -> str:
     """`accelerate launch` with a configuration of the examples; whatever happens, none of its processes is left.
 
-    What should end within half a minute and hangs is started once more, and a warning says where each process was.
+    Returns what all of them wrote. After a failure it stays in a folder that the message names.
     """
-    for seconds in (200, 400):
-        shim = [TESTS / "fsdp_on_cpu.py"] if engine == "fsdp2" else []
-        command = [
-            sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGURATIONS / f"{engine}.yaml",
-            "--num_processes", processes, "--main_process_port", _free_port(), *shim, program, *arguments,
-        ]  # fmt: skip
+    logs = Path(tempfile.mkdtemp(prefix=f"launch-{engine}-"))
+    shim = [TESTS / "fsdp_on_cpu.py"] if engine == "fsdp2" else []
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGURATIONS / f"{engine}.yaml",
+        "--num_processes", processes, "--main_process_port", _free_port(), "--tee", 3, "--log_dir", logs,
+        *shim, program, *arguments,
+    ]  # fmt: skip
+    with (logs / "output").open("w") as output:
         process = subprocess.Popen(
-            [*map(str, command)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, **ENVIRONMENT},
+            [*map(str, command)], stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT}
         )
         try:
-            output, _ = process.communicate(timeout=seconds)
-        except BaseException as error:
-            _end(process.pid)
-            output, _ = process.communicate()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            warnings.warn(f"{engine} had not ended after {seconds} s:\n{output[-8000:]}", stacklevel=2)
-            continue
-        assert not check or process.returncode == 0, output[-4000:]
-        return output
-    raise AssertionError(f"{engine} hung twice; the warnings say where")
+            status = process.wait(timeout=600)
+        except subprocess.TimeoutExpired:
+            status = "not there after 600 s, where it was waiting is below"
+        finally:
+            if process.poll() is None:
+                _end(process.pid)
+                process.wait()
+    if status != 0 and (check or isinstance(status, str)):
+        raise AssertionError(f"the exit status is {status}; all output is in {logs}\n{_what_was_written(logs)}")
+    written = (logs / "output").read_text(errors="replace")
+    shutil.rmtree(logs)
+    return written
+
+
+def _what_was_written(logs: Path, characters: int = 5000) -> str:
+    """The end of what each process wrote to its standard error, and the launcher to its output."""
+    ends = []
+    for file in [*sorted(logs.glob("*/attempt_*/*/stderr.log")), logs / "output"]:
+        # faulthandler's list of the loaded extension modules is longer than all the rest
+        lines = [line for line in file.read_text(errors="replace").splitlines() if "Extension modules: " not in line]
+        ends.append("\n".join(["", f"=== {file.relative_to(logs)}", "\n".join(lines)[-characters:]]))
+    return "\n".join(ends)
 
 
 def _free_port() -> int:
@@ -200,6 +211,76 @@ def fsdp2(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("fsdp2")
     run("fsdp2", *runs(folder))
     return folder
+
+
+LAST_COLLECTIVE = """
+import atexit, os, sys, time
+
+
+@atexit.register  # the first that is registered runs last
+def last():
+    print("the last function", flush=True)
+    # The other process does its part now. To let go of the tensor, the thread that did ours waits for Python, which is busy
+    # until its interpreter is taken down.
+    sys.setswitchinterval(1000)
+    os.write(writer, b"x")
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        pass
+
+
+class WhenTheInterpreterIsTakenDown:
+    def __del__(self, sleep=time.sleep):
+        sleep(0.5)  # and lets the thread go on
+
+
+import torch, torch.distributed as dist
+from data import run_program
+
+reader, writer = os.pipe()
+is_first = os.fork() != 0
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(not is_first), world_size=2)
+tensor = torch.ones(1)
+if not is_first:
+    os.read(reader, 1)
+    dist.all_reduce(tensor)
+    os._exit(0)
+_in_the_end = WhenTheInterpreterIsTakenDown()
+in_use = dist.group.WORLD  # as by a model in DDP
+dist.all_reduce(tensor, async_op=True)
+run_program(lambda: None)
+"""
+
+
+def test_a_program_ends_well_before_the_threads_of_its_process_group(tmp_path):
+    """Without `leave_process_group` it ends by SIGABRT, also if the group is destroyed."""
+    ended = subprocess.run(
+        [sys.executable, "-c", LAST_COLLECTIVE, tmp_path / "rendezvous"],
+        capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT / "examples")},
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (0, "the last function\n"), ended.stderr
+
+
+FAILING = """
+import os, sys, time
+if os.environ["RANK"] == "1":
+    print("rank 1 was here", file=sys.stderr)
+    os.abort()
+time.sleep(60)
+"""
+
+
+def test_a_launch_that_fails_says_what_each_process_wrote(tmp_path):
+    (tmp_path / "program.py").write_text(FAILING)
+    with pytest.raises(AssertionError, match="SIGABRT") as failure:
+        launch("ddp", tmp_path / "program.py")
+    message = str(failure.value)
+    folder = Path(re.search("all output is in (.*)", message)[1])
+    assert "=== output" in message and len(list(folder.glob("*/attempt_0/*/stderr.log"))) == 2
+    one = message[message.index("1/stderr.log") :]
+    assert "rank 1 was here" in one and "Fatal Python error: Aborted" in one and "Extension modules" not in one
+    shutil.rmtree(folder)
 
 
 def test_ddp_is_training_in_one_process(single, ddp):

@@ -38,7 +38,7 @@ def run_python(program: str, *arguments: str, cwd=ROOT, flags: tuple[str, ...] =
 def test_import_is_light_silent_and_offline():
     output = run_python(
         """
-        import socket, sys, time
+        import socket, sys
         import transformers
 
         def refuse(*args, **kwargs):
@@ -46,15 +46,13 @@ def test_import_is_light_silent_and_offline():
         socket.socket.connect = refuse
 
         before = set(sys.modules)
-        start = time.perf_counter()
         import internimage_hf
-        seconds = time.perf_counter() - start
         extras = {"accelerate", "datasets", "kernels", "matplotlib", "torchvision", "timm"}
         loaded = {name.split(".")[0] for name in set(sys.modules) - before}
-        print(seconds < 0.3, sorted(loaded & extras), "torch" in loaded)
+        print(sorted(loaded & extras), "torch" in loaded)
         """
     )
-    assert output == "True [] False\n"
+    assert output == "[] False\n"
 
 
 @pytest.mark.parametrize(
