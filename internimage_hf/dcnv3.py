@@ -240,6 +240,7 @@ def _call(
             return _call_kernel(_kernels_while_compiling[input.device.type], input, offset, mask, geometry, softmax)
         if input.device.type == "cpu":
             return dcnv3_cpu_compiled(input, offset, mask, geometry, softmax)
+        return dcnv3_plain(input, offset, mask, geometry, softmax, by_gathering=True)
     if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
