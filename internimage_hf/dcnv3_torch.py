@@ -331,8 +331,7 @@ class _CpuOp:
 
         # Each corner times the gradient.
         bags = torch.arange(0, index.numel(), self.geometry.points, dtype=self.index_dtype)
-        bag_of_point = torch.arange(grad.shape[0], dtype=self.index_dtype)[:, None].expand(-1, self.geometry.points)
-        bag_of_point = bag_of_point.reshape(-1)
+        bag_of_point = torch.arange(grad.shape[0], dtype=self.index_dtype).repeat_interleave(self.geometry.points)
         corner, products = index.clone().view(-1), []
         for step in self.corner_steps:
             corner.add_(step)
@@ -380,23 +379,9 @@ class _DCNv3Cpu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        return *_DCNv3CpuBackward.apply(grad_output, *ctx.saved_tensors, ctx.geometry, ctx.softmax), None, None
-
-
-class _DCNv3CpuBackward(torch.autograd.Function):
-    """An operation of its own: what differentiates again meets it, also where the output's gradient is a constant."""
-
-    @staticmethod
-    def forward(ctx, grad_output, input, offset, mask, geometry, softmax):
-        return _CpuOp(input, offset, mask, geometry, softmax).backward(grad_output)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        _refuse_second_derivative()
-
-
-def _refuse_second_derivative(*_):
-    raise RuntimeError("dcnv3 cannot be differentiated twice")
+        # An operator, so that differentiating again meets it, also where the output's gradient is a constant.
+        options = (_packed(ctx.geometry), ctx.geometry.offset_scale, ctx.softmax)
+        return *_compiled_backward(grad_output, *ctx.saved_tensors, *options), None, None
 
 
 def dcnv3_cpu(
@@ -449,6 +434,10 @@ def _(grad_output, input, offset, mask, sizes, offset_scale, softmax):
 def _save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3])
     ctx.options = inputs[3:]
+
+
+def _refuse_second_derivative(*_):
+    raise RuntimeError("dcnv3 cannot be differentiated twice")
 
 
 def _backward(ctx, grad_output):

@@ -676,6 +676,49 @@ def test_lesser_instruction_sets(capability):
         assert result.stdout.strip() == "baseline", "a machine without AVX2 has nothing else"
 
 
+def test_what_memory_cannot_hold(backend):
+    """The error says so, and how much was to be allocated: PyTorch's own gets lost on the way through the stable ABI."""
+    kernel, device = backend
+    if device != "cpu" or INTERPRETED:
+        pytest.skip("tensors that take no memory until they are copied, by operators written in C++")
+    batch = 2**40
+    tensors = [torch.zeros(1, 1, 1, c).expand(batch, 1, 1, c) for c in (16, 18, 9)]
+    with pytest.raises(RuntimeError, match=rf" out of memory\. Tried to allocate {batch * 64} bytes for .*input"):
+        kernel.dcnv3(*tensors, groups=1)
+    # the output alone: one pixel and its padding
+    side = 2**12 + 1
+    tensors = [torch.zeros(1, 1, 1, 1).expand(1, 1, 1, 2**22).contiguous()]
+    tensors += [torch.zeros(1, side, side, c) for c in (2, 1)]
+    with pytest.raises(
+        RuntimeError, match=rf" out of memory\. Tried to allocate {side**2 * 2**24} bytes for the output"
+    ):
+        kernel.dcnv3(*tensors, kernel_size=1, padding=side // 2, groups=1)
+
+
+def test_what_memory_cannot_hold_of_the_sums_of_the_backward_pass():
+    resource = pytest.importorskip("resource")
+    folder = built("torch-stable-abi*-cpu-*")
+    if folder is None:
+        pytest.skip("no cpu variant was built: run dcnv3_kernel/build.py")
+    kernel = load_variant(folder)
+    size, mebibytes = 2**11, 2**20
+    image = torch.zeros(1, size, size, 4)  # 64 MiB, the sums of seven slices 448
+    gradient, offset, mask = (torch.zeros(1, 8, 8, c) for c in (4, 2, 1))
+    options = (1, 1, size // 8, size // 8, 0, 0, 1, 1, 1, 1.0, False, False, False)
+    kernel.ops.dcnv3_backward(gradient, image[:, :64, :64], offset, mask, 1, 1, 8, 8, *options[4:])
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 256 * mebibytes, before[1]))
+    try:
+        with pytest.raises(
+            RuntimeError, match=rf"out of memory\. Tried to allocate {7 * 64 * mebibytes} bytes for sums of"
+        ):
+            kernel.ops.dcnv3_backward(gradient, image, offset, mask, *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    kernel.ops.dcnv3_backward(gradient, image, offset, mask, *options)
+
+
 BAD_INPUT = [
     ({"offset": (1, 5, 5, 17)}, r"offset must be \(1, 5, 5, 18\), got \(1, 5, 5, 17\)"),
     ({"mask": (1, 5, 4, 9)}, r"mask must be \(1, 5, 5, 9\), got \(1, 5, 4, 9\)"),
