@@ -43,7 +43,9 @@ def dcnv3(
     `x*stride - padding + half - half*offset_scale + (ix*dilation + offset_x) * offset_scale` where
     `half = (dilation*(kernel_size-1))//2`, and rows likewise: the offset scale stretches the kernel's grid and the
     offsets alike. Sampling is bilinear, zero outside the image; a point counts if it lies strictly inside
-    (-1, height) x (-1, width), so one with a NaN offset does not.
+    (-1, height) x (-1, width), so one with a NaN offset does not. One that does not count adds 0 and has the gradient 0
+    for its offset and modulation, whatever its modulation is, NaN and infinity included. Where left and right derivative
+    by the offset differ, on a pixel, all backends take the right and lower one, as the official operator does.
 
     Args:
         input: (batch, height, width, channels), any floating-point dtype. Arithmetic is float32 for all but float64.
@@ -65,7 +67,8 @@ def dcnv3(
     Raises:
         TypeError: if an argument is of the wrong type.
         ValueError: if a shape, dtype, device or value is wrong; the message names the argument.
-        RuntimeError: if `backend` is "kernel" and there is none for the input's device, or the kernel lacks a dtype.
+        RuntimeError: if `backend` is "kernel" and there is none for the input's device, or the kernel lacks a dtype; if
+            there is too little memory, with the number of bytes; in a second differentiation.
     """
     geometry = _check(input, offset, mask, kernel_size, stride, padding, dilation, groups, offset_scale, remove_center)
     return _call(input, offset, mask, geometry, False, backend)
@@ -87,7 +90,8 @@ def dcnv3_softmax(
 ) -> torch.Tensor:
     """`dcnv3` with the mask normalised inside: a softmax of `mask_logits` over the P points of each group.
 
-    Arguments, result and errors as for `dcnv3`. Gradients are those of the logits.
+    Arguments, result and errors as for `dcnv3`. Gradients are those of the logits: of a group whose softmax is not finite,
+    they are NaN.
     """
     geometry = _check(
         input,
@@ -236,10 +240,13 @@ def _call(
         return dcnv3_cpu_compiled(input, offset, mask, geometry, softmax)
     dtypes = (input.dtype, offset.dtype, mask.dtype)
     if torch.compiler.is_compiling() and not _is_exporting():
+        if torch._C._are_functorch_transforms_active():
+            return dcnv3_plain(input, offset, mask, geometry, softmax, by_gathering=True)
         if _has_kernel_while_compiling(input.device.type, backend, dtypes):
             return _call_kernel(_kernels_while_compiling[input.device.type], input, offset, mask, geometry, softmax)
         if input.device.type == "cpu":
             return dcnv3_cpu_compiled(input, offset, mask, geometry, softmax)
+        return dcnv3_plain(input, offset, mask, geometry, softmax, by_gathering=True)
     if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()

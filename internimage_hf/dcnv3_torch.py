@@ -1,15 +1,21 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
 """DCNv3 in PyTorch, in two formulations of the same arithmetic (section 3.1, equation 2 of the InternImage paper).
 
-`dcnv3_plain` is differentiable PyTorch code around one `grid_sample`: what compilers and exporters see, and what devices
-other than the CPU run. It materialises every sampled point, as the official fallback (`dcnv3_core_pytorch`) does.
+`dcnv3_plain` is differentiable PyTorch code around one `grid_sample`: what exporters and the transforms of torch.func see,
+and what devices other than the CPU run (compiled, around gathers). It materialises every sampled point, as the official fallback
+(`dcnv3_core_pytorch`) does.
 
 `dcnv3_cpu` never does. Seen from an output pixel, one group's result is a weighted sum of 4 * P short rows of the input:
-what `embedding_bag` computes, vectorised over the channels of the group and without temporaries. Work goes in chunks
-whose buffers stay in the cache, and the backward pass recomputes instead of storing. `benchmarks/op_cpu.py` compares it
-with the alternatives.
+what `embedding_bag` computes, vectorised over the channels of the group and without temporaries. Seen from an input pixel,
+so is the gradient of the input, of rows of the output's gradient. Work goes in chunks whose buffers stay in the cache, and
+the backward pass recomputes instead of storing. `benchmarks/op_cpu.py` compares it with the alternatives.
+
+A point on a pixel, as all are before training, belongs to the cell to the right and below: there the derivatives by the
+position, which differ from those of the cell to the left and above, are taken. So does the kernel.
 """
 
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -51,11 +57,15 @@ class Geometry(NamedTuple):
     def base_positions(
         self, axis: int, outputs: int, kernel_positions: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Where the points lie without offsets along an axis (0 vertical), in input pixels: (outputs, P)."""
+        """Where the points lie without offsets along an axis (0 vertical), in input pixels: (outputs, P).
+
+        Relative to the kernel's centre, a point on a pixel is there exactly, whatever the offset scale.
+        """
         half = (self.dilation[axis] * (self.kernel_size[axis] - 1)) // 2
         centers = torch.arange(outputs, device=kernel_positions.device, dtype=dtype) * self.stride[axis]
-        centers = centers + (half - self.padding[axis] - half * self.offset_scale)
-        return centers[:, None] + kernel_positions.to(dtype) * (self.dilation[axis] * self.offset_scale)
+        centers = centers + (half - self.padding[axis])
+        from_center = (kernel_positions * self.dilation[axis] - half).to(dtype) * self.offset_scale
+        return centers[:, None] + from_center
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -63,16 +73,76 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _exponentials_over_points(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a softmax over the last dimension divides, and what by: its sum, NaN if one of the quotients is."""
+    exponentials = (logits - logits.amax(-1, keepdim=True)).exp()
+    return exponentials, exponentials.sum(-1, keepdim=True)
+
+
 def softmax_over_points(logits: torch.Tensor) -> torch.Tensor:
     """Softmax over the last dimension. `torch.softmax` takes several times as long on the CPU for nine values."""
-    exponentials = (logits - logits.amax(-1, keepdim=True)).exp()
-    return exponentials / exponentials.sum(-1, keepdim=True)
+    exponentials, total = _exponentials_over_points(logits)
+    return exponentials / total
+
+
+def _sampling_size(size: int) -> int:
+    """The least power of two that is not less: with it, `grid_sample`'s coordinates of pixels are exact.
+
+    With another size they are rounded, and a point on a pixel may fall into the cell to the left, whose derivative differs.
+    Sizes that are symbolic, or that Dynamo is about to make so, stay what they are: what is exported with them gives the
+    same values, but possibly that derivative.
+    """
+    if type(size) is not int or torch.compiler.is_dynamo_compiling():
+        return size
+    return 1 << (size - 1).bit_length()
+
+
+def _sample(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Bilinear samples of maps, zero outside, by `grid_sample`.
+
+    Args:
+        value: (maps, channels, height, width).
+        x, y: (maps, rows, columns), in pixels.
+
+    Returns:
+        (maps, channels, rows, columns)
+    """
+    height, width = value.shape[2:]
+    sampling_height, sampling_width = _sampling_size(height), _sampling_size(width)
+    if sampling_height is not height or sampling_width is not width:
+        value = F.pad(value, (0, sampling_width - width, 0, sampling_height - height))
+    grid = torch.stack(((2 * x + 1) / sampling_width - 1, (2 * y + 1) / sampling_height - 1), -1)
+    return F.grid_sample(value, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _sample_by_gathering(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`_sample`, corner by corner: what a compiler fuses, for sizes that are symbolic too."""
+    height, width = value.shape[2:]
+    pixels, total = value.flatten(2), 0
+    left, upper = x.floor(), y.floor()
+    for row, by_row in ((upper, 1 - (y - upper)), (upper + 1, y - upper)):
+        for column, by_column in ((left, 1 - (x - left)), (left + 1, x - left)):
+            there = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            index = torch.where(there, row, 0).long() * width + torch.where(there, column, 0).long()
+            index = index.flatten(1).unsqueeze(1).expand(-1, value.shape[1], -1)
+            corner = pixels.gather(2, index).unflatten(-1, x.shape[1:])
+            total = total + torch.where(there.unsqueeze(1), corner, 0) * (by_row * by_column).unsqueeze(1)
+    return total
 
 
 def dcnv3_plain(
-    input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, geometry: Geometry, softmax: bool
+    input: torch.Tensor,
+    offset: torch.Tensor,
+    mask: torch.Tensor,
+    geometry: Geometry,
+    softmax: bool,
+    by_gathering: bool = False,
 ) -> torch.Tensor:
-    """DCNv3 as one `grid_sample` of all points. Shapes as for `dcnv3`."""
+    """DCNv3 by sampling all points at once. Shapes as for `dcnv3`.
+
+    Args:
+        by_gathering: for compilers; takes several times the memory otherwise.
+    """
     groups, points = geometry.groups, geometry.points
     height, width = input.shape[1:3]
     height_out, width_out = offset.shape[1:3]
@@ -87,20 +157,14 @@ def dcnv3_plain(
     # What does not lie inside (NaN does not) goes where nothing is sampled, and out of reach of an integer overflow.
     inside = (x > -1) & (x < width) & (y > -1) & (y < height)
     x, y = torch.where(inside, x, -2), torch.where(inside, y, -2)
-    grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), -1)
 
     mask = mask.to(dtype).unflatten(-1, (groups, points))
     mask = (softmax_over_points(mask) if softmax else mask).permute(0, 3, 1, 2, 4)  # (N, G, H_out, W_out, P)
-    if not softmax:  # 0 * inf: one that does not count may be anything. A softmax is NaN at all points or at none.
-        mask = torch.where(inside, mask, 0)
+    mask = torch.where(inside, mask, 0)  # 0 * inf is not 0: one that does not count may be anything
     value = input.to(dtype).unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2)  # (N, G, C/G, H, W)
-    sampled = F.grid_sample(
-        value.flatten(0, 1),
-        grid.flatten(0, 1).flatten(2, 3),
-        mode="bilinear",
-        padding_mode="zeros",
-        align_corners=False,
-    )  # (N*G, C/G, H_out, W_out*P)
+    sample = _sample_by_gathering if by_gathering else _sample
+    # (N*G, C/G, H_out, W_out*P)
+    sampled = sample(value.flatten(0, 1), *(position.flatten(0, 1).flatten(2, 3) for position in (x, y)))
     sampled = sampled.unflatten(-1, (width_out, points)).unflatten(0, (-1, groups))
     output = (sampled * mask.unsqueeze(2)).sum(-1)  # (N, G, C/G, H_out, W_out)
     return output.permute(0, 3, 4, 1, 2).flatten(-2).to(input.dtype)
@@ -111,20 +175,6 @@ def dcnv3_plain(
 _CHUNK_POINTS = 65536
 # Zeros around the image: a point that lies outside is moved to two pixels of them, and reads nothing else.
 _RING = 2
-
-
-def _positions(op: "_CpuOp", images: slice, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the points of some output rows of some images lie, in input pixels: x and y, (n, rows, W_out * G * P).
-
-    Inside means strictly inside (-1, size): everything else, NaN included, is moved to the ring of zeros.
-    """
-    offset = op.offset[images, rows]
-    offset = offset.reshape(*offset.shape[:2], -1, 2).to(op.dtype)
-    x = torch.add(op.base_x, offset[..., 0], alpha=op.geometry.offset_scale)
-    y = torch.add(op.base_y[rows], offset[..., 1], alpha=op.geometry.offset_scale)
-    for position, size in ((x, op.width), (y, op.height)):
-        F.threshold_(position, -1, -_RING).nan_to_num_(nan=-_RING, posinf=size).clamp_max_(size)
-    return x, y
 
 
 class _CpuOp:
@@ -156,18 +206,50 @@ class _CpuOp:
         self.base_y = base_y[:, None, :].expand(-1, self.width_out * groups, -1).reshape(self.height_out, -1)
         group = torch.arange(groups, dtype=self.index_dtype) + _RING * (self.table_width + 1) * groups
         self.base_index = group[:, None].expand(self.width_out, -1, points).reshape(-1)
+        # from corner to corner of a point: upper left, upper right, lower left, lower right
+        self.corner_steps = (0, groups, self.table_width * groups - groups, groups)
 
-    def chunk_mask(self, images: slice, rows: slice) -> torch.Tensor:
-        """The mask of a chunk, normalised if this op does that: (n, rows, W_out*G, P)."""
-        mask = self.mask[images, rows]
-        mask = mask.reshape(*mask.shape[:2], -1, self.geometry.points).to(self.dtype)
-        return softmax_over_points(mask) if self.softmax else mask
+    def _image_chunks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some images after others, and their pixels with the ring, (-1, C / G) in the dtype of the arithmetic."""
+        for first in range(0, self.batch, self.images_per_chunk):
+            images = slice(first, min(first + self.images_per_chunk, self.batch))
+            table = F.pad(self.input[images].to(self.dtype), (0, 0, _RING, _RING, _RING, _RING))
+            yield images, table.contiguous().view(-1, self.group_channels)
 
-    def outside(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def _row_chunks(self) -> Iterator[slice]:
+        for row in range(0, self.height_out, self.rows_per_chunk):
+            yield slice(row, min(row + self.rows_per_chunk, self.height_out))
+
+    def _chunk(self, tensor: torch.Tensor, images: slice, rows: slice, last: int) -> torch.Tensor:
+        """A chunk of offsets, masks or gradients, (n, rows, -1, last) and contiguous."""
+        chunk = tensor[images, rows]
+        return chunk.reshape(*chunk.shape[:2], -1, last).to(self.dtype).contiguous()
+
+    def _positions(self, images: slice, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the points of some output rows of some images lie, in input pixels: x and y, (n, rows, W_out * G * P).
+
+        Inside means strictly inside (-1, size): everything else, NaN included, is moved to the ring of zeros.
+        """
+        offset = self._chunk(self.offset, images, rows, 2)
+        x = torch.add(self.base_x, offset[..., 0], alpha=self.geometry.offset_scale)
+        y = torch.add(self.base_y[rows], offset[..., 1], alpha=self.geometry.offset_scale)
+        for position, size in ((x, self.width), (y, self.height)):
+            F.threshold_(position, -1, -_RING).nan_to_num_(nan=-_RING, posinf=size).clamp_max_(size)
+        return x, y
+
+    def _modulations(self, images: slice, rows: slice) -> tuple[torch.Tensor, bool]:
+        """The mask of a chunk, normalised if this op does that: (n, rows, W_out * G * P); and whether it is finite."""
+        mask = self._chunk(self.mask, images, rows, self.geometry.points)
+        if not self.softmax:
+            return mask.flatten(2), math.isfinite(mask.sum())
+        exponentials, total = _exponentials_over_points(mask)
+        return exponentials.div_(total).flatten(2), math.isfinite(total.sum())
+
+    def _outside(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Which of the points that `_positions` returned do not count."""
         return (x <= -1) | (x >= self.width) | (y <= -1) | (y >= self.height)
 
-    def split_positions(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def _split_positions(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Leaves the fractional parts in `x` and `y`; returns the table's row of each point's upper left corner."""
         groups = self.geometry.groups
         y0 = y.floor()
@@ -181,135 +263,111 @@ class _CpuOp:
             index.add_(images * (self.table_height * self.table_width * groups))
         return index
 
+    @staticmethod
+    def _weights(fx: torch.Tensor, fy: torch.Tensor, modulations: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of the four corners: upper left, upper right, lower left, lower right. Uses up `fx` and `fy`."""
+        lower = fy.mul_(modulations)
+        upper = modulations - lower
+        upper_right = upper * fx
+        lower_right = fx.mul_(lower)
+        return upper.sub_(upper_right), upper_right, lower.sub_(lower_right), lower_right
+
     def forward(self) -> torch.Tensor:
         output = self.input.new_empty(self.batch, self.height_out, self.width_out, self.channels)
-        for first in range(0, self.batch, self.images_per_chunk):
-            images = slice(first, min(first + self.images_per_chunk, self.batch))
-            table = F.pad(self.input[images].to(self.dtype), (0, 0, _RING, _RING, _RING, _RING))
-            table = table.view(-1, self.group_channels)
-            for row in range(0, self.height_out, self.rows_per_chunk):
-                rows = slice(row, min(row + self.rows_per_chunk, self.height_out))
+        for images, table in self._image_chunks():
+            for rows in self._row_chunks():
                 output[images, rows] = self._forward_chunk(table, images, rows)
         return output
 
     def _forward_chunk(self, table: torch.Tensor, images: slice, rows: slice) -> torch.Tensor:
-        fx, fy = _positions(self, images, rows)
-        upper = self.chunk_mask(images, rows).view_as(fx)
-        if not self.softmax and not upper.sum().isfinite():  # as in `dcnv3_plain`
-            upper = upper.masked_fill(self.outside(fx, fy), 0)
-        index = self.split_positions(fx, fy)
-        lower = fy.mul_(upper)
-        upper = upper - lower
-        upper_right = upper * fx
-        lower_right = fx.mul_(lower)
-        weights = (upper.sub_(upper_right), upper_right, lower.sub_(lower_right), lower_right)
-
-        groups = self.geometry.groups
+        fx, fy = self._positions(images, rows)
+        modulations, finite = self._modulations(images, rows)
+        if not finite:  # as in `dcnv3_plain`
+            modulations = modulations.masked_fill(self._outside(fx, fy), 0)
+        index = self._split_positions(fx, fy)
         bags = torch.arange(0, index.numel(), self.geometry.points, dtype=self.index_dtype)
-        steps = (0, groups, self.table_width * groups - groups, groups)  # from corner to corner
         total = None
-        for step, weight in zip(steps, weights, strict=True):
+        for step, weight in zip(self.corner_steps, self._weights(fx, fy, modulations), strict=True):
             index.add_(step)
             part = torch.embedding_bag(table, index.view(-1), bags, False, 0, False, weight.view(-1))[0]
             total = part if total is None else total.add_(part)
         return total.view(*fx.shape[:2], self.width_out, self.channels)
 
     def backward(self, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The three gradients, by `grid_sample`'s own backward pass.
-
-        It scatters along the pixels, which makes it the fastest way in PyTorch to the gradient of the input, and gives
-        that of the positions at no extra cost. Hence the layout, (n, G, ..., pixels), in which the sums over the points
-        and over the channels are vectorised as well.
-        """
-        grads = tuple(
+        """The gradients of input, offset and mask."""
+        grad_input, grad_offset, grad_mask = grads = tuple(
             torch.empty_like(tensor, memory_format=torch.contiguous_format)
             for tensor in (self.input, self.offset, self.mask)
         )
-        kernel_rows, kernel_columns = self.geometry.kernel_positions(self.input.device)
-        pixels = (self.geometry.points, self.height_out, self.width_out)
-        base_x = self.geometry.base_positions(1, self.width_out, kernel_columns, self.dtype).T[:, None, :]
-        base_y = self.geometry.base_positions(0, self.height_out, kernel_rows, self.dtype).T[:, :, None]
-        bases = [base.expand(pixels).flatten(1) for base in (base_x, base_y)]  # (P, pixels)
-        for first in range(0, self.batch, self.images_per_chunk):
-            images = slice(first, min(first + self.images_per_chunk, self.batch))
-            self._backward_images(grad_output[images], images, bases, *(grad[images] for grad in grads))
+        for images, table in self._image_chunks():
+            by_table = torch.zeros_like(table)
+            for rows in self._row_chunks():
+                grad = self._chunk(grad_output, images, rows, self.group_channels).view(-1, self.group_channels)
+                by_x, by_y, by_mask = self._backward_chunk(table, by_table, grad, images, rows)
+                by_offset = grad_offset[images, rows].unflatten(-1, (-1, 2))
+                by_offset[..., 0], by_offset[..., 1] = (
+                    by_x.unflatten(-1, (self.width_out, -1)),
+                    by_y.unflatten(-1, (self.width_out, -1)),
+                )
+                grad_mask[images, rows] = by_mask.unflatten(-1, (self.width_out, -1))
+            by_table = by_table.view(-1, self.table_height, self.table_width, self.channels)
+            grad_input[images] = by_table[:, _RING:-_RING, _RING:-_RING]
         return grads
 
-    def _backward_images(
-        self,
-        grad_output: torch.Tensor,
-        images: slice,
-        bases: list[torch.Tensor],
-        grad_input: torch.Tensor,
-        grad_offset: torch.Tensor,
-        grad_mask: torch.Tensor,
-    ) -> None:
-        """Writes the gradients of some images to where they belong."""
-        groups, points, scale = self.geometry.groups, self.geometry.points, self.geometry.offset_scale
-        number, num_pixels = grad_output.shape[0], self.height_out * self.width_out
-        per_point = (number, num_pixels, groups, points)
-        value = self.input[images].to(self.dtype).unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)
+    def _backward_chunk(
+        self, table: torch.Tensor, by_table: torch.Tensor, grad: torch.Tensor, images: slice, rows: slice
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Adds to the gradient of the table; returns those of the offsets' x and y and of the mask, one for each point.
 
-        # x and y in planes of their own: (n, G, P, pixels), in grid_sample's coordinates, in which the image is two long
-        planes = value.new_empty(2, number, groups, points, num_pixels)
-        planes.copy_(self.offset[images].reshape(*per_point, 2).permute(4, 0, 2, 3, 1))
-        if scale != 1:
-            planes.mul_(scale)
-        sizes = (self.width, self.height)
-        for plane, base in zip(planes, bases, strict=True):
-            plane.add_(base)
-        # What is not strictly inside goes a pixel further: the change of coordinates rounds, and a point exactly on an
-        # edge, as all of them are before training, must not come back in with a gradient.
-        F.threshold_(planes, -1, -_RING).nan_to_num_(nan=-_RING).neg_()
-        for plane, size in zip(planes, sizes, strict=True):
-            F.threshold_(plane, -size, -size - 1).mul_(-2 / size).add_(1 / size - 1)
-        outside = None
-        if not (self.softmax or (grad_output.sum() + self.mask[images].sum()).isfinite()):  # as in `dcnv3_plain`
-            outside = (planes.abs() > 1 + 2 / planes.new_tensor(sizes).view(2, 1, 1, 1, 1)).any(0)
-        grid = planes.flatten(1, 2).permute(1, 2, 3, 0)  # (n*G, P, pixels, 2)
+        grad: of the output, (pixels * G, C / G).
+        """
+        fx, fy = self._positions(images, rows)
+        modulations, finite = self._modulations(images, rows)
+        counting, outside = modulations, None
+        if not (finite and math.isfinite(grad.sum())):  # as in `dcnv3_plain`
+            outside = self._outside(fx, fy)
+            counting = modulations.masked_fill(outside, 0)
+        index = self._split_positions(fx, fy)
 
-        mask = torch.empty_like(planes[0]).copy_(self.mask[images].reshape(per_point).permute(0, 2, 3, 1))
-        if self.softmax:
-            mask.sub_(mask.amax(2, keepdim=True)).exp_()
-            mask.div_(mask.sum(2, keepdim=True))
-        if outside is not None:
-            mask.masked_fill_(outside, 0)
-        by_mask = torch.empty_like(mask)
-        grad = value.new_empty(number, groups, self.group_channels, num_pixels)
-        grad.copy_(grad_output.reshape(number, num_pixels, groups, -1).permute(0, 2, 3, 1))
-
-        # One point of a large map at a time, all of a small one: the products are the largest buffers.
-        points_at_once = min(points, -(-_CHUNK_POINTS * 4 // grad.numel()))
-        products = grad.new_empty(grad.numel() * points_at_once)
-        by_value, by_grid = None, []
-        for first in range(0, points, points_at_once):
-            some = slice(first, min(first + points_at_once, points))
-            shape = (number, groups, self.group_channels, some.stop - some.start, num_pixels)
-            product = products[: grad.numel() * shape[3]].view(shape)
-            sampled = F.grid_sample(value, grid[:, some], mode="bilinear", padding_mode="zeros", align_corners=False)
-            torch.mul(sampled.view(shape), grad.unsqueeze(3), out=product)
-            torch.sum(product, 2, out=by_mask[:, :, some])
-            del sampled
-            torch.mul(grad.unsqueeze(3), mask[:, :, some].unsqueeze(2), out=product)
-            some_by_value, some_by_grid = torch.ops.aten.grid_sampler_2d_backward(
-                product.flatten(0, 1), value, grid[:, some], 0, 0, False, [True, True]
+        # Each corner times the gradient.
+        bags = torch.arange(0, index.numel(), self.geometry.points, dtype=self.index_dtype)
+        bag_of_point = torch.arange(grad.shape[0], dtype=self.index_dtype).repeat_interleave(self.geometry.points)
+        corner, products = index.clone().view(-1), []
+        for step in self.corner_steps:
+            corner.add_(step)
+            products.append(
+                torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                    grad, table, corner, bags, bag_of_point, 0
+                ).view_as(fx)
             )
-            by_value = some_by_value if by_value is None else by_value.add_(some_by_value)
-            by_grid.append(some_by_grid)
+        upper_left, upper_right, lower_left, lower_right = products
+        upper_change, lower_change = upper_right.sub_(upper_left), lower_right.sub_(lower_left)
+        upper, lower = upper_left.addcmul_(fx, upper_change), lower_left.addcmul_(fx, lower_change)
+        by_x = torch.addcmul(upper_change, fy, lower_change.sub_(upper_change))
+        by_y = lower.sub_(upper)
+        by_mask = upper.addcmul_(fy, by_y)
 
+        # The points by their pixel: what an input pixel gets is a sum of rows of the gradient.
+        index, order = index.view(-1).sort()
+        bag_of_point = bag_of_point[order]
+        first = int(index[0])
+        counts = index.sub_(first).bincount()
+        starts = (counts.cumsum(0) - counts).to(self.index_dtype)
+        for step, weight in zip(self.corner_steps, self._weights(fx, fy, counting), strict=True):
+            first += step
+            part = torch.embedding_bag(grad, bag_of_point, starts, False, 0, False, weight.view(-1)[order])[0]
+            by_table[first : first + len(part)] += part
+
+        factor = counting * self.geometry.offset_scale
+        by_x.mul_(factor)
+        by_y.mul_(factor)
+        if outside is not None:
+            for by in (by_x, by_y, by_mask):
+                by.masked_fill_(outside, 0)
         if self.softmax:
-            by_mask.sub_(torch.mul(by_mask, mask).sum(2, keepdim=True)).mul_(mask)
-        if outside is not None:
-            by_mask.masked_fill_(outside, 0)
-        grad_mask.view(per_point).copy_(by_mask.permute(0, 3, 1, 2))
-        by_grid = by_grid[0] if len(by_grid) == 1 else torch.cat(by_grid, 1)
-        if outside is not None:
-            by_grid = by_grid.masked_fill(outside.flatten(0, 1).unsqueeze(-1), 0)
-        factors = by_grid.new_tensor([2 * scale / size for size in sizes]).repeat(num_pixels)
-        by_offset = by_grid.flatten(2).mul_(factors).view(number, groups, points, num_pixels, 2)
-        grad_offset.view(*per_point, 2).copy_(by_offset.permute(0, 3, 1, 2, 4))
-        by_input = by_value.view(number, groups, self.group_channels, -1).permute(0, 3, 1, 2)
-        grad_input.view(number, -1, groups, self.group_channels).copy_(by_input)
+            modulations, by = (t.view(*fx.shape[:2], -1, self.geometry.points) for t in (modulations, by_mask))
+            by.sub_(torch.mul(by, modulations).sum(-1, keepdim=True)).mul_(modulations)
+        return by_x, by_y, by_mask
 
 
 class _DCNv3Cpu(torch.autograd.Function):
@@ -320,9 +378,10 @@ class _DCNv3Cpu(torch.autograd.Function):
         return _CpuOp(input, offset, mask, geometry, softmax).forward()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        return *_CpuOp(*ctx.saved_tensors, ctx.geometry, ctx.softmax).backward(grad_output), None, None
+        # An operator, so that differentiating again meets it, also where the output's gradient is a constant.
+        options = (_packed(ctx.geometry), ctx.geometry.offset_scale, ctx.softmax)
+        return *_compiled_backward(grad_output, *ctx.saved_tensors, *options), None, None
 
 
 def dcnv3_cpu(
@@ -377,11 +436,16 @@ def _save_for_backward(ctx, inputs, output):
     ctx.options = inputs[3:]
 
 
+def _refuse_second_derivative(*_):
+    raise RuntimeError("dcnv3 cannot be differentiated twice")
+
+
 def _backward(ctx, grad_output):
     return *_compiled_backward(grad_output, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
 _compiled_forward.register_autograd(_backward, setup_context=_save_for_backward)
+_compiled_backward.register_autograd(_refuse_second_derivative)
 
 
 def _packed(geometry: Geometry) -> list[int]:

@@ -124,8 +124,9 @@ class InternImageStem(nn.Module):
             )
         pixel_values = pixel_values.to(self.conv1.weight.dtype)
         if not torch.compiler.is_compiling():  # compilers choose layouts by themselves
-            # Channels last from here on: turning the image is cheaper than turning the first norm's input.
-            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+            # Channels last from here on: turning the image is cheaper than turning the first norm's input. (By permuting,
+            # as vmap knows no memory formats.)
+            pixel_values = pixel_values.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         hidden_states = self.conv1(pixel_values)  # (N, C1/2, H/2, W/2)
         hidden_states = self.activation(self.norm1(hidden_states))
         hidden_states = self.norm2(self.conv2(hidden_states))  # (N, C1, H/4, W/4)

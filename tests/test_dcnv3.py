@@ -1,24 +1,30 @@
 """The operator in PyTorch: parity with the official one, every option, every kind of input, every kind of compiler."""
 
 import contextlib
+import itertools
 import json
+import random
 import subprocess
 import sys
 import textwrap
 import threading
+from functools import partial
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT
+from conftest import FIXTURES, ROOT, TINY, TINY_VARIANTS
 from safetensors.torch import load_file
 
+from internimage_hf import InternImageConfig, InternImageForImageClassification
 from internimage_hf.dcnv3 import dcnv3, dcnv3_backend_report, dcnv3_softmax, use_dcnv3_backend
-from internimage_hf.dcnv3_torch import Geometry, dcnv3_cpu, dcnv3_plain, softmax_over_points
+from internimage_hf.dcnv3_torch import Geometry, dcnv3_cpu, dcnv3_cpu_compiled, dcnv3_plain, softmax_over_points
+from internimage_hf.kernel_loader import get_dcnv3_kernel
 
 
 CASES = {case["name"]: case for case in json.loads((FIXTURES / "ops.json").read_text())["cases"]}
 TENSORS = load_file(FIXTURES / "ops.safetensors")
-FORMULATIONS = {"cpu": dcnv3_cpu, "plain": dcnv3_plain}
+# the last one is what compilers take where there is no kernel and no operator of ours
+FORMULATIONS = {"cpu": dcnv3_cpu, "plain": dcnv3_plain, "gathering": partial(dcnv3_plain, by_gathering=True)}
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +137,7 @@ def test_every_option_against_the_formula(options, formulation):
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
 
 
-def test_the_two_formulations_agree_on_large_inputs():
+def test_the_formulations_agree_on_large_inputs():
     """More than one chunk of images, of rows, and of points in the backward pass."""
     for shape, options in (
         ((5, 40, 31, 24), {"groups": 3}),
@@ -144,8 +150,9 @@ def test_the_two_formulations_agree_on_large_inputs():
         for formulation in FORMULATIONS.values():
             outputs.append(formulation(*tensors, Geometry(**options), True))
             gradients.append(torch.autograd.grad(outputs[-1].square().sum(), tensors))
-        torch.testing.assert_close(*outputs, atol=1e-10, rtol=1e-10)
-        torch.testing.assert_close(*gradients, atol=1e-9, rtol=1e-9)
+        for output, gradient in zip(outputs[1:], gradients[1:], strict=True):
+            torch.testing.assert_close(output, outputs[0], atol=1e-10, rtol=1e-10)
+            torch.testing.assert_close(gradient, gradients[0], atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("function", [dcnv3, dcnv3_softmax])
@@ -228,6 +235,74 @@ def test_views_and_strides():
     torch.testing.assert_close(
         dcnv3(one_image, offset, mask, **options), dcnv3(one_image.contiguous(), offset, mask, **options)
     )
+
+
+def any_layout(tensor, choose):
+    """Equal values, or the same for all of a dimension, in a layout that may not be contiguous."""
+    kind = choose("as it is", "permuted", "every other", "a slice", "expanded")
+    if kind == "permuted":
+        order = choose(*itertools.permutations(range(4)))
+        return tensor.permute(order).contiguous().permute([order.index(i) for i in range(4)])
+    if kind == "every other":
+        return torch.stack((tensor, -tensor), -1)[..., 0]
+    if kind == "a slice":
+        dimension = choose(0, 1, 2, 3)
+        return torch.cat((tensor, tensor), dimension).narrow(
+            dimension, tensor.shape[dimension], tensor.shape[dimension]
+        )
+    if kind == "expanded" and tensor.shape[0]:
+        dimension = choose(0, 1, 2, 3)
+        return tensor.narrow(dimension, 0, 1).expand(tensor.shape)
+    return tensor
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_layouts_are_computed_as_contiguous_ones(seed):
+    rng = random.Random(seed)
+
+    def choose(*values):
+        return rng.choice(values)
+
+    before = torch.get_num_threads()
+    try:
+        for case in range(60):
+            torch.set_num_threads(choose(1, 2, 3))
+            kernel_size = (choose(1, 2, 3), choose(1, 2, 3))
+            options = {
+                "kernel_size": kernel_size,
+                "stride": (choose(1, 2, 3), choose(1, 2)),
+                "padding": (choose(1, 2), choose(1, 2)),
+                "groups": choose(1, 1, 2, 3),
+                "offset_scale": choose(1.0, 2.0, -1.5),
+                "remove_center": kernel_size == (3, 3) and choose(False, True),
+            }
+            shape = (
+                choose(0, 1, 1, 2, 3),
+                choose(1, 1, 2, 5),
+                choose(1, 1, 2, 6),
+                options["groups"] * choose(1, 2, 8),
+            )
+            tensors, options = random_arguments(*shape, torch.float64, seed=case, **options)
+            views = [any_layout(tensor, choose) for tensor in tensors]
+            dense = [view.clone(memory_format=torch.contiguous_format) for view in views]
+            results = []
+            function, weight = choose(dcnv3, dcnv3_softmax), None
+            for arguments in (dense, views):
+                leaves = [argument.detach().requires_grad_() for argument in arguments]
+                output = function(*leaves, **options)
+                weight = (
+                    torch.randn(output.shape, dtype=torch.float64) if weight is None else any_layout(weight, choose)
+                )
+                if arguments is views:  # that of an expanded one is another
+                    leaves_of_dense = [argument.detach().requires_grad_() for argument in dense]
+                    results[0][1:] = torch.autograd.grad(
+                        function(*leaves_of_dense, **options), leaves_of_dense, weight
+                    )
+                results.append([output, *torch.autograd.grad(output, leaves, weight)])
+            for actual, expected in zip(results[1], results[0], strict=True):
+                torch.testing.assert_close(actual, expected, msg=lambda m, o=options, s=shape: f"{s}, {o}: {m}")
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 6, 8), (1, 1, 1, 8), (3, 1, 7, 8), (2, 9, 1, 4)])
@@ -316,20 +391,143 @@ def test_modulations_and_gradients_that_are_not_finite_count_inside_alone(formul
     assert grad_input[[0, 2]].isfinite().all() and not grad_input[1, 3, 2, 4:].isfinite().any()
 
 
+def all_backends():
+    """The formulations and, if there is one, the CPU's kernel: functions of the tensors, a Geometry, and softmax or not."""
+    backends = dict(FORMULATIONS)
+    if get_dcnv3_kernel("cpu")[0] is not None:
+
+        def kernel(*arguments):
+            *tensors, geometry, softmax = arguments
+            function = dcnv3_softmax if softmax else dcnv3
+            return function(*tensors, **geometry._asdict(), backend="kernel")
+
+        backends["kernel"] = kernel
+    return backends
+
+
+def test_a_softmax_that_is_not_finite_counts_inside_alone():
+    tensors, options = random_arguments(2, 6, 5, 8, torch.float64)
+    _, offset, logits = tensors
+    offset.zero_().add_(0.25)
+    points = offset.view(2, 6, 5, 2, 9, 2)
+    points[0, :, :, 0] = torch.tensor([100.0, torch.nan, torch.inf]).repeat(3)[:, None]  # the whole group lies outside
+    points[1, :, :, 0, 4:] = -100.0  # a part of it
+    bad = logits.view(2, 6, 5, 2, 9)
+    bad[:, :, :, 0, ::2] = torch.tensor([torch.nan, torch.inf, 1.0, -torch.inf, 0.0])
+    results = {}
+    for name, backend in all_backends().items():
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+        output = backend(*leaves, Geometry(**options), True)
+        results[name] = [output, *torch.autograd.grad(output, leaves, torch.ones_like(output))]
+        output, grad_input, grad_offset, grad_mask = results[name]
+        assert not output[0, ..., :4].any() and output[..., 4:].isfinite().all(), name
+        assert output[1, 2:5, 2:4, :4].isnan().all(), name
+        grad_offset = grad_offset.view(2, 6, 5, 2, 9, 2)
+        assert not grad_offset[0, :, :, 0].any() and not grad_offset[1, :, :, 0, 4:].any(), name
+        assert not grad_input[0, ..., :4].any() and grad_input[..., 4:].isfinite().all(), name
+        grad_mask = grad_mask.view(2, 6, 5, 2, 9)
+        assert grad_mask[:, :, :, 0].isnan().all() and grad_mask[:, :, :, 1].isfinite().all(), name
+    expected = results.pop("cpu")
+    for name, actual in results.items():
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, other, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ------------------------------------------------------------------------------------------- points on a pixel
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_of_points_exactly_on_the_edge(dtype):
     """Before training all offsets are zero, and the outermost points lie on -1 or on the size: outside, without gradient."""
     for size in (3, 5, 6, 7, 11, 28):
         (input, offset, mask), options = random_arguments(1, size, size, 4, dtype, spread=0.0, groups=1)
-        gradients = []
         for formulation in FORMULATIONS.values():
             offset = offset.detach().requires_grad_()
             formulation(input, offset, mask, Geometry(**options), False).sum().backward()
-            gradients.append(offset.grad.view(size, size, 3, 3, 2))
-        # (not compared with each other: further in, points lie on integers, where left and right derivative differ)
-        for gradient in gradients:  # rows and columns of pixels, columns and rows of the kernel
+            gradient = offset.grad.view(
+                size, size, 3, 3, 2
+            )  # rows and columns of pixels, columns and rows of the kernel
             assert not gradient[0, :, :, 0].any() and not gradient[-1, :, :, 2].any()
             assert not gradient[:, 0, 0].any() and not gradient[:, -1, 2].any()
+
+
+# sizes, options, and the integers of which the offsets are chosen
+ON_PIXELS = [
+    ((5, 7), {}, (0,)),
+    ((14, 13), {"offset_scale": 2.0}, (0,)),
+    ((9, 28), {"offset_scale": 1.7, "groups": 1}, (0,)),
+    ((28, 6), {"remove_center": True}, (0,)),
+    ((1, 1), {}, (0, 1, -1)),
+    ((6, 11), {"stride": (2, 1), "dilation": (1, 2), "padding": (2, 2)}, (-2, 0, 1, 3)),
+    ((7, 3), {"offset_scale": 0.5, "kernel_size": (2, 3)}, (-2, 0, 1, 2)),
+    ((10, 7), {"offset_scale": -1.5}, (-2, 0, 2)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size, options, offsets", ON_PIXELS, ids=str)
+def test_on_a_pixel_the_derivative_is_that_to_the_right(size, options, offsets, dtype):
+    """Along one coordinate the operator is linear up to the next pixel: a difference of values is the derivative."""
+    tensors, options = random_arguments(1, *size, options.get("groups", 2) * 4, torch.float64, **options)
+    input, offset, mask = tensors
+    offset = torch.tensor(offsets, dtype=torch.float64)[torch.randint(len(offsets), offset.shape)]
+    geometry, step = Geometry(**options), 2.0**-12
+    value = dcnv3_plain(input, offset, mask, geometry, False)
+    weight = torch.randn_like(value)
+    expected = torch.empty_like(offset).unflatten(-1, (options["groups"], -1))
+    for i in range(expected.shape[-1]):
+        moved = offset.clone().unflatten(-1, (options["groups"], -1))
+        moved[..., i] += step if options["offset_scale"] > 0 else -step
+        change = dcnv3_plain(input, moved.flatten(-2), mask, geometry, False) - value
+        change = change if options["offset_scale"] > 0 else -change
+        expected[..., i] = (change * weight).unflatten(-1, (options["groups"], -1)).sum(-1) / step
+    # a point on the edge lies outside
+    kernel_rows, kernel_columns = geometry.kernel_positions(offset.device)
+    x, y = (offset.unflatten(-1, (options["groups"], -1, 2)) * options["offset_scale"]).unbind(-1)
+    x = x + geometry.base_positions(1, offset.shape[2], kernel_columns, torch.float64).unsqueeze(1)
+    y = y + geometry.base_positions(0, offset.shape[1], kernel_rows, torch.float64)[:, None, None]
+    inside = (x > -1) & (x < size[1]) & (y > -1) & (y < size[0])
+    expected *= inside.repeat_interleave(2, -1)
+    for name, backend in all_backends().items():
+        leaf = offset.to(dtype).requires_grad_()
+        output = backend(input.to(dtype), leaf, mask.to(dtype), geometry, False)
+        (actual,) = torch.autograd.grad(output, leaf, weight.to(dtype))
+        error = (actual.double() - expected.flatten(-2)).norm() / expected.norm().clamp_min(1e-3)
+        assert error < (1e-6 if dtype == torch.float32 else 1e-10), (name, error.item())
+
+
+def gradients_of_a_fresh_model(model, pixel_values, backend):
+    labels = torch.arange(len(pixel_values))
+    with use_dcnv3_backend(backend):
+        loss = model(pixel_values, labels=labels).loss
+        return dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, model.parameters()), strict=True))
+
+
+def compare_backends_on_a_fresh_model(config, size):
+    if get_dcnv3_kernel("cpu")[0] is None:
+        pytest.skip("there is no kernel to compare with")
+    torch.manual_seed(0)
+    model = InternImageForImageClassification(config).eval()
+    pixel_values = torch.randn(2, 3, *size)
+    expected = gradients_of_a_fresh_model(model, pixel_values, "kernel")
+    actual = gradients_of_a_fresh_model(model, pixel_values, "torch")
+    largest = max(gradient.norm() for gradient in expected.values())
+    assert any("dcn.offset" in name and gradient.norm() > 1e-4 * largest for name, gradient in expected.items())
+    for name, gradient in expected.items():  # (the bias of the keys of an attention has the gradient zero)
+        difference = (actual[name] - gradient).norm()
+        assert difference <= 1e-5 * gradient.norm() + 1e-7 * largest, (name, (difference / gradient.norm()).item())
+
+
+@pytest.mark.parametrize("size", [(64, 64), (75, 98), (112, 56)], ids=str)
+@pytest.mark.parametrize("variant", TINY_VARIANTS)
+def test_the_backends_have_the_gradients_of_a_fresh_model_in_common(variant, size):
+    compare_backends_on_a_fresh_model(InternImageConfig(**{**TINY, **TINY_VARIANTS[variant]}), size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(224, 224), (201, 260)], ids=str)
+def test_the_backends_have_the_gradients_of_a_fresh_internimage_t_in_common(size):
+    compare_backends_on_a_fresh_model(InternImageConfig.from_variant("t"), size)
 
 
 def test_memory_does_not_grow_with_the_batch():
@@ -349,12 +547,29 @@ def test_memory_does_not_grow_with_the_batch():
     assert peak(16) < 1.1 * peak(8)
 
 
-def test_double_backward_is_refused():
+@pytest.mark.parametrize("as_operator", [False, True])
+@pytest.mark.parametrize("which", range(3))
+def test_double_backward_is_refused(which, as_operator):
+    """Also where the gradient of the output is a constant, and something else of the loss can be differentiated."""
     tensors, options = random_arguments(1, 4, 4, 4)
-    input = tensors[0].requires_grad_()
-    (gradient,) = torch.autograd.grad(dcnv3(*tensors, **options).square().sum(), input, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    leaf = tensors[which].requires_grad_()
+    for power in (1, 2):
+        function = FORMULATIONS["cpu"] if not as_operator else dcnv3_cpu_compiled
+        output = function(*tensors, Geometry(**options), True)
+        (gradient,) = torch.autograd.grad(output.pow(power).sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="dcnv3 cannot be differentiated twice"):
+            (gradient.square().sum() + leaf.sum()).backward()
+
+
+def test_many_gradients_at_once():
+    tensors, options = random_arguments(1, 4, 5, 8, torch.float64)
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    output = dcnv3_softmax(*tensors, **options)
+    weights = torch.randn(3, *output.shape, dtype=torch.float64)
+    together = torch.autograd.grad(output, tensors, weights, is_grads_batched=True, retain_graph=True)
+    for i, weight in enumerate(weights):
+        alone = torch.autograd.grad(output, tensors, weight, retain_graph=True)
+        torch.testing.assert_close([gradient[i] for gradient in together], list(alone))
 
 
 def test_transforms_of_torch_func():
@@ -380,6 +595,30 @@ def test_transforms_of_torch_func():
         with contextlib.suppress(NotImplementedError):
             _, tangent = torch.func.jvp(lambda t: loss(t, *tensors[1:]), (tensors[0],), (tensors[0],))
             torch.testing.assert_close(tangent, 2 * loss(*tensors))
+
+
+@pytest.mark.parametrize("variant", TINY_VARIANTS)
+def test_per_sample_gradients_of_the_classifier(variant):
+    torch.manual_seed(0)
+    model = InternImageForImageClassification(InternImageConfig(**{**TINY, **TINY_VARIANTS[variant]})).double().eval()
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    pixel_values, labels = torch.randn(3, 3, 48, 40, dtype=torch.float64), torch.arange(3)
+
+    def loss(parameters, image, label):
+        inputs = {"pixel_values": image.unsqueeze(0), "labels": label.unsqueeze(0)}
+        return torch.func.functional_call(model, (parameters, buffers), kwargs=inputs).loss
+
+    with use_dcnv3_backend("auto"):
+        together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, pixel_values, labels)
+        for i in range(3):
+            alone = torch.autograd.grad(loss(parameters, pixel_values[i], labels[i]), parameters.values())
+            for (name, gradients), expected in zip(together.items(), alone, strict=True):
+                torch.testing.assert_close(
+                    gradients[i], expected, atol=1e-10, rtol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+                )
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "kernel"])
@@ -425,6 +664,37 @@ def test_compile(dynamic):
     expected = torch.autograd.grad(function(*tensors).square().sum(), tensors)
     actual = torch.autograd.grad(compiled(*tensors).square().sum(), tensors)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_compiled_transforms_of_torch_func(backend):
+    torch._dynamo.reset()
+    tensors, options = random_arguments(3, 4, 5, 8, torch.float64)
+
+    def gradients(*args):
+        def loss(*one):
+            return dcnv3_softmax(*(t.unsqueeze(0) for t in one), **options).square().sum()
+
+        return torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(*args)
+
+    with use_dcnv3_backend(backend):
+        compiled = torch.compile(gradients, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*tensors), gradients(*tensors))
+
+
+def test_gathering_is_compiled_for_sizes_that_are_symbolic():
+    """Its gradients too: on pixels, they are those of `dcnv3_cpu`."""
+    torch._dynamo.reset()
+    _, options = random_arguments(1, 4, 4, 8)
+    function = partial(FORMULATIONS["gathering"], geometry=Geometry(**options), softmax=True)
+    compiled = torch.compile(function, backend="eager", dynamic=True, fullgraph=True)
+    for size in ((6, 7), (9, 5)):
+        tensors, _ = random_arguments(2, *size, 8, spread=0.0)
+        tensors = [tensor.requires_grad_() for tensor in tensors]
+        with torch.compiler.set_stance("default" if size == (6, 7) else "fail_on_recompile"):
+            actual = torch.autograd.grad(compiled(*tensors).square().sum(), tensors)
+        expected = torch.autograd.grad(dcnv3_softmax(*tensors, **options).square().sum(), tensors)
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_compiled_training_step_keeps_the_heap_whole():

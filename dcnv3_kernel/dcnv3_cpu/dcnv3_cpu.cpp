@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -46,10 +47,17 @@ const dcnv3::Kernels& kernels() {
   return chosen;
 }
 
+template <class T>
+std::unique_ptr<T[]> memory_for(const char* what, int64_t count) {
+  std::unique_ptr<T[]> memory(new (std::nothrow) T[count]);
+  if (!memory) dcnv3::out_of_memory(what, count, sizeof(T));
+  return memory;
+}
+
 // 64-byte aligned memory for one thread.
 class Scratch {
  public:
-  explicit Scratch(size_t bytes) : memory_(new char[bytes + 64]) {
+  explicit Scratch(size_t bytes) : memory_(memory_for<char>("the work of a thread", bytes + 64)) {
     auto address = reinterpret_cast<uintptr_t>(memory_.get());
     aligned_ = memory_.get() + (64 - address % 64) % 64;
   }
@@ -72,19 +80,17 @@ void check_image(const dcnv3::Shape& s) {
 
 // Memory of the calling thread that stays for its next call: to get so much anew costs more page faults than work.
 constexpr size_t most_bytes_kept = 4 << 20;
+constexpr const char* sums_of_slices = "sums of the gradient of input";
 char* kept_memory(size_t bytes) {
   thread_local std::unique_ptr<char[]> memory;
   thread_local size_t size = 0;
   if (bytes > size) {
-    memory.reset(new char[bytes]);
+    size = 0;  // should there be none
+    memory.reset();
+    memory = memory_for<char>(sums_of_slices, bytes);
     size = bytes;
   }
   return memory.get();
-}
-
-// PyTorch's own operator looks itself up by its name first, which for a small image is a part of the time that counts.
-void make_contiguous(Tensor& tensor) {
-  if (!tensor.is_contiguous()) tensor = torch::stable::contiguous(tensor);
 }
 
 constexpr int64_t many_groups = 16, most_groups_at_once = 16, rows_in_use = 16, most_bytes_in_use = 512 * 1024;
@@ -99,11 +105,11 @@ Tensor dcnv3_forward(
       input, offset, mask, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups,
       offset_scale, remove_center, softmax);
   check_image(shape);
-  make_contiguous(input);
-  make_contiguous(offset);
-  make_contiguous(mask);
+  dcnv3::make_contiguous("a contiguous copy of input", input);
+  dcnv3::make_contiguous("a contiguous copy of offset", offset);
+  dcnv3::make_contiguous("a contiguous copy of mask", mask);
   Tensor output =
-      torch::stable::new_empty(input, {shape.batch, shape.height_out, shape.width_out, shape.channels});
+      dcnv3::new_empty("the output", input, {shape.batch, shape.height_out, shape.width_out, shape.channels});
   if (output.numel() == 0) return output;
   const dcnv3::ForwardArguments arguments{
       shape,         dcnv3::dtype_of(input), input.const_data_ptr(), offset.const_data_ptr(), mask.const_data_ptr(),
@@ -128,13 +134,13 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(
       offset_scale, remove_center, softmax);
   dcnv3::check_grad_output(grad_output, input, shape);
   check_image(shape);
-  make_contiguous(grad_output);
-  make_contiguous(input);
-  make_contiguous(offset);
-  make_contiguous(mask);
-  Tensor grad_input = torch::stable::new_empty(input, input.sizes());
-  Tensor grad_offset = torch::stable::new_empty(offset, offset.sizes());
-  Tensor grad_mask = torch::stable::new_empty(mask, mask.sizes());
+  dcnv3::make_contiguous("a contiguous copy of grad_output", grad_output);
+  dcnv3::make_contiguous("a contiguous copy of input", input);
+  dcnv3::make_contiguous("a contiguous copy of offset", offset);
+  dcnv3::make_contiguous("a contiguous copy of mask", mask);
+  Tensor grad_input = dcnv3::new_empty_like("the gradient of input", input);
+  Tensor grad_offset = dcnv3::new_empty_like("the gradient of offset", offset);
+  Tensor grad_mask = dcnv3::new_empty_like("the gradient of mask", mask);
   if (offset.numel() == 0) return {torch::stable::zero_(grad_input), grad_offset, grad_mask};
 
   dcnv3::BackwardArguments arguments{
@@ -181,10 +187,10 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(
     if (bytes_of_partial <= most_bytes_kept) {
       arguments.partial = kept_memory(bytes_of_partial);
     } else {
-      partial.reset(new char[bytes_of_partial]);
+      partial = memory_for<char>(sums_of_slices, bytes_of_partial);
       arguments.partial = partial.get();
     }
-    ranges.reset(new int64_t[2 * tasks]);
+    ranges = memory_for<int64_t>("the rows of tasks", 2 * tasks);
     arguments.ranges = ranges.get();
   }
   const dcnv3::Kernels& set = kernels();

@@ -419,7 +419,7 @@ struct Points {
   int32_t* index;          // of the upper left one of the four pixels that a point samples
   T* weight[4];            // of the four pixels: upper left, upper right, lower left, lower right; includes the modulation
   T *from_x, *from_y;      // position relative to the upper left pixel, -1 or 2 at most
-  T *kernel_x, *kernel_y;  // the regular grid, dilated and scaled, repeated for every group
+  T *kernel_x, *kernel_y;  // the regular grid around its centre, dilated and scaled, repeated for every group
   T* factor;               // of each group's softmax
   T *by_mask, *by_offset;  // gradients: (capacity), (capacity, 2)
   T* dots;                 // of the four pixels with the output's gradient, (capacity, 4)
@@ -443,13 +443,15 @@ struct Points {
   }
 
   void set_kernel(const Shape& s, int64_t repeats) {
+    const T scale = T(s.offset_scale);
+    const int64_t half_w = s.dilation_w * (s.kernel_w - 1) / 2, half_h = s.dilation_h * (s.kernel_h - 1) / 2;
     int64_t i = 0;
     for (int64_t r = 0; r < repeats; ++r) {
       for (int64_t column = 0; column < s.kernel_w; ++column) {
         for (int64_t row = 0; row < s.kernel_h; ++row) {
           if (s.remove_center && column == s.kernel_w / 2 && row == s.kernel_h / 2) continue;
-          kernel_x[i] = T(column) * T(double(s.dilation_w) * s.offset_scale);
-          kernel_y[i] = T(row) * T(double(s.dilation_h) * s.offset_scale);
+          kernel_x[i] = T(column * s.dilation_w - half_w) * scale;
+          kernel_y[i] = T(row * s.dilation_h - half_h) * scale;
           ++i;
         }
       }
@@ -457,14 +459,12 @@ struct Points {
   }
 };
 
-// Where the kernel's first point lies, without offset, along one axis: `start + out * stride`.
+// Where the kernel's centre lies along one axis, exactly: `start + out * stride`.
 template <class T>
 struct Origin {
   T start, stride;
-  Origin(int64_t step, int64_t padding, int64_t dilation, int64_t kernel, double scale) : stride(T(step)) {
-    const double half = double((dilation * (kernel - 1)) / 2);
-    start = T(half - double(padding) - half * scale);
-  }
+  Origin(int64_t step, int64_t padding, int64_t dilation, int64_t kernel)
+      : start(T(dilation * (kernel - 1) / 2 - padding)), stride(T(step)) {}
   T operator()(int64_t out) const { return T(out) * stride + start; }
 };
 
@@ -692,8 +692,8 @@ void forward_pixels(const ForwardArguments& a, int64_t begin, int64_t end, void*
   Points<T> p(static_cast<char*>(scratch), block_capacity(s, groups_at_once));
   p.set_kernel(s, groups_at_once);
   const T scale = T(s.offset_scale);
-  const Origin<T> origins_x(s.stride_w, s.padding_w, s.dilation_w, s.kernel_w, s.offset_scale);
-  const Origin<T> origins_y(s.stride_h, s.padding_h, s.dilation_h, s.kernel_h, s.offset_scale);
+  const Origin<T> origins_x(s.stride_w, s.padding_w, s.dilation_w, s.kernel_w);
+  const Origin<T> origins_y(s.stride_h, s.padding_h, s.dilation_h, s.kernel_h);
   const Axis<T> columns(s.width), rows(s.height);
   const int64_t right = s.width > 1 ? s.channels : 0, down = s.height > 1 ? s.width * s.channels : 0;
   const int64_t pixels = s.height_out * s.width_out;
@@ -960,8 +960,8 @@ DCNV3_INLINE void backward_rows(
   const int64_t points = P ? P : s.points, channels = D ? D : s.group_channels;
   const T scale = T(s.offset_scale);
   const S* input = static_cast<const S*>(a.input) + image * s.height * s.width * s.channels + group * channels;
-  const Origin<T> origins_x(s.stride_w, s.padding_w, s.dilation_w, s.kernel_w, s.offset_scale);
-  const Origin<T> origins_y(s.stride_h, s.padding_h, s.dilation_h, s.kernel_h, s.offset_scale);
+  const Origin<T> origins_x(s.stride_w, s.padding_w, s.dilation_w, s.kernel_w);
+  const Origin<T> origins_y(s.stride_h, s.padding_h, s.dilation_h, s.kernel_h);
   const Axis<T> columns(s.width), rows(s.height);
   const int64_t right = s.width > 1 ? 1 : 0, down = s.height > 1 ? s.width : 0, pixel_stride = groups * channels;
   const int64_t pixels_at_once = pixels_of_block(s, groups), end = last_row * s.width_out;

@@ -49,6 +49,15 @@ class OnDevice {
   dcnv3::Device device_;
 };
 
+// Sums of the gradient of `input`, or what belongs to them.
+Tensor zeros(const Tensor& input, const std::vector<int64_t>& sizes, ScalarType dtype, int64_t element_size) {
+  int64_t count = 1;
+  for (const int64_t size : sizes) count *= size;
+  return dcnv3::allocated("sums of the gradient of input", count, element_size, [&] {
+    return torch::stable::new_zeros(input, sizes, dtype);
+  });
+}
+
 void check(const char* error) {
   STD_TORCH_CHECK(error == nullptr, "dcnv3: the GPU kernel cannot serve this call: ", error == nullptr ? "" : error);
 }
@@ -63,11 +72,11 @@ Tensor dcnv3_forward(
       input, offset, mask, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups,
       offset_scale, remove_center, softmax);
   const OnDevice device(input);
-  input = torch::stable::contiguous(input);
-  offset = torch::stable::contiguous(offset);
-  mask = torch::stable::contiguous(mask);
+  dcnv3::make_contiguous("a contiguous copy of input", input);
+  dcnv3::make_contiguous("a contiguous copy of offset", offset);
+  dcnv3::make_contiguous("a contiguous copy of mask", mask);
   const Dtype dtype = dcnv3::dtype_of(input);
-  Tensor output = torch::stable::new_empty(input, {shape.batch, shape.height_out, shape.width_out, shape.channels});
+  Tensor output = dcnv3::new_empty("the output", input, {shape.batch, shape.height_out, shape.width_out, shape.channels});
   if (output.numel() == 0) return output;
   check(dcnv3::launch_forward(
       shape, dtype, input.const_data_ptr(), offset.const_data_ptr(), mask.const_data_ptr(), output.mutable_data_ptr(),
@@ -84,13 +93,13 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(
       offset_scale, remove_center, softmax);
   dcnv3::check_grad_output(grad_output, input, shape);
   const OnDevice device(input);
-  grad_output = torch::stable::contiguous(grad_output);
-  input = torch::stable::contiguous(input);
-  offset = torch::stable::contiguous(offset);
-  mask = torch::stable::contiguous(mask);
+  dcnv3::make_contiguous("a contiguous copy of grad_output", grad_output);
+  dcnv3::make_contiguous("a contiguous copy of input", input);
+  dcnv3::make_contiguous("a contiguous copy of offset", offset);
+  dcnv3::make_contiguous("a contiguous copy of mask", mask);
   const Dtype dtype = dcnv3::dtype_of(input);
-  Tensor grad_offset = torch::stable::new_empty(offset, offset.sizes());
-  Tensor grad_mask = torch::stable::new_empty(mask, mask.sizes());
+  Tensor grad_offset = dcnv3::new_empty_like("the gradient of offset", offset);
+  Tensor grad_mask = dcnv3::new_empty_like("the gradient of mask", mask);
   if (offset.numel() == 0) return {torch::stable::new_zeros(input, input.sizes()), grad_offset, grad_mask};
 
   const auto launch = [&](dcnv3::Sums sums, void* grad_input) {
@@ -100,17 +109,19 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(
         device.get()));
   };
   if (deterministic) {
-    Tensor grad_input = torch::stable::new_empty(input, input.sizes());
-    Tensor fixed_point = torch::stable::new_zeros(input, input.sizes(), ScalarType::Long);
-    Tensor not_finite = torch::stable::new_zeros(input, {(input.numel() + 31) / 32}, ScalarType::Int);
-    Tensor largest = torch::stable::new_zeros(input, {2}, ScalarType::Long);
+    Tensor grad_input = dcnv3::new_empty_like("the gradient of input", input);
+    Tensor fixed_point = zeros(input, {input.numel()}, ScalarType::Long, 8);
+    Tensor not_finite = zeros(input, {(input.numel() + 31) / 32}, ScalarType::Int, 4);
+    Tensor largest = zeros(input, {2}, ScalarType::Long, 8);
     launch(
         {nullptr, fixed_point.mutable_data_ptr(), not_finite.mutable_data_ptr(), largest.mutable_data_ptr()},
         grad_input.mutable_data_ptr());
     return {grad_input, grad_offset, grad_mask};
   }
   const bool is_double = dtype == Dtype::float64;
-  Tensor sums = torch::stable::new_zeros(input, input.sizes(), is_double ? ScalarType::Double : ScalarType::Float);
+  const std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+  Tensor sums =
+      zeros(input, sizes, is_double ? ScalarType::Double : ScalarType::Float, is_double ? 8 : 4);
   launch({sums.mutable_data_ptr(), nullptr, nullptr, nullptr}, nullptr);
   if (sums.scalar_type() == input.scalar_type()) return {sums, grad_offset, grad_mask};
   return {torch::stable::to(sums, input.scalar_type()), grad_offset, grad_mask};

@@ -66,7 +66,8 @@ struct Problem {
   int height, width, height_out, width_out, channels, groups, group_channels;
   int kernel_h, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int centre;  // the number of the point that is left out, else that of no point
-  C grid_x, grid_y, offset_scale;  // of the first point without offset, but for the pixel: see `locate`
+  int half_h, half_w;  // from the kernel's first point to its centre, of which the positions of `locate` start
+  C offset_scale;
   bool softmax;
 };
 
@@ -303,10 +304,11 @@ DCNV3_DEVICE Location<Compute<T>> locate(
     const Pair<T> both = *reinterpret_cast<const Pair<T>*>(pair);
     offset_x = widen(both.first), offset_y = widen(both.second);
   }
-  const C x = q.grid_x + (static_cast<C>(column * q.dilation_w) + offset_x) * q.offset_scale;
-  const C y = q.grid_y + (static_cast<C>(row * q.dilation_h) + offset_y) * q.offset_scale;
+  const C x = (static_cast<C>(column * q.dilation_w - q.half_w) + offset_x) * q.offset_scale;
+  const C y = (static_cast<C>(row * q.dilation_h - q.half_h) + offset_y) * q.offset_scale;
   return {
-      Axis<C>(x, unit.x * q.stride_w - q.padding_w, q.width), Axis<C>(y, unit.y * q.stride_h - q.padding_h, q.height)};
+      Axis<C>(x, unit.x * q.stride_w - q.padding_w + q.half_w, q.width),
+      Axis<C>(y, unit.y * q.stride_h - q.padding_h + q.half_h, q.height)};
 }
 
 // The modulation of a lane's points. `mask` is that of its first point.
@@ -997,8 +999,8 @@ Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int mult
   q.padding_h = static_cast<int>(s.padding_h), q.padding_w = static_cast<int>(s.padding_w);
   q.dilation_h = static_cast<int>(s.dilation_h), q.dilation_w = static_cast<int>(s.dilation_w);
   q.centre = s.remove_center ? q.points / 2 : q.points;
-  q.grid_x = static_cast<C>(static_cast<double>(s.dilation_w * (s.kernel_w - 1) / 2) * (1 - s.offset_scale));
-  q.grid_y = static_cast<C>(static_cast<double>(s.dilation_h * (s.kernel_h - 1) / 2) * (1 - s.offset_scale));
+  q.half_h = static_cast<int>(s.dilation_h * (s.kernel_h - 1) / 2);
+  q.half_w = static_cast<int>(s.dilation_w * (s.kernel_w - 1) / 2);
   q.offset_scale = static_cast<C>(s.offset_scale);
   q.softmax = s.softmax;
 

@@ -104,10 +104,10 @@ def definition(
     output = 0
     for i, (ix, iy) in enumerate(points):
         half_x, half_y = dw * (kw - 1) // 2, dh * (kh - 1) // 2
-        x = torch.arange(out_w, dtype=offset.dtype).view(1, 1, -1, 1) * sw - pw + half_x - half_x * offset_scale
-        y = torch.arange(out_h, dtype=offset.dtype).view(1, -1, 1, 1) * sh - ph + half_y - half_y * offset_scale
-        x = x + (ix * dw + offset[..., i, 0]) * offset_scale
-        y = y + (iy * dh + offset[..., i, 1]) * offset_scale
+        x = torch.arange(out_w, dtype=offset.dtype).view(1, 1, -1, 1) * sw - pw + half_x
+        y = torch.arange(out_h, dtype=offset.dtype).view(1, -1, 1, 1) * sh - ph + half_y
+        x = x + (ix * dw - half_x + offset[..., i, 0]) * offset_scale
+        y = y + (iy * dh - half_y + offset[..., i, 1]) * offset_scale
         inside = (x > -1) & (x < width) & (y > -1) & (y < height)
         x, y = torch.where(inside, x, 0.0), torch.where(inside, y, 0.0)
         x0, y0 = x.detach().floor(), y.detach().floor()
@@ -377,6 +377,44 @@ def test_modulations_that_are_not_finite_count_inside_alone(backend, value, grou
             assert torch.equal(a.cpu().isfinite(), finite), what  # inf or NaN: that depends on the order of a sum
             assert relative_error(a.cpu()[finite], e[finite]) < 1e-10, what
     assert actual[2].view(36, 9, 2)[1:21].isfinite().all()
+
+
+@pytest.mark.parametrize("group_channels", [5, 16])
+@pytest.mark.parametrize(
+    "scale, offsets", [(1.0, (-2, -1, 0, 1)), (2.0, (0,)), (0.5, (-2, 0, 2)), (1.7, (0,)), (0.3, (0,))]
+)
+def test_on_a_pixel_the_derivative_is_that_to_the_right(backend, scale, offsets, group_channels):
+    """The definition's cell is that to the right and below, as it takes the position's floor."""
+    kernel, device = backend
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 7, 30, c, dtype=torch.float64) for c in (2 * group_channels, 36, 18)]
+    tensors[1] = torch.tensor(offsets, dtype=torch.float64)[torch.randint(len(offsets), tensors[1].shape)]
+    options = {"groups": 2, "offset_scale": scale}
+    expected = run_and_differentiate(definition, tensors, {**options, "softmax": True})
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 5e-5)):
+        actual = run_and_differentiate(kernel.dcnv3_softmax, [t.to(device, dtype) for t in tensors], options)
+        for what, a, e in zip(NAMES, actual, expected, strict=True):
+            assert relative_error(a, e) < tolerance, (what, dtype)
+
+
+@pytest.mark.parametrize("group_channels", [5, 16])
+def test_a_softmax_that_is_not_finite_counts_inside_alone(backend, group_channels):
+    kernel, device = backend
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 6, 6, c, dtype=torch.float64) for c in (2 * group_channels, 36, 18)]
+    _, offset, logits = tensors
+    offset.zero_().add_(0.25)
+    offset[0, :3, :, :18] = 100.0  # the first group lies outside
+    logits[..., 0] = torch.nan
+    output, grad_input, grad_offset, grad_mask = run_and_differentiate(
+        kernel.dcnv3_softmax, [t.to(device) for t in tensors], {"groups": 2}
+    )
+    first = slice(group_channels)
+    assert not output[0, :3, :, first].any() and output[0, 3:, :4, first].isnan().all()
+    assert not grad_offset[0, :3, :, :18].any()
+    assert not grad_input[0, 0, :, first].any() and grad_input[0, 3:5, :, first].isnan().all()
+    assert grad_mask[..., :9].isnan().all() and grad_mask[..., 9:].isfinite().all()
+    assert output[..., group_channels:].isfinite().all() and grad_input[..., group_channels:].isfinite().all()
 
 
 def test_gradients_that_are_not_finite_stay_where_they_belong(backend):
@@ -674,6 +712,49 @@ def test_lesser_instruction_sets(capability):
     assert result.returncode == 0, result.stderr
     if result.stdout.strip() != capability:
         assert result.stdout.strip() == "baseline", "a machine without AVX2 has nothing else"
+
+
+def test_what_memory_cannot_hold(backend):
+    """The error says so, and how much was to be allocated: PyTorch's own gets lost on the way through the stable ABI."""
+    kernel, device = backend
+    if device != "cpu" or INTERPRETED:
+        pytest.skip("tensors that take no memory until they are copied, by operators written in C++")
+    batch = 2**40
+    tensors = [torch.zeros(1, 1, 1, c).expand(batch, 1, 1, c) for c in (16, 18, 9)]
+    with pytest.raises(RuntimeError, match=rf" out of memory\. Tried to allocate {batch * 64} bytes for .*input"):
+        kernel.dcnv3(*tensors, groups=1)
+    # the output alone: one pixel and its padding
+    side = 2**12 + 1
+    tensors = [torch.zeros(1, 1, 1, 1).expand(1, 1, 1, 2**22).contiguous()]
+    tensors += [torch.zeros(1, side, side, c) for c in (2, 1)]
+    with pytest.raises(
+        RuntimeError, match=rf" out of memory\. Tried to allocate {side**2 * 2**24} bytes for the output"
+    ):
+        kernel.dcnv3(*tensors, kernel_size=1, padding=side // 2, groups=1)
+
+
+def test_what_memory_cannot_hold_of_the_sums_of_the_backward_pass():
+    resource = pytest.importorskip("resource")
+    folder = built("torch-stable-abi*-cpu-*")
+    if folder is None:
+        pytest.skip("no cpu variant was built: run dcnv3_kernel/build.py")
+    kernel = load_variant(folder)
+    size, mebibytes = 2**11, 2**20
+    image = torch.zeros(1, size, size, 4)  # 64 MiB, the sums of seven slices 448
+    gradient, offset, mask = (torch.zeros(1, 8, 8, c) for c in (4, 2, 1))
+    options = (1, 1, size // 8, size // 8, 0, 0, 1, 1, 1, 1.0, False, False, False)
+    kernel.ops.dcnv3_backward(gradient, image[:, :64, :64], offset, mask, 1, 1, 8, 8, *options[4:])
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 256 * mebibytes, before[1]))
+    try:
+        with pytest.raises(
+            RuntimeError, match=rf"out of memory\. Tried to allocate {7 * 64 * mebibytes} bytes for sums of"
+        ):
+            kernel.ops.dcnv3_backward(gradient, image, offset, mask, *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    kernel.ops.dcnv3_backward(gradient, image, offset, mask, *options)
 
 
 BAD_INPUT = [

@@ -153,7 +153,7 @@ def compile_kernel(kernels, kernel, target, dtype, group_channels, *, size=56, f
     special = {"grad_input": "*i64" if fixed else f"*{sums}", "not_finite": "*i8", "fixed_exponent": "*i64"}
     numbers = dict.fromkeys(kernels._NUMBERS, "i32")
     if sums == "fp64":
-        numbers |= dict.fromkeys(("offset_scale", "grid_x", "grid_y"), "i64")
+        numbers["offset_scale"] = "i64"
     signature = {
         name: "constexpr" if name in constants else numbers.get(name) or special.get(name) or f"*{TYPES[dtype]}"
         for name in kernel.arg_names

@@ -4,8 +4,11 @@
 
 #include <cmath>
 #include <cstdint>
+#include <exception>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -130,6 +133,45 @@ inline Dtype dtype_of(const torch::stable::Tensor& tensor) {
 inline void check_grad_output(const torch::stable::Tensor& grad_output, const torch::stable::Tensor& input, const Shape& s) {
   check_like_input("grad_output", grad_output, input);
   check_per_point("grad_output", grad_output, s, s.channels);
+}
+
+[[noreturn]] inline void out_of_memory(const char* what, int64_t elements, int64_t element_size) {
+  int64_t bytes = 0;
+  if (__builtin_mul_overflow(elements, element_size, &bytes)) bytes = INT64_MAX;
+  STD_TORCH_CHECK(false, "dcnv3: out of memory. Tried to allocate ", bytes, " bytes for ", what);
+  std::terminate();  // not reached
+}
+
+// What `allocate()` returns. PyTorch's own error loses its text on the way through the stable ABI.
+template <class Allocate>
+torch::stable::Tensor allocated(const char* what, int64_t elements, int64_t element_size, Allocate allocate) {
+  try {
+    return allocate();
+  } catch (const std::exception&) {
+    out_of_memory(what, elements, element_size);
+  }
+}
+
+inline torch::stable::Tensor new_empty(
+    const char* what, const torch::stable::Tensor& like, const std::vector<int64_t>& sizes) {
+  int64_t elements = 1;
+  for (const int64_t size : sizes) {
+    if (__builtin_mul_overflow(elements, size, &elements)) elements = INT64_MAX;
+  }
+  const auto element_size = static_cast<int64_t>(like.element_size());
+  return allocated(what, elements, element_size, [&] { return torch::stable::new_empty(like, sizes); });
+}
+
+inline torch::stable::Tensor new_empty_like(const char* what, const torch::stable::Tensor& like) {
+  const auto element_size = static_cast<int64_t>(like.element_size());
+  return allocated(what, like.numel(), element_size, [&] { return torch::stable::new_empty(like, like.sizes()); });
+}
+
+// PyTorch's own operator looks itself up by its name first, which for a small image is a part of the time that counts.
+inline void make_contiguous(const char* what, torch::stable::Tensor& tensor) {
+  if (tensor.is_contiguous()) return;
+  const auto element_size = static_cast<int64_t>(tensor.element_size());
+  tensor = allocated(what, tensor.numel(), element_size, [&] { return torch::stable::contiguous(tensor); });
 }
 
 }  // namespace dcnv3

@@ -29,7 +29,7 @@ from ._ops import add_op_namespace_prefix, ops
 # The kernels' arguments that are numbers: Triton would compile anew for some values of them (1, multiples of 16).
 _NUMBERS = (
     "width_of_group", "groups", "height", "width", "height_out", "width_out", "kernel_h", "points", "centre",
-    "stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w", "offset_scale", "grid_x", "grid_y",
+    "stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w", "half_h", "half_w", "offset_scale",
     "tiles_x", "tiles_y", "tile_width_log2", "tile_height_log2",
 )  # fmt: skip
 
@@ -126,11 +126,11 @@ def _units(
 @triton.jit
 def _locate(
     offset, number, active, x, y, point, points, kernel_h, centre, dilation_h, dilation_w, height, width,
-    scale, grid_x, grid_y, POINTS: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr,
+    half_h, half_w, scale, POINTS: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Where a point lies: the pixel at its upper left, the fractions, and which rows and columns of corners count.
 
-    x and y: the input pixel that belongs to the output pixel. POINTS: 9 or 8 for a kernel of 3 x 3, else 0.
+    x and y: the input pixel at the kernel's centre. POINTS: 9 or 8 for a kernel of 3 x 3, else 0.
     """
     if POINTS == 9:
         column = point // 3
@@ -143,8 +143,8 @@ def _locate(
         column = cell // kernel_h
         row = cell - column * kernel_h
     offset_x, offset_y = _load_pair(offset, number * points + point, active, C)
-    position_x = grid_x + ((dilation_w * column).to(C) + offset_x) * scale
-    position_y = grid_y + ((dilation_h * row).to(C) + offset_y) * scale
+    position_x = ((dilation_w * column - half_w).to(C) + offset_x) * scale
+    position_y = ((dilation_h * row - half_h).to(C) + offset_y) * scale
     cell_x, fraction_x, left, right = _place_on_axis(position_x, x, width)
     cell_y, fraction_y, upper, lower = _place_on_axis(position_y, y, height)
     if WIDE:
@@ -219,7 +219,7 @@ def _add_point(total, image, at, modulation, group_start, row, line, channel, ha
 def _forward_kernel(
     input, offset, mask, output,
     width_of_group, groups, height, width, height_out, width_out, kernel_h, points, centre, stride_h, stride_w,
-    padding_h, padding_w, dilation_h, dilation_w, offset_scale, grid_x, grid_y,
+    padding_h, padding_w, dilation_h, dilation_w, half_h, half_w, offset_scale,
     tiles_x, tiles_y, tile_width_log2, tile_height_log2,
     C: tl.constexpr, SOFTMAX: tl.constexpr, WIDE: tl.constexpr, POINTS: tl.constexpr, MULTIPLE: tl.constexpr,
     CHANNELS: tl.constexpr, UNITS: tl.constexpr,
@@ -228,7 +228,7 @@ def _forward_kernel(
         group_channels = CHANNELS
     else:
         group_channels = width_of_group * MULTIPLE
-    scale, grid_x, grid_y = _number(offset_scale, C), _number(grid_x, C), _number(grid_y, C)
+    scale = _number(offset_scale, C)
     tile_x, tile_y, units, input_start, unit_start = _tile(
         height, width, height_out, width_out, groups, group_channels,
         tiles_x, tiles_y, tile_width_log2, tile_height_log2,
@@ -246,8 +246,8 @@ def _forward_kernel(
             first, tile_x, tile_y, tile_width_log2, tile_height_log2, groups, height_out, width_out, UNITS, WIDE
         )
         group_start = group * group_channels
-        x = x * stride_w - padding_w
-        y = y * stride_h - padding_h
+        x = x * stride_w - padding_w + half_w
+        y = y * stride_h - padding_h + half_h
         if POINTS:
             modulations = _modulations(mask, number, active, POINTS, SOFTMAX, C)
         elif SOFTMAX:
@@ -260,7 +260,7 @@ def _forward_kernel(
                 for point in tl.static_range(POINTS):
                     at = _locate(
                         offset, number, active, x, y, point, POINTS, kernel_h, centre, dilation_h, dilation_w, height, width,
-                        scale, grid_x, grid_y, POINTS, WIDE, C,
+                        half_h, half_w, scale, POINTS, WIDE, C,
                     )  # fmt: skip
                     total = _add_point(
                         total, image, at, modulations[point], group_start, row, line, channel, has_channel, C
@@ -269,7 +269,7 @@ def _forward_kernel(
                 for point in range(points):
                     at = _locate(
                         offset, number, active, x, y, point, points, kernel_h, centre, dilation_h, dilation_w, height, width,
-                        scale, grid_x, grid_y, POINTS, WIDE, C,
+                        half_h, half_w, scale, POINTS, WIDE, C,
                     )  # fmt: skip
                     modulation = tl.load(mask + number * points + point, mask=active, other=0.0).to(C)
                     if SOFTMAX:
@@ -418,7 +418,7 @@ def _grads(grad_output, unit, active, channel, has_channel, group_channels, C: t
 def _backward_kernel(
     grad_output, input, offset, mask, grad_input, not_finite, fixed_exponent, grad_offset, grad_mask,
     width_of_group, groups, height, width, height_out, width_out, kernel_h, points, centre, stride_h, stride_w,
-    padding_h, padding_w, dilation_h, dilation_w, offset_scale, grid_x, grid_y,
+    padding_h, padding_w, dilation_h, dilation_w, half_h, half_w, offset_scale,
     tiles_x, tiles_y, tile_width_log2, tile_height_log2,
     C: tl.constexpr, SOFTMAX: tl.constexpr, WIDE: tl.constexpr, POINTS: tl.constexpr, MULTIPLE: tl.constexpr,
     CHANNELS: tl.constexpr, UNITS: tl.constexpr, WHOLE: tl.constexpr, FIXED: tl.constexpr,
@@ -428,7 +428,7 @@ def _backward_kernel(
         group_channels = CHANNELS
     else:
         group_channels = width_of_group * MULTIPLE
-    scale, grid_x, grid_y = _number(offset_scale, C), _number(grid_x, C), _number(grid_y, C)
+    scale = _number(offset_scale, C)
     if FIXED:
         fixed_scale = _power_of_two(tl.load(fixed_exponent), C)
     else:
@@ -455,8 +455,8 @@ def _backward_kernel(
             first, tile_x, tile_y, tile_width_log2, tile_height_log2, groups, height_out, width_out, UNITS, WIDE
         )
         group_start = group * group_channels
-        x = x * stride_w - padding_w
-        y = y * stride_h - padding_h
+        x = x * stride_w - padding_w + half_w
+        y = y * stride_h - padding_h + half_h
         grads = tl.zeros((UNITS, CHANNELS), C)
         if WHOLE:
             channel = tl.arange(0, CHANNELS)
@@ -469,7 +469,7 @@ def _backward_kernel(
             for point in tl.static_range(POINTS):
                 at = _locate(
                     offset, unit, active, x, y, point, POINTS, kernel_h, centre, dilation_h, dilation_w, height, width,
-                    scale, grid_x, grid_y, POINTS, WIDE, C,
+                    half_h, half_w, scale, POINTS, WIDE, C,
                 )  # fmt: skip
                 grad_x, grad_y, grad_m = _backward_of_point(
                     grad_input, not_finite, image, grad_output, grads, at, modulations[point], active, unit, group_start,
@@ -503,7 +503,7 @@ def _backward_kernel(
             for point in range(points):
                 at = _locate(
                     offset, unit, active, x, y, point, points, kernel_h, centre, dilation_h, dilation_w, height, width,
-                    scale, grid_x, grid_y, POINTS, WIDE, C,
+                    half_h, half_w, scale, POINTS, WIDE, C,
                 )  # fmt: skip
                 modulation = tl.load(mask + unit * points + point, mask=active, other=0.0).to(C)
                 if SOFTMAX:
@@ -593,8 +593,7 @@ def _plan(
     numbers = (
         group_channels // multiple, groups, height, width, height_out, width_out, kernel_h, points,
         points // 2 if remove_center else points, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-        bits(offset_scale), bits(dilation_w * (kernel_w - 1) // 2 * (1 - offset_scale)),
-        bits(dilation_h * (kernel_h - 1) // 2 * (1 - offset_scale)),
+        dilation_h * (kernel_h - 1) // 2, dilation_w * (kernel_w - 1) // 2, bits(offset_scale),
     )  # fmt: skip
     constants = {
         "C": tl.float64 if is_double else tl.float32,
