@@ -252,7 +252,11 @@ class InternImageConfig(BackboneConfigMixin, PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in transformers, from a dictionary in our own, the official or the published spelling."""
-        return super().from_dict(translate_config(config_dict), **kwargs)
+        config_dict = translate_config(config_dict)
+        if cls._auto_class is None:
+            # This class is saved without its code: the files that `auto_map` names would not be beside the new config.json.
+            config_dict.pop("auto_map", None)
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_variant(cls, variant: str, **kwargs) -> "InternImageConfig":

@@ -1,6 +1,8 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
 """The evaluation transform of the official code: shortest edge to size, bicubic; centre crop; ImageNet statistics."""
 
+from typing import Any
+
 import numpy as np
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, SizeDict
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -16,6 +18,13 @@ class InternImageImageProcessor(CLIPImageProcessorPil):
 
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
+        """As in transformers. `auto_map` is left out where this class is saved without its code."""
+        if cls._auto_class is None:
+            image_processor_dict = {name: v for name, v in image_processor_dict.items() if name != "auto_map"}
+        return super().from_dict(image_processor_dict, **kwargs)
 
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
         """Crops (channels, height, width) to `size.height` x `size.width` around the centre."""

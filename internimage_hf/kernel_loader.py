@@ -27,6 +27,7 @@ logger = logging.get_logger(__name__)
 # The publisher is one that the Hub marks as trusted: a stranger cannot register the name, and `kernels` refuses what lies
 # there if it ever loses that mark. The version is a branch that only compatible builds go to.
 HUB_REPOSITORY, HUB_VERSION = "kernels-community/dcnv3", 1
+_FROM_HUB = f"{HUB_REPOSITORY} on the Hub, version {HUB_VERSION}"
 _HUB_SECONDS = 2.0
 
 _HERE = Path(__file__).resolve().parent
@@ -82,12 +83,19 @@ def _find(device_type: str) -> tuple[ModuleType | None, str]:
     problems = []
     for what, load in _candidates(device_type):
         try:
-            return load(), what
+            kernel = load()
         except (
             Exception,
             SystemExit,
         ) as error:  # a kernel is code from elsewhere: whatever it raises, the model must run
             problems.append(f"{what}: {type(error).__name__}: {_first_line(error)}")
+            continue
+        # The Hub is asked without the user's doing, and may have nothing: only the report says so.
+        if local := [problem for problem in problems if not problem.startswith(_FROM_HUB)]:
+            logger.warning(
+                f"The DCNv3 kernel for {device_type} is {what}. These could not be used: {'; '.join(local)}"
+            )
+        return kernel, f"{what}; these could not be used: {'; '.join(problems)}" if problems else what
     if not problems:
         problems.append(
             f"no variant for {platform.machine()} {platform.system()} and torch {torch.__version__} was found; "
@@ -104,17 +112,13 @@ def _first_line(error: BaseException) -> str:
 
 def _candidates(device_type: str) -> Iterator[tuple[str, Callable[[], ModuleType]]]:
     """What to try, in order: a description and what loads it."""
-    if (path := _local_kernels_path()) is not None:
-        try:
-            local = Path(path).expanduser()
-            folders = [local] if (local / "metadata.json").is_file() else find_variants(local, device_type)
-            problem = FileNotFoundError(f"no variant for {device_type} in it")
-        except (OSError, RuntimeError) as error:  # a path that cannot be, the home of nobody
-            folders, problem = [], error
-        for folder in folders:
-            yield f"LOCAL_KERNELS, {folder}", lambda folder=folder: load_variant(folder, device_type)
-        if not folders:
-            yield f"LOCAL_KERNELS, {path}", lambda: _fail(problem)
+    for entry in os.environ.get("LOCAL_KERNELS", "").split(":"):
+        name, _, path = (part.strip() for part in entry.partition("="))
+        if entry.strip() and not (name and path):
+            problem = ValueError("an entry must be OWNER/NAME=PATH, entries are separated by colons")
+            yield f"LOCAL_KERNELS, {entry!r}", lambda problem=problem: _fail(problem)
+        elif name.split("/")[-1] == "dcnv3":
+            yield from _local_candidates(path, device_type)
 
     bundled = [_HERE / "_kernels"]
     if (_HERE.parent / "dcnv3_kernel" / "build.py").is_file():
@@ -125,10 +129,24 @@ def _candidates(device_type: str) -> Iterator[tuple[str, Callable[[], ModuleType
         yield str(folder), lambda folder=folder: load_variant(folder, device_type)
 
     if _has_kernels_library() and not _offline():
-        yield f"{HUB_REPOSITORY} on the Hub, version {HUB_VERSION}", lambda: _load_from_hub(device_type)
+        yield _FROM_HUB, lambda: _load_from_hub(device_type)
     for folder in ours:
         if folder not in compiled:
             yield str(folder), lambda folder=folder: load_variant(folder, device_type)
+
+
+def _local_candidates(path: str, device_type: str) -> Iterator[tuple[str, Callable[[], ModuleType]]]:
+    """The variants in a folder that the user named, or what is wrong with it."""
+    try:
+        local = Path(path).expanduser()
+        folders = [local] if (local / "metadata.json").is_file() else find_variants(local, device_type)
+        problem = FileNotFoundError(f"no variant for {device_type} in it")
+    except (OSError, RuntimeError) as error:  # a path that cannot be, the home of nobody
+        folders, problem = [], error
+    for folder in folders:
+        yield f"LOCAL_KERNELS, {folder}", lambda folder=folder: load_variant(folder, device_type)
+    if not folders:
+        yield f"LOCAL_KERNELS, {path}", lambda: _fail(problem)
 
 
 def _fail(problem: Exception) -> ModuleType:
@@ -144,15 +162,6 @@ def _has_kernels_library() -> bool:
 
 def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def _local_kernels_path() -> str | None:
-    """The entry of `LOCAL_KERNELS` ("owner/name=path:...") for a kernel named dcnv3."""
-    for entry in os.environ.get("LOCAL_KERNELS", "").split(":"):
-        name, _, path = entry.partition("=")
-        if path and name.strip().split("/")[-1] == "dcnv3":
-            return path.strip()
-    return None
 
 
 def find_variants(root: Path, device_type: str) -> list[Path]:
@@ -211,8 +220,11 @@ def load_variant(folder: Path, device_type: str) -> ModuleType:
 
 def _metadata_for(folder: Path, device_type: str) -> dict:
     """A variant's metadata, if it is one for this kind of device."""
-    metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-    built_for = metadata["backend"]["type"]
+    try:
+        metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+        metadata["id"], built_for = str(metadata["id"]), metadata["backend"]["type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"its metadata.json must be JSON with `id` and `backend.type`: {error}") from error
     if {"rocm": "cuda"}.get(built_for, built_for) != device_type:
         raise ValueError(f"it is built for {built_for}, not for {device_type}")
     if built_for == "cuda":

@@ -1,14 +1,17 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
 """Writes model folders that load where this package is not installed, with `trust_remote_code=True`."""
 
+import inspect
 import json
 import os
-import shutil
+import uuid
 from pathlib import Path
 
+from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto import modeling_auto
+from transformers.utils.hub import create_and_tag_model_card
 
 from . import configuration_internimage, image_processing_internimage, modeling_internimage
 from .modeling_internimage import InternImageBackbone, InternImagePreTrainedModel
@@ -24,7 +27,8 @@ _AUTO_MAP = {
 # A head of transformers needs its backbone's classes registered before its configuration is read. The subclasses keep
 # transformers from taking its own files for this repository's code when the loaded model is saved again.
 _HEAD_MODULE = "modeling_internimage_head"
-_HEAD_CODE = '''"""{model} of transformers on an InternImage backbone."""
+_HEAD_CODE = '''# Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
+"""{model} of transformers on an InternImage backbone."""
 
 import transformers
 from transformers import AutoBackbone, AutoConfig
@@ -69,49 +73,126 @@ def _auto_classes(model_class: type[PreTrainedModel]) -> list[str]:
     return result
 
 
-def write_remote_code(folder: str | os.PathLike, model_class: type[PreTrainedModel] | None = None) -> None:
+def _code(model_class: type[PreTrainedModel] | None) -> tuple[dict[str, bytes], dict[str, str]]:
+    """The content of each file of code by its name, and the `auto_map` of the configuration.
+
+    Raises:
+        TypeError: if no Auto class of transformers loads `model_class`.
+    """
+    is_head = model_class is not None and not issubclass(model_class, InternImagePreTrainedModel)
+    files = {file.name: file.read_bytes() for file in remote_code_files(with_processor=not is_head)}
+    if not is_head:
+        return files, dict(_AUTO_MAP)
+    auto_classes = _auto_classes(model_class)
+    if not auto_classes:
+        raise TypeError(f"no Auto class of transformers loads `{model_class.__name__}`")
+    names = {"config": model_class.config_class.__name__, "model": model_class.__name__}
+    files[f"{_HEAD_MODULE}.py"] = _HEAD_CODE.format(**names).encode()
+    auto_map = {"AutoConfig": f"{_HEAD_MODULE}.{names['config']}"}
+    auto_map |= dict.fromkeys(auto_classes, f"{_HEAD_MODULE}.{names['model']}")
+    return files, auto_map
+
+
+def check_remote_code(folder: str | os.PathLike, model_class: type[PreTrainedModel] | None = None) -> None:
+    """Checks that `write_remote_code` would overwrite nothing but earlier versions of the package's own files.
+
+    Args:
+        folder: where the model is going to be saved; need not exist.
+        model_class: as for `write_remote_code`.
+
+    Raises:
+        NotADirectoryError: if `folder` is a file.
+        FileExistsError: if a file, folder or symbolic link that is not the package's has the name of one of its files.
+        TypeError: if no Auto class of transformers loads `model_class`.
+    """
+    _check_files(Path(folder), _code(model_class)[0])
+
+
+def _check_files(folder: Path, files: dict[str, bytes]) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} must be a folder, it is a file")
+    for name, content in files.items():
+        file = folder / name
+        if os.path.lexists(file) and not _is_ours(file, content):
+            raise FileExistsError(
+                f"{file} exists and is not a file of internimage_hf, which has the same name: rename it, or save the "
+                "model to another folder"
+            )
+
+
+def _is_ours(file: Path, content: bytes) -> bool:
+    """Whether a file has the package's copyright line, or the first line of what is going to be written."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        first = stream.readline()
+    has_copyright = first.startswith(b"# Copyright ") and b"The internimage-hf authors." in first
+    return has_copyright or first == content[: content.index(b"\n") + 1]
+
+
+def write_remote_code(folder: str | os.PathLike, model_class: type[PreTrainedModel] | None = None) -> list[Path]:
     """Adds the code and the `auto_map` that names it to a folder that `save_pretrained` wrote.
+
+    Each file is replaced at once, `config.json` last, so that it never names code that is not there. A symbolic link is
+    replaced by a file; what it points to stays as it is.
 
     Args:
         folder: that has a `config.json`.
         model_class: whose instance was saved; only needed for a head of transformers with an InternImage backbone.
 
+    Returns:
+        The files that were written.
+
     Raises:
         FileNotFoundError: if the folder has no `config.json`.
+        FileExistsError: if a file of the folder that is not the package's has the name of one of its files.
+        ValueError: if `config.json` or `preprocessor_config.json` is not a JSON object.
         TypeError: if no Auto class of transformers loads `model_class`.
     """
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    is_head = model_class is not None and not issubclass(model_class, InternImagePreTrainedModel)
-    if is_head:
-        auto_classes = _auto_classes(model_class)
-        if not auto_classes:
-            raise TypeError(f"no Auto class of transformers loads `{model_class.__name__}`")
-        names = {"config": model_class.config_class.__name__, "model": model_class.__name__}
-        auto_map = {"AutoConfig": f"{_HEAD_MODULE}.{names['config']}"}
-        auto_map |= dict.fromkeys(auto_classes, f"{_HEAD_MODULE}.{names['model']}")
-        (folder / f"{_HEAD_MODULE}.py").write_text(_HEAD_CODE.format(**names), encoding="utf-8")
-    else:
-        auto_map = dict(_AUTO_MAP)
-    for file in remote_code_files(with_processor=not is_head):
-        shutil.copyfile(file, folder / file.name)
+    files, auto_map = _code(model_class)
+    config = {**_read_json(folder / "config.json"), "auto_map": auto_map}
     processor_file = folder / "preprocessor_config.json"
-    if not is_head and processor_file.is_file():
-        processor = json.loads(processor_file.read_text(encoding="utf-8"))
+    if "image_processing_internimage.py" in files and processor_file.is_file():
+        processor = _read_json(processor_file)
         if processor.get("image_processor_type") == _PROCESSOR:
-            processor_map = {"AutoImageProcessor": f"image_processing_internimage.{_PROCESSOR}"}
-            _write_json(processor_file, {**processor, "auto_map": processor_map})
-    _write_json(folder / "config.json", {**config, "auto_map": auto_map})
+            processor["auto_map"] = {"AutoImageProcessor": f"image_processing_internimage.{_PROCESSOR}"}
+            files[processor_file.name] = _json_bytes(processor)
+    files["config.json"] = _json_bytes(config)
+    _check_files(folder, {name: content for name, content in files.items() if name.endswith(".py")})
+    for name, content in files.items():
+        _replace(folder / name, content)
+    return [folder / name for name in files]
 
 
-def _write_json(file: Path, content: dict) -> None:
-    # at once: a file that names the code is whole, and the code is there already
-    temporary = file.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+def _read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} must be a JSON object, it is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must be a JSON object, it is a {type(content).__name__}")
+    return content
 
 
-def save_with_remote_code(model: PreTrainedModel, folder: str | os.PathLike, **kwargs) -> None:
+def _json_bytes(content: dict) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """Puts a whole file in the place of an earlier one or of a symbolic link."""
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(content)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_with_remote_code(
+    model: PreTrainedModel, folder: str | os.PathLike, *, push_to_hub: bool = False, **kwargs
+) -> None:
     """Saves a model with the code it needs, for readers who do not have this package.
 
     They load it by its Auto class (`AutoModelForImageClassification`, `AutoModelForObjectDetection`, ...) with
@@ -120,10 +201,16 @@ def save_with_remote_code(model: PreTrainedModel, folder: str | os.PathLike, **k
     Args:
         model: an InternImage model, classifier or backbone, or a head of transformers with an InternImage backbone.
         folder: where to; created if need be.
-        **kwargs: as for `save_pretrained`.
+        push_to_hub: whether to upload what was written, weights and code in one commit, to `repo_id` (by default the
+            folder's name in the user's namespace).
+        **kwargs: as for `save_pretrained`, those for the Hub included: `repo_id`, `commit_message`, `create_pr`, `token`,
+            and those of `huggingface_hub.create_repo`, for instance `private`.
 
     Raises:
         TypeError: if `model` holds no InternImage, or no Auto class of transformers loads its class.
+        ValueError: if `model` has PEFT's adapters, of which `save_pretrained` writes no configuration to load from.
+        FileExistsError: if a file of the folder that is not the package's has the name of one of its files. Nothing is
+            written then.
     """
     if not isinstance(model, InternImagePreTrainedModel):
         if not isinstance(model, PreTrainedModel) or not any(
@@ -136,8 +223,45 @@ def save_with_remote_code(model: PreTrainedModel, folder: str | os.PathLike, **k
             raise TypeError(
                 f"`model` must be of a class that an Auto class of transformers loads, got {type(model).__name__}"
             )
-    model.save_pretrained(folder, **kwargs)
-    write_remote_code(folder, type(model))
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("`model` must be saved without adapters: merge them first, or save them by `save_pretrained`")
+    folder = Path(folder)
+    check_remote_code(folder, type(model))
+    # the rank whose files `save_pretrained` writes; some versions of transformers go by the argument alone
+    writes = getattr(model, "should_save_on_this_rank", bool)(kwargs.get("is_main_process", True))
+    saving = {name: kwargs.pop(name) for name in inspect.signature(model.save_pretrained).parameters if name in kwargs}
+    if not push_to_hub or not writes:
+        model.save_pretrained(folder, **saving)
+        if writes:
+            write_remote_code(folder, type(model))
+        return
+
+    # As in `save_pretrained(push_to_hub=True)`, whose commit would be over before the code is there.
+    api, token = HfApi(), saving.get("token")
+    commit = {"commit_message": kwargs.pop("commit_message", None) or "Upload model", "token": token}
+    commit["create_pr"] = kwargs.pop("create_pr", False)
+    repo_id = api.create_repo(
+        kwargs.pop("repo_id", folder.absolute().name), token=token, exist_ok=True, **kwargs
+    ).repo_id
+    before = _states(folder)
+    model.save_pretrained(folder, **saving)
+    written = set(write_remote_code(folder, type(model)))
+    card = folder / "README.md"
+    if not api.file_exists(repo_id, card.name, token=token):
+        if not card.exists():
+            create_and_tag_model_card(repo_id, model.model_tags, token=token).save(card)
+        written.add(card)
+    written |= {file for file, state in _states(folder).items() if before.get(file) != state}
+    operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file) for file in sorted(written)]
+    api.create_commit(repo_id, operations, **commit)
 
 
-__all__ = ["remote_code_files", "save_with_remote_code", "write_remote_code"]
+def _states(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """What tells whether a file of a folder was written meanwhile."""
+    if not folder.is_dir():
+        return {}
+    stats = {file: file.stat() for file in folder.iterdir() if file.is_file()}
+    return {file: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
+
+
+__all__ = ["check_remote_code", "remote_code_files", "save_with_remote_code", "write_remote_code"]

@@ -41,6 +41,24 @@ EMA_FILE = "ema.safetensors"
 # with a tenth of the learning rate: a low-rank change there moves all sampling points of a layer together.
 LORA_TARGET_MODULES = r".*\.stages\.\d+\.layers\.\d+\.(dcn\.(input_proj|output_proj)|mlp\.(fc1|fc2))"
 
+# For `peft.LoraConfig(modules_to_save=...)`, beside the targets: the classifier, and every norm that is a BatchNorm in some
+# configuration. Training moves a BatchNorm's statistics whether its parameters are frozen or not, so an adapter without them
+# gives other logits when it is loaded. PEFT ignores names that a model lacks; where such a norm is a LayerNorm, it is
+# trained and saved like the classifier.
+LORA_MODULES_TO_SAVE = [
+    "classifier",
+    "pooler.norm",  # a BatchNorm in T to XL; in H and G the last norm of the CLIP head
+    "attention.query_norm",
+    "attention.key_norm",
+    "attention.value_norm",
+    "stem.norm1",
+    "stem.norm2",
+    "downsamples.0.norm",
+    "downsamples.1.norm",
+    "downsamples.2.norm",
+    "dcn.dw_norm",
+]
+
 
 def layer_distances(model: nn.Module) -> dict[str, int]:
     """How many layers of the backbone lie behind each of its parameters, by the parameter's name in `model`.
@@ -512,6 +530,7 @@ def _copy(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 __all__ = [
+    "LORA_MODULES_TO_SAVE",
     "LORA_TARGET_MODULES",
     "EMACallback",
     "EndlessStream",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import FIXTURES, ROOT, TINY_VARIANTS
 from PIL import Image
+from test_package import run_python
 
 from internimage_hf import (
     InternImageBackbone,
@@ -383,29 +384,33 @@ def test_int8_weights():
     assert 0 < (actual - expected).abs().max() < 0.1 * expected.abs().max()
 
 
-def test_lora(tmp_path):
+def train_with_lora(base, steps=3):
+    """The model as README makes it, after some steps: every statistic, low-rank matrix and saved module has moved."""
     peft = pytest.importorskip("peft", reason="needs `pip install internimage-hf[export]`")
-    from internimage_hf.training import LORA_TARGET_MODULES
+    from internimage_hf.training import LORA_MODULES_TO_SAVE, LORA_TARGET_MODULES
 
-    fixture = FIXTURES / "hf_t_like"
-    base = InternImageForImageClassification.from_pretrained(fixture)
-    pixel_values = torch.randn(4, 3, 64, 64)
+    config = peft.LoraConfig(r=4, target_modules=LORA_TARGET_MODULES, modules_to_save=LORA_MODULES_TO_SAVE)
+    model = peft.get_peft_model(base, config).train()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    for _ in range(steps):
+        pixel_values = torch.randn(4, 3, 64, 64) + 1
+        model(pixel_values=pixel_values, labels=torch.arange(4) % base.config.num_labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def test_lora_trains_the_targets_and_what_is_saved():
+    base = InternImageForImageClassification.from_pretrained(FIXTURES / "hf_t_like")
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    config = peft.LoraConfig(r=4, target_modules=LORA_TARGET_MODULES, modules_to_save=["classifier"])
-    model = peft.get_peft_model(base, config)
+    model = train_with_lora(base, steps=2)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert all(".lora_" in name or ".classifier.modules_to_save." in name for name in trainable)
+    assert all(".lora_" in name or ".modules_to_save." in name for name in trainable)
     per_layer = {
         name.split(".dcn.")[-1].split(".mlp.")[-1].split(".lora_")[0] for name in trainable if ".lora_" in name
     }
     assert per_layer == {"input_proj", "output_proj", "fc1", "fc2"}
     assert sum(".lora_A." in name for name in trainable) == 4 * sum(base.config.depths)
-
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    for _ in range(2):
-        model(pixel_values=pixel_values, labels=torch.arange(4) % base.config.num_labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
     moved = {
         name
         for name, tensor in model.state_dict().items()
@@ -414,18 +419,50 @@ def test_lora(tmp_path):
     assert len(moved) == 4 * sum(base.config.depths)
     for name, tensor in model.get_base_model().state_dict().items():
         original = name.replace(".base_layer", "").replace(".original_module", "")
-        if original in before and not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+        if original in before:
             assert torch.equal(tensor, before[original]), name
 
-    model.eval()
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_lora_adapter_holds_all_that_training_moved(variant, tmp_path):
+    """The statistics of BatchNorm too: the reloaded adapter, and the merged model, give the same logits."""
+    peft = pytest.importorskip("peft", reason="needs `pip install internimage-hf[export]`")
+    torch.manual_seed(0)
+    random_model(**VARIANTS[variant]).save_pretrained(tmp_path / "base")
+    model = train_with_lora(InternImageForImageClassification.from_pretrained(tmp_path / "base"))
+    pixel_values = torch.randn(4, 3, 64, 64)
     with torch.no_grad():
         expected = model(pixel_values).logits
-        model.save_pretrained(tmp_path)
-        fresh = InternImageForImageClassification.from_pretrained(fixture)
-        for (_, buffer), (_, trained) in zip(fresh.named_buffers(), model.named_buffers(), strict=True):
-            buffer.copy_(trained)
-        loaded = peft.PeftModel.from_pretrained(fresh, tmp_path).eval()
-        torch.testing.assert_close(loaded(pixel_values).logits, expected, atol=1e-5, rtol=1e-5)
+        model.save_pretrained(tmp_path / "adapter")
+        base = InternImageForImageClassification.from_pretrained(tmp_path / "base")
+        assert (base(pixel_values).logits - expected).abs().max() > 0.01
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        assert torch.equal(loaded(pixel_values).logits, expected)
         merged = loaded.merge_and_unload()
         assert type(merged) is InternImageForImageClassification
         torch.testing.assert_close(merged(pixel_values).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_lora_adapter_gives_the_same_in_a_fresh_process(tmp_path):
+    pytest.importorskip("peft", reason="needs `pip install internimage-hf[export]`")
+    torch.manual_seed(0)
+    random_model(norm_layer="BN").save_pretrained(tmp_path / "base")
+    model = train_with_lora(InternImageForImageClassification.from_pretrained(tmp_path / "base"))
+    pixel_values = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        torch.save({"pixel_values": pixel_values, "logits": model(pixel_values).logits}, tmp_path / "expected.pt")
+    model.save_pretrained(tmp_path / "adapter")
+    run_python(
+        f"""
+        import peft, torch
+        from internimage_hf import InternImageForImageClassification
+        torch.set_num_threads({torch.get_num_threads()})
+        expected = torch.load("expected.pt")
+        base = InternImageForImageClassification.from_pretrained("base")
+        model = peft.PeftModel.from_pretrained(base, "adapter").eval()
+        with torch.no_grad():
+            assert torch.equal(model(expected["pixel_values"]).logits, expected["logits"])
+        """,
+        cwd=tmp_path,
+        PYTHONPATH=str(ROOT),
+    )

@@ -173,6 +173,7 @@ def test_lora(checkpoint):
     exec(imports, names)
     trainable, of = eval(code, names).get_nb_trainable_parameters()
     assert 0 < trainable - model.classifier.original_module.weight.numel() < of / 2
+    assert "pooler.norm.modules_to_save.default.running_mean" in "\n".join(model.state_dict())
 
 
 @pytest.mark.slow
