@@ -634,17 +634,20 @@ def encode_labels(data: Data, column: str) -> list[str]:
     no image has. A missing label (null, or -1 of a `ClassLabel`) becomes -1; see `check_labels`.
 
     Raises:
-        InputError: if a label is neither a name nor a whole number.
+        InputError: if a label is neither a name nor a whole number, or a number without a class.
     """
     import datasets
 
     kinds = [split.features[column] for split in data.splits.values()]
     if all(isinstance(kind, datasets.ClassLabel) and kind.names == kinds[0].names for kind in kinds):
+        for name, split in data.splits.items():
+            _check_range(split, column, name, kinds[0].names)
         return list(kinds[0].names)
     texts: dict[str, list[str | None]] = {}
     for (name, split), kind in zip(data.splits.items(), kinds, strict=True):
         values = list(split[column])
         if isinstance(kind, datasets.ClassLabel):
+            _check_range(data.splits[name], column, name, kind.names)
             texts[name] = [None if value is None or value < 0 else kind.names[value] for value in values]
         else:
             texts[name] = [label_name(value) for value in values]
@@ -658,6 +661,15 @@ def encode_labels(data: Data, column: str) -> list[str]:
         encoded = split.add_column("encoded label", values, feature=datasets.ClassLabel(names=names))
         data.splits[name] = encoded.remove_columns(column).rename_column("encoded label", column)
     return names
+
+
+def _check_range(dataset, column: str, name: str, classes: Sequence[str]) -> None:
+    for index, value in enumerate(dataset[column]):
+        if value is not None and value >= len(classes):
+            raise InputError(
+                f"{file_name(dataset, index)} of the split {name} has the label {value} in the column {column}; a number from 0 to "
+                f"{len(classes) - 1} was expected, the classes are {some(list(classes))}"
+            )
 
 
 def check_labels(dataset, column: str, name: str) -> None:

@@ -8,9 +8,7 @@ Feature maps are (batch, channels, height, width) between modules and (batch, he
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import wraps
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -29,7 +27,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .checkpoint import OfficialNames
+from .compatibility import LoadsOfficialNames, is_sharded_away, none_is_unset
 from .configuration_internimage import InternImageConfig
 from .dcnv3 import chosen_backend, dcnv3_softmax
 from .kernel_loader import offer_kernel_layer
@@ -382,20 +380,7 @@ class InternImageClipProjector(nn.Module):
         return self.norm(self.attention(tokens))
 
 
-def _none_is_unset(forward: Callable) -> Callable:
-    """Lets `output_hidden_states=None` and `return_dict=None` mean the configuration's value, as if not given."""
-
-    @wraps(forward)
-    def wrapper(self, *args, **kwargs):
-        for name in ("output_hidden_states", "return_dict"):
-            if name in kwargs and kwargs[name] is None:
-                del kwargs[name]
-        return forward(self, *args, **kwargs)
-
-    return wrapper
-
-
-class InternImagePreTrainedModel(PreTrainedModel):
+class InternImagePreTrainedModel(LoadsOfficialNames, PreTrainedModel):
     """Initialisation, loading of pretrained weights, and what transformers asks of a model class."""
 
     config: InternImageConfig
@@ -423,8 +408,7 @@ class InternImagePreTrainedModel(PreTrainedModel):
         does, other linear layers normal. Each module is judged by itself: transformers never asks about a module of
         outside code that has no parameter of its own.
         """
-        if any(hasattr(p, "ds_id") and p.numel() == 0 for p in module.parameters(recurse=False)):
-            # DeepSpeed's ZeRO-3 has its shards: a backbone was initialised when it was made, before the head around it
+        if is_sharded_away(module):
             return
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
@@ -443,14 +427,6 @@ class InternImagePreTrainedModel(PreTrainedModel):
         elif isinstance(module, InternImageLayer) and module.layer_scale1 is not None:
             init.constant_(module.layer_scale1, module.layer_scale_init_value)
             init.constant_(module.layer_scale2, module.layer_scale_init_value)
-
-    @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        # Not `register_checkpoint_conversion_mapping`, which would save every model under the official names.
-        load_config = replace(load_config, weight_mapping=[OfficialNames(), *(load_config.weight_mapping or [])])
-        return PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, *args, **kwargs
-        )
 
     def set_use_kernels(self, use_kernels: bool, *args, **kwargs) -> None:
         if use_kernels and chosen_backend(None)[0] != "torch":
@@ -529,7 +505,7 @@ class InternImageModel(InternImagePreTrainedModel):
             self._ignore_unexpected(r"^(internimage\.)?pooler\.")
         self.post_init()
 
-    @_none_is_unset
+    @none_is_unset
     @can_return_tuple
     def forward(
         self, pixel_values: torch.FloatTensor | None = None, **kwargs
@@ -570,7 +546,7 @@ class InternImageForImageClassification(InternImagePreTrainedModel):
         self.classifier = nn.Linear(hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
 
-    @_none_is_unset
+    @none_is_unset
     @can_return_tuple
     def forward(
         self,
@@ -612,7 +588,7 @@ class InternImageBackbone(BackboneMixin, InternImagePreTrainedModel):
         self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
         self.post_init()
 
-    @_none_is_unset
+    @none_is_unset
     @can_return_tuple
     @filter_output_hidden_states
     def forward(self, pixel_values: torch.FloatTensor, **kwargs) -> BackboneOutput:

@@ -31,23 +31,13 @@ collect_ignore = ["transformers_suite"]
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ROOT = Path(__file__).parent.parent
-# Golden outputs that are too large for this repository lie beside it, where they are.
-SHARED_PARITY = ROOT.parent / "shared" / "parity"
 
 MODEL_CASES = ("t_like", "s_like", "l_like", "g_like_no_clip", "h_like")
 
 
-def case_folder(case: str) -> Path:
-    """The folder of a parity case; skips the test if it is not on this machine."""
-    for folder in (FIXTURES / case, SHARED_PARITY / case):
-        if folder.is_dir():
-            return folder
-    pytest.skip(f"the parity case {case} is not part of this repository, and ../shared/parity is absent")
-
-
 def load_case(case: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The official state dict of a parity case, in float32, and what the official model computed with it."""
-    folder = case_folder(case)
+    folder = FIXTURES / case
     state_dict = torch.load(folder / "checkpoint.pth", weights_only=True)["model"]
     state_dict = {name: t.float() if t.is_floating_point() else t for name, t in state_dict.items()}
     return state_dict, load_file(folder / "expected.safetensors")

@@ -18,7 +18,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, MODEL_CASES, ROOT, case_folder, load_case
+from conftest import FIXTURES, MODEL_CASES, ROOT, load_case
 from huggingface_hub.utils import httpx
 from safetensors.torch import load_file, save_file
 from test_package import bare_environment, run_python
@@ -55,7 +55,7 @@ def released_keys(variant: str) -> list[tuple[str, tuple[int, ...]]]:
 
 @pytest.mark.parametrize("case", MODEL_CASES)
 def test_released_layout(case, tmp_path, capsys):
-    folder = case_folder(case)
+    folder = FIXTURES / case
     output = tmp_path / "model"
     assert (
         convert(classification, folder / "checkpoint.pth", "--config", folder / "config.json", "--output", output) == 0
@@ -111,7 +111,7 @@ def test_every_released_classification_checkpoint_maps_without_remainder(name):
 
 @pytest.mark.parametrize("case", MODEL_CASES)
 def test_back_to_the_official_layout_and_forth(case, tmp_path):
-    folder = case_folder(case)
+    folder = FIXTURES / case
     there, back, again = tmp_path / "there", tmp_path / "back.pth", tmp_path / "again"
     assert (
         convert(classification, folder / "checkpoint.pth", "--config", folder / "config.json", "--output", there) == 0
@@ -844,7 +844,7 @@ def test_every_released_downstream_backbone_maps_without_remainder(name):
 def test_upernet(tmp_path):
     from transformers import UperNetForSemanticSegmentation, pipeline
 
-    folder = case_folder("upernet_tiny")
+    folder = FIXTURES / "upernet_tiny"
     output = tmp_path / "upernet"
     assert (
         convert(
@@ -870,7 +870,7 @@ def test_upernet(tmp_path):
 
 
 def test_backbone_of_a_segmenter_and_of_a_classifier(tmp_path):
-    folder = case_folder("upernet_tiny")
+    folder = FIXTURES / "upernet_tiny"
     assert (
         convert(backbone, folder / "checkpoint.pth", "--config", folder / "config.json", "--output", tmp_path / "a")
         == 0

@@ -239,6 +239,19 @@ def test_label_columns_of_different_kinds_are_matched_by_name(data):
         data.encode_labels(found, "label")
 
 
+@pytest.mark.parametrize("other", [["a", "b"], ["b", "a"]])
+def test_a_number_without_a_class_names_the_row(data, other):
+    def split(values, names):
+        features = datasets.Features({"label": datasets.Value("int64")})
+        plain = datasets.Dataset.from_dict({"label": values}, features=features)
+        plain.info.features["label"] = datasets.ClassLabel(names=names)  # as files of another origin may have it
+        return plain
+
+    found = data.Data("x", "", {"train": split([0, 1], ["a", "b"]), "test": split([1, 2], other)})
+    with pytest.raises(data.InputError, match=r"row 1 of the split test has the label 2 .* from 0 to 1 was expected"):
+        data.encode_labels(found, "label")
+
+
 # ------------------------------------------------------------------------------------------------------------------- images
 
 

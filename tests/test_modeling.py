@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from conftest import FIXTURES, MODEL_CASES, TINY, TINY_VARIANTS, case_folder, load_case
+from conftest import FIXTURES, MODEL_CASES, TINY, TINY_VARIANTS, load_case
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification
@@ -48,7 +48,7 @@ def randomised(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("case", MODEL_CASES)
 def test_parity_with_the_official_model(case, dtype):
     state_dict, expected = load_case(case)
-    config = InternImageConfig.from_dict(json.loads((case_folder(case) / "config.json").read_text()))
+    config = InternImageConfig.from_dict(json.loads(((FIXTURES / case) / "config.json").read_text()))
     model = InternImageForImageClassification(config).eval()
     model.load_state_dict(translate_state_dict(state_dict), strict=True)
     model.to(dtype)
