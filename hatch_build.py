@@ -1,19 +1,20 @@
-"""Puts kernel variants into the wheel: those of Triton, and the compiled ones that INTERNIMAGE_HF_KERNELS names (folders
-separated by colons).
+"""In: dcnv3_kernel/, and the folders of compiled variants that INTERNIMAGE_HF_KERNELS names, separated by colons. Out: a wheel with
+the Triton variants and these compiled variants.
 
-A wheel with a compiled variant is for the platform of its binaries; without the variable the wheel is pure Python.
+A wheel with a compiled variant is for the platform of its binaries. Without the variable the wheel is pure Python.
 """
 
 import importlib.util
 import os
 import platform
+import sys
 import tempfile
 from pathlib import Path
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-# what the binaries need, see tests/test_kernel_loader.py::test_the_binary_runs_on_older_systems
+# The glibc version that the binaries need. tests/test_kernel_loader.py::test_the_binary_runs_on_older_systems checks it.
 _GLIBC = "2_28"
 
 
@@ -43,10 +44,13 @@ class KernelVariants(BuildHookInterface):
             self._temporary.cleanup()
 
     def _triton_variants(self, output: Path) -> list[Path]:
-        """Text alone: no torch and no compiler is needed to make them."""
+        """Builds the Triton variants. They consist of text, so this needs neither torch nor a compiler."""
+        name, folder = "dcnv3_kernel_builder", Path(self.root) / "dcnv3_kernel" / "builder"
         spec = importlib.util.spec_from_file_location(
-            "build_dcnv3_kernel", Path(self.root) / "dcnv3_kernel" / "build.py"
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
-        builder = importlib.util.module_from_spec(spec)
+        builder = sys.modules[name] = importlib.util.module_from_spec(
+            spec
+        )  # its modules import each other by this name
         spec.loader.exec_module(builder)
         return builder.build("triton", output)

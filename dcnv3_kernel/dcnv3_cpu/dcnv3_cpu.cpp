@@ -1,4 +1,5 @@
-// The CPU backend of the operators: dtype and instruction set are chosen, work is split over threads.
+// In: the operators' tensors on a CPU. Out: the operators' results. Chooses the instruction set, allocates memory, distributes
+// the work over threads.
 
 #include <algorithm>
 #include <cstdlib>
@@ -22,13 +23,13 @@ namespace {
 using torch::stable::Tensor;
 
 #ifdef DCNV3_X86_VARIANTS
-bool has_f16c() {  // which clang's __builtin_cpu_supports does not know
+bool has_f16c() {  // clang's __builtin_cpu_supports does not know F16C
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 #endif
 
-// The best set of kernels for this machine; DCNV3_CPU_CAPABILITY=baseline|avx2 asks for a lesser one.
+// The kernels for the best instruction set of this machine. DCNV3_CPU_CAPABILITY=baseline|avx2 selects a lower one.
 const dcnv3::Kernels& kernels() {
   static const dcnv3::Kernels& chosen = [&]() -> const dcnv3::Kernels& {
 #ifdef DCNV3_X86_VARIANTS
@@ -47,6 +48,7 @@ const dcnv3::Kernels& kernels() {
   return chosen;
 }
 
+// Allocates memory; if that fails, raises an error that says what it was for.
 template <class T>
 std::unique_ptr<T[]> memory_for(const char* what, int64_t count) {
   std::unique_ptr<T[]> memory(new (std::nothrow) T[count]);
@@ -72,20 +74,20 @@ void check_image(const dcnv3::Shape& s) {
   STD_TORCH_CHECK(
       s.height * s.width <= INT32_MAX, "dcnv3: an image may have at most 2147483647 pixels on the CPU, this one has ",
       s.height * s.width);
-  constexpr int64_t longest = 1 << 24;  // float32 holds no larger positions
+  constexpr int64_t longest = 1 << 24;  // float32 does not represent all larger integers
   STD_TORCH_CHECK(
       s.height <= longest && s.width <= longest, "dcnv3: an image may have at most 16777216 rows and columns on the CPU, this "
       "one has ", s.height, " x ", s.width);
 }
 
-// Memory of the calling thread that stays for its next call: to get so much anew costs more page faults than work.
+// Memory of the calling thread that is kept for its next call: the page faults of new memory take longer than the work.
 constexpr size_t most_bytes_kept = 4 << 20;
 constexpr const char* sums_of_slices = "sums of the gradient of input";
 char* kept_memory(size_t bytes) {
   thread_local std::unique_ptr<char[]> memory;
   thread_local size_t size = 0;
   if (bytes > size) {
-    size = 0;  // should there be none
+    size = 0;  // in case the allocation fails
     memory.reset();
     memory = memory_for<char>(sums_of_slices, bytes);
     size = bytes;
@@ -128,7 +130,7 @@ Tensor dcnv3_forward(
 std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(
     Tensor grad_output, Tensor input, Tensor offset, Tensor mask, int64_t kernel_h, int64_t kernel_w, int64_t stride_h,
     int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t groups,
-    double offset_scale, bool remove_center, bool softmax, bool /* deterministic: it always is */) {
+    double offset_scale, bool remove_center, bool softmax, bool /* deterministic: always the case on a CPU */) {
   const dcnv3::Shape shape = dcnv3::checked_shape(
       input, offset, mask, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups,
       offset_scale, remove_center, softmax);
@@ -158,16 +160,17 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(
       false,
       nullptr,
       nullptr};
-  // At least 8 tasks, for as many threads; every slice but the first costs a buffer and a pass over it. Two threads that share
-  // an image had better have slices of their own: neighbouring groups of a pixel are in the same cache lines. With many groups
-  // these are fewer, beside the work of a pixel, than what the pass touches.
+  // At least 8 tasks, to occupy as many threads. Every slice but the first costs a buffer and a pass over it. Two threads that
+  // share an image should have separate slices, because adjacent groups of a pixel share cache lines. With many groups the
+  // shared lines of a pixel cost less than the pass over another buffer.
   const int64_t parts = shape.batch * shape.groups, threads = torch::stable::get_num_threads();
   arguments.slices = (dcnv3::max_slices + parts - 1) / parts;
   if (shape.batch == 1 && shape.groups < many_groups) arguments.slices = std::max(arguments.slices, int64_t(2));
   arguments.slices = std::min({arguments.slices, shape.height_out, dcnv3::max_slices});
-  // Many groups at a time read the tensors in longer runs, as long as the rows of their sums that are in use stay in the second
-  // cache: all of them if threads can share slices evenly, else as many as leave each thread 4 tasks, of which it writes to the
-  // same lines as another at most in the first and the last. The result does not depend on it.
+  // More groups at once read the tensors in longer runs, as long as the rows of sums in use stay in the second-level cache. A
+  // task has all groups if the slices can be distributed evenly over the threads. Otherwise it has as many as leave each thread
+  // 4 tasks; a thread then shares cache lines with another thread at most in its first and its last task. The choice does not
+  // affect results.
   const int64_t slices = shape.batch * arguments.slices, compute_size = dcnv3::compute_size(arguments.dtype);
   const int64_t bytes_in_use = std::min(shape.height, rows_in_use) * shape.width * shape.group_channels * compute_size;
   const int64_t most_at_once = std::min(most_groups_at_once, most_bytes_in_use / bytes_in_use);
@@ -207,5 +210,5 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(
   return {grad_input, grad_offset, grad_mask};
 }
 
-// For reports and tests: "baseline", "avx2" or "avx512".
+// The instruction set in use, "baseline", "avx2" or "avx512"; for reports and tests.
 std::string dcnv3_cpu_capability() { return kernels().name; }

@@ -1,4 +1,5 @@
-// DCNv3 on CPUs: what the dispatcher (dcnv3_cpu.cpp) and the kernels for each instruction set (dcnv3_cpu_*.cpp) share.
+// In: the arguments of a call. Out: a table of functions for each instruction set. dcnv3_cpu.cpp calls them, dcnv3_cpu_*.cpp
+// compile them.
 
 #pragma once
 
@@ -13,8 +14,8 @@ struct ForwardArguments {
   void* output;
 };
 
-// The gradient of the input is summed for each slice of an image's output rows by itself. The number of slices depends on
-// the shape alone, and so the order of every sum: the result is the same for any number of threads.
+// The gradient of the input is summed separately for each slice of an image's output rows. The number of slices, and with it
+// the order of every sum, depends only on the shape. The result is therefore the same for any number of threads.
 constexpr int64_t max_slices = 8;
 struct BackwardArguments {
   Shape shape;
@@ -22,17 +23,17 @@ struct BackwardArguments {
   const void *grad_output, *input, *offset, *mask;
   void *grad_input, *grad_offset, *grad_mask;
   int64_t slices;          // at most max_slices
-  int64_t groups_at_once;  // a task is so many groups of a slice of an image
-  bool in_place;           // the first slice's sums are in grad_input: it has their dtype, and a task has all groups
-  void* partial;           // (other slices, N, tasks' groups, H, W, groups_at_once * D) float or double if slices > 1
-  int64_t* ranges;         // (tasks, 2) if slices > 1: which rows of the sums are in use, the first and that after the last
+  int64_t groups_at_once;  // the number of groups of a task, which is one slice of one image
+  bool in_place;           // the first slice's sums are in grad_input; needs equal dtypes and all groups in one task
+  void* partial;           // if slices > 1: (other slices, N, tasks' groups, H, W, groups_at_once * D) float or double
+  int64_t* ranges;         // if slices > 1: (tasks, 2), the first row of the sums in use and the row after the last
 };
 
-// Bytes per element of the arithmetic: double for float64, float for all others.
+// Bytes per element of the compute type: double for float64, float for all other dtypes.
 inline size_t compute_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : 4; }
 
-// One set of kernels, compiled for one instruction set. `scratch` is 64-byte aligned memory of the size that the function
-// of that name returns, for one thread.
+// The kernels for one instruction set. `scratch` is 64-byte aligned memory for one thread; `forward_scratch` and
+// `backward_scratch` return its size in bytes.
 struct Kernels {
   const char* name;
   size_t (*forward_scratch)(const ForwardArguments&);

@@ -1,4 +1,4 @@
-// The kernels for AVX2, FMA and F16C (x86-64-v3), chosen at run time.
+// Out: the kernels for AVX2, FMA and F16C (x86-64-v3). The choice is made at run time.
 
 #include "dcnv3_cpu.h"
 
@@ -13,7 +13,7 @@
 #define DCNV3_ISA avx2
 #define DCNV3_VECTOR_BYTES 32
 #define DCNV3_F16C 1
-#include "dcnv3_cpu_kernels.h"
+#include "kernel_table.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

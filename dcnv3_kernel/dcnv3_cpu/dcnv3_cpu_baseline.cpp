@@ -1,8 +1,8 @@
-// The kernels for whatever the compiler targets by default: x86-64-v2 where build.py compiles, SSE2 otherwise; aarch64.
+// Out: the kernels for the compiler's default target. On x86-64 that is x86-64-v2 if build.py compiles, otherwise SSE2.
 
 #include "dcnv3_cpu.h"
 
 #define DCNV3_ISA baseline
 #define DCNV3_VECTOR_BYTES 16
 #define DCNV3_F16C 0
-#include "dcnv3_cpu_kernels.h"
+#include "kernel_table.h"

@@ -1,4 +1,5 @@
-// The GPU backend of the operators: memory, device and stream.
+// In: the operators' tensors on a GPU. Out: the operators' results. Allocates memory, selects device and stream, calls
+// dcnv3_cuda.h.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -10,7 +11,7 @@
 #include "dcnv3_platform.h"
 
 #if !defined(DCNV3_EMULATION)
-// Declared by PyTorch's header for CUDA builds of it alone; exported by them (and by those for ROCm) all the same.
+// PyTorch's header declares this function only in CUDA builds. PyTorch's CUDA and ROCm libraries both export it.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 #endif
 
@@ -20,7 +21,7 @@ using dcnv3::Dtype;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Makes the tensors' device the current one while it lives.
+// Makes the tensor's device the current one during the lifetime of this object.
 class OnDevice {
  public:
 #if defined(DCNV3_EMULATION)
@@ -49,7 +50,7 @@ class OnDevice {
   dcnv3::Device device_;
 };
 
-// Sums of the gradient of `input`, or what belongs to them.
+// A tensor of zeros for the sums of the gradient of `input`, or for the flags and maxima that belong to them.
 Tensor zeros(const Tensor& input, const std::vector<int64_t>& sizes, ScalarType dtype, int64_t element_size) {
   int64_t count = 1;
   for (const int64_t size : sizes) count *= size;

@@ -1,5 +1,30 @@
-// DCNv3 on GPUs: what the entry points (dcnv3_cuda.cu) and the kernels (dcnv3_cuda_forward.cu, dcnv3_cuda_backward.cu) share.
-// Pointers are to memory of the current device, tensors contiguous. Functions return nullptr, or what went wrong.
+// In: contiguous tensors on the current device, as pointers, and the shape of a call. Out: launches of the GPU kernels. The
+// entry points (dcnv3_cuda.cu) call these functions; dcnv3_cuda_forward.cu and dcnv3_cuda_backward.cu implement them. They
+// return nullptr or an error message.
+//
+// How the kernels work. A unit of work is one group of one output pixel: P points, a softmax over them, and a weighted sum of
+// 4 * P rows of the input with D channels each. A unit belongs to `lanes` adjacent lanes of a warp. First the lanes share the
+// points of the unit among them: the four corners of each point and their weights are computed once and written to shared
+// memory. Then each lane sums V channels, 16 bytes of the input, over all points. Lanes exchange data only within their warp,
+// so no block-wide barrier is needed.
+//
+// Blocks process two-dimensional tiles of output pixels, because the points of adjacent pixels overlap in the first-level
+// cache. Within a tile the group is the fastest index, so the lanes of a warp write adjacent memory.
+//
+// A corner outside the image is neither read nor added to: its byte offset is -1. A warp whose corners are all inside the
+// image, as in the middle of an image, skips the checks.
+//
+// The backward pass is limited by additions to the gradient of the input in global memory: 4 * P rows a unit, most of them to
+// the same pixels. Where the points are close together (3 x 3, stride and dilation 1), a worker therefore takes all units of
+// one group in a tile and sums them in shared memory first (window_backward.h).
+//
+// A header includes only headers of lines above it:
+//   dcnv3_platform.h
+//   problem.h, numbers.h, window.h
+//   units.h, modulation.h, gradient_sums.h
+//   locations.h
+//   forward.h, backward.h, window_backward.h, launch_plan.h
+//   launch.h
 
 #pragma once
 
@@ -15,17 +40,18 @@ struct Device {
 const char* launch_forward(
     const Shape& shape, Dtype dtype, const void* input, const void* offset, const void* mask, void* output, Device device);
 
-// Where the gradient of the input is summed, all of it zero at the beginning. The sums of floating-point numbers depend on
-// their order, which differs from run to run. Integers have no such sums: in `fixed_point`, a number is a multiple of a power
-// of two that leaves the largest possible sum room.
+// The sums of the input's gradient. The caller sets all of them to zero. Floating-point sums depend on the order of the
+// additions, which differs from run to run. Integer sums do not: an element of `fixed_point` counts multiples of a power of
+// two that is large enough for the largest possible sum.
 struct Sums {
   void* floating;     // (N, H, W, C) double for float64, float for all other dtypes; nullptr for fixed point
   void* fixed_point;  // (N, H, W, C) of 64 bits
-  void* not_finite;   // a bit for each of the sums, in words of 32
-  void* largest;      // two numbers of 64 bits
+  void* not_finite;   // one bit for each sum, in 32-bit words: it has a term that is not finite
+  void* largest;      // two 64-bit numbers
 };
 
-// With fixed point, the gradient of the input is written to `grad_input` in the tensors' dtype; else the caller converts.
+// Fixed-point sums are converted to the tensors' dtype and written to `grad_input`. Floating-point sums are left to the
+// caller.
 const char* launch_backward(
     const Shape& shape, Dtype dtype, const void* grad_output, const void* input, const void* offset, const void* mask,
     Sums sums, void* grad_input, void* grad_offset, void* grad_mask, Device device);

@@ -1,4 +1,10 @@
-#include "dcnv3_cuda_kernels.h"
+// In: a backward call. Out: launches of `backward_kernel` or `window_backward_kernel`, and of the conversions of fixed-point
+// sums.
+
+#include "backward.h"
+#include "dcnv3_cuda.h"
+#include "launch.h"
+#include "window_backward.h"
 
 namespace dcnv3 {
 

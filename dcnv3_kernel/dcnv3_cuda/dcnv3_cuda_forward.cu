@@ -1,4 +1,8 @@
-#include "dcnv3_cuda_kernels.h"
+// In: a forward call. Out: a launch of `forward_kernel` with the template arguments that serve the call.
+
+#include "dcnv3_cuda.h"
+#include "forward.h"
+#include "launch.h"
 
 namespace dcnv3 {
 

@@ -1,6 +1,6 @@
-// What differs between CUDA, HIP and the emulation on a CPU that the tests use (tests/emulation): names of the language,
-// exchange between the lanes of a warp, conversions of 16-bit numbers, atomic additions. A warp is always 32 lanes here; on
-// AMD's GPUs with 64 it is half of one.
+// In: CUDA, HIP or the tests' emulation on a CPU (tests/emulation). Out: one set of names for all three: language extensions,
+// exchange between the lanes of a warp, conversions of 16-bit numbers, atomic additions. A warp always has 32 lanes here; on
+// AMD GPUs with wavefronts of 64 it is half a wavefront.
 
 #pragma once
 
@@ -41,7 +41,7 @@ DCNV3_DEVICE void* shared_memory() {
   return dcnv3_shared_memory;
 }
 
-// The value of the lane whose number differs in the bits of `difference`. All lanes of a warp call it.
+// The value of the lane whose number is this lane's number xor `difference`. All lanes of a warp must call it.
 template <class T>
 DCNV3_DEVICE T shuffle_xor(T value, int difference) {
 #if DCNV3_HIP
@@ -51,7 +51,7 @@ DCNV3_DEVICE T shuffle_xor(T value, int difference) {
 #endif
 }
 
-// What the lanes of a warp wrote to shared memory before is seen by all of them after.
+// Makes earlier writes to shared memory by the lanes of a warp visible to all of them.
 DCNV3_DEVICE void sync_warp() {
 #if DCNV3_HIP
   __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront");
@@ -61,7 +61,7 @@ DCNV3_DEVICE void sync_warp() {
 #endif
 }
 
-// Whether `value` is true in all lanes of a warp; synchronises as `sync_warp` does. (AMD's warps of 64 answer for both halves.)
+// Whether `value` is true in all lanes of a warp (in all 64 lanes of an AMD wavefront). Synchronises like `sync_warp`.
 DCNV3_DEVICE bool all_lanes(bool value) {
   sync_warp();
 #if DCNV3_HIP
@@ -71,7 +71,7 @@ DCNV3_DEVICE bool all_lanes(bool value) {
 #endif
 }
 
-// Read-only data, aligned: a uint2 or uint4 of it.
+// Loads a uint2 or uint4. The address must be aligned, the data read-only.
 template <class Words>
 DCNV3_DEVICE Words load_words(const void* from) {
 #if DCNV3_HIP
@@ -98,7 +98,7 @@ DCNV3_DEVICE uint16_t bfloat16_by_rounding(float value) {
 }
 DCNV3_DEVICE double double_of_bits(uint32_t low, uint32_t high) { return __hiloint2double(high, low); }
 DCNV3_DEVICE uint64_t bits_of_double(double value) { return __double_as_longlong(value); }
-// Any number for what an int cannot hold.
+// The result is arbitrary for values beyond the range of an int.
 DCNV3_DEVICE int floor_to_int(float value) { return __float2int_rd(value); }
 DCNV3_DEVICE int floor_to_int(double value) { return __double2int_rd(value); }
 DCNV3_DEVICE long long nearest_integer(float value) { return __float2ll_rn(value); }
@@ -136,7 +136,7 @@ DCNV3_DEVICE uint16_t bfloat16_of_float(float value) {
 
 DCNV3_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
-// To a few units in the last place.
+// Accurate to a few units in the last place.
 DCNV3_DEVICE float exponential(float value) {
 #if DCNV3_HIP
   return __expf(value);
@@ -164,7 +164,7 @@ DCNV3_DEVICE void atomic_add(unsigned long long* at, unsigned long long value) {
 DCNV3_DEVICE void atomic_max(unsigned long long* at, unsigned long long value) { atomicMax(at, value); }
 DCNV3_DEVICE void atomic_or(unsigned* at, unsigned value) { atomicOr(at, value); }
 
-// Four neighbours, aligned to 16 bytes: one transaction from compute capability 9.0 on.
+// Adds to four adjacent floats. The address must be aligned to 16 bytes. One transaction from compute capability 9.0 on.
 DCNV3_DEVICE void atomic_add_4(float* at, const float* value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"

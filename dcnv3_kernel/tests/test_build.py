@@ -1,4 +1,4 @@
-"""What build.py makes: CUDA's and HIP's compilers take the sources, and the binaries ask for nothing that users lack."""
+"""Tests of build.py: the compilers of CUDA and HIP accept the sources, and the binaries need nothing that users lack."""
 
 import json
 import os
@@ -39,6 +39,7 @@ def test_what_is_damaged_is_built_again(tmp_path):
     assert triton_build() == [True] * 3
     (tmp_path / "torch-rocm" / "triton_kernels.py").unlink()
     assert triton_build() == [True, False, True]
+    assert all((tmp_path / f"torch-{d}" / "triton_launch.py").is_file() for d in ("cuda", "rocm", "xpu"))
     (tmp_path / "torch-xpu" / "layers.py").write_text("raise SystemExit")
     (tmp_path / "torch-cuda" / "metadata.json").write_text('{"id": "_dcnv3')
     assert triton_build() == [False, True, False]
@@ -51,7 +52,7 @@ def test_the_compiler_is_what_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler -m64")
     result = build("--backend", "cpu", "--output", tmp_path)
     assert result.returncode == 1 and "CXX is 'no-such-compiler -m64'" in result.stderr
-    monkeypatch.setenv("CXX", "false --an-option")  # the program of that name, which fails
+    monkeypatch.setenv("CXX", "false --an-option")  # the program `false`, which fails
     result = build("--backend", "cpu", "--output", tmp_path)
     assert result.returncode == 1 and "\nfalse --an-option -std=c++20 " in result.stderr
     assert list(tmp_path.iterdir()) == []
@@ -76,7 +77,7 @@ def test_clang_builds_the_code_of_all_instruction_sets(tmp_path, monkeypatch):
 
 
 def test_build_toml_names_every_source():
-    """kernel-builder copies what build.toml lists and nothing else."""
+    """kernel-builder copies only the files that build.toml lists."""
     tomllib = pytest.importorskip("tomllib")
     content = tomllib.loads((ROOT / "build.toml").read_text())
     assert content["general"]["edition"] == 5
@@ -90,7 +91,7 @@ def test_build_toml_names_every_source():
 
 
 def test_cuda_compiles_without_warnings_or_spills(tmp_path):
-    """For sm_80, sm_90 and sm_120. A GPU is not needed, and a torch for CUDA neither."""
+    """For sm_80, sm_90 and sm_120. Needs neither a GPU nor a torch for CUDA."""
     if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").is_file():
         pytest.skip("no nvcc")
     result = build("--backend", "cuda", "--arch", "8.0", "9.0", "12.0", "--verbose", "--output", tmp_path)
@@ -108,7 +109,7 @@ def test_cuda_compiles_without_warnings_or_spills(tmp_path):
         for name, a, spilled in kernels
         if re.search(r"_kernelI\w+?Li(2|4|8|16|32)ELi[89]E", name)
     ]
-    # architectures; dtypes, widths, points; forward, backward, and that with sums in fixed point
+    # architectures; dtypes, widths, points; forward, backward, backward with fixed-point sums
     assert len(main) == 3 * (3 * 2 * 2) * 3
     assert [kernel for kernel in main if kernel[2]] == []
 
@@ -118,7 +119,7 @@ def test_cuda_compiles_without_warnings_or_spills(tmp_path):
         r"torch-stable-abi211-cu\d+-\w+-linux", folder.name
     )
     (library,) = folder.glob("*.so")
-    # The libraries it asks for by name are loaded with torch, and have all it needs.
+    # Torch loads the libraries that the binary needs, and they have all of its symbols.
     dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
     needed = set(re.findall(r"NEEDED.*\[(.*?)\]", dynamic))
     assert {"libtorch_cuda.so", "libtorch_cpu.so"} <= needed
@@ -136,7 +137,7 @@ def test_cuda_compiles_without_warnings_or_spills(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["dcnv3_cuda_forward.cu", "dcnv3_cuda_backward.cu"])
 def test_hip_compiles(tmp_path, source):
-    """The kernels alone: torch's headers for ROCm are in its ROCm builds only."""
+    """Compiles the kernels without the bindings, because only ROCm builds of torch have the headers for ROCm."""
     if shutil.which("hipcc") is None:
         pytest.skip("no hipcc")
     command = ["hipcc", "--offload-arch=gfx90a", "-std=c++20", "-O3", "-Wall", "-x", "hip", "-DUSE_ROCM"]

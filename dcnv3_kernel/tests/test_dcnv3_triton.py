@@ -1,6 +1,6 @@
-"""The Triton variant without a GPU: run by Triton's interpreter, compiled for GPUs, and what chooses its launch shapes.
+"""Tests of the Triton variant without a GPU: the interpreter's results, compilation for GPUs, the choice of launch shapes.
 
-Triton decides at import whether it interprets, so what is interpreted runs in a process of its own.
+Triton decides at import whether it interprets, so tests of the interpreter start another process.
 """
 
 import os
@@ -23,10 +23,10 @@ INTERPRETER = {
     **os.environ,
     "TRITON_INTERPRET": "1",
     "PYTHONWARNINGS": "ignore",
-}  # NumPy's, of numbers that are not finite
+}  # NumPy warns about numbers that are not finite
 
 
-# The interpreter of Triton 3.6 fails with NumPy 2.4: it converts arrays of one number to Python's numbers.
+# The interpreter of Triton 3.6 fails with NumPy 2.4, which no longer converts arrays with one element to Python numbers.
 interpreted = pytest.mark.skipif(
     tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7), reason="the interpreter of this Triton is too old"
 )
@@ -41,10 +41,10 @@ def folder():
 
 @pytest.fixture(scope="module")
 def kernels(folder):
-    """The module of the kernels; what compiles them is left alone."""
+    """The module that plans and launches the kernels."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("the kernels are interpreted in this process")
-    return sys.modules[load_variant(folder).__name__ + ".triton_kernels"]
+    return sys.modules[load_variant(folder).__name__ + ".triton_launch"]
 
 
 # ------------------------------------------------------------------------------------------------------ interpreted
@@ -71,20 +71,20 @@ def test_the_tests_of_all_backends_that_take_seconds(folder):
 @interpreted
 @pytest.mark.slow
 def test_the_tests_of_all_backends(folder):
-    """All of them, two hundred random shapes included: half an hour and more."""
+    """Takes more than half an hour."""
     summary = run_tests_of_all_backends("not cuda and not test_random_shapes")
     assert re.match(r"\d{2} passed", summary), summary
 
 
 @interpreted
 def test_tiles_steps_and_64_bit_numbers(folder):
-    """With tiles that do not divide the image, several steps in each, and the general kernels too, as on a GPU."""
+    """Tiles that do not divide the image, several steps in each tile, and the general kernels, as on a GPU."""
     program = f"""
         import sys
         sys.path.insert(0, {str(TESTS)!r})
         from test_dcnv3_kernel import *
         kernel = load_variant(Path({str(folder)!r}))
-        triton_kernels = sys.modules[kernel.__name__ + ".triton_kernels"]
+        launch = sys.modules[kernel.__name__ + ".triton_launch"]
         torch.manual_seed(0)
         cases = [
             # tile's largest log2, units, 64-bit from, groups, group channels, options
@@ -94,10 +94,10 @@ def test_tiles_steps_and_64_bit_numbers(folder):
             (2, 32, 0, 1, 128, {{"kernel_size": (1, 2), "padding": 0}}),
         ]
         for case, (tile, units, wide, groups, channels, options) in enumerate(cases):
-            triton_kernels._LARGEST_TILE_LOG2, triton_kernels._INTERPRETED_UNITS = tile, units
-            triton_kernels._WIDE_FROM = wide
-            triton_kernels._plan.cache_clear()
-            triton_kernels._tiles.cache_clear()
+            launch._LARGEST_TILE_LOG2, launch._INTERPRETED_UNITS = tile, units
+            launch._WIDE_FROM = wide
+            launch._plan.cache_clear()
+            launch._tiles.cache_clear()
             kernel_size = options.get("kernel_size", (3, 3))
             points = groups * (kernel_size[0] * kernel_size[1] - options.get("remove_center", False))
             width = 4 - (kernel_size[1] - 1 if "padding" in options else 0)
@@ -133,7 +133,7 @@ TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", to
 
 
 def compile_kernel(kernels, kernel, target, dtype, group_channels, *, size=56, fixed=False, softmax=True, **options):
-    """As a launch would, for images of `size`; without a GPU. Returns what Triton's compiler made."""
+    """Compiles a kernel as a launch for images of `size` would, without a GPU. Returns Triton's compiled kernel."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -143,7 +143,7 @@ def compile_kernel(kernels, kernel, target, dtype, group_channels, *, size=56, f
         1, 1, options["kernel_size"] // 2, options["kernel_size"] // 2, 1, 1, options["groups"], 1.0, options["points"] == 8,
         softmax,
     )  # fmt: skip
-    backward = kernel is kernels._backward_kernel
+    backward = kernel is kernels.backward_kernel
     warps, warp_size = kernels._CONFIGS[0][1], TARGETS[target][2]
     units = max(1, warps * warp_size // kernels._lanes(kernel, plan))
     constants = {**dict(plan.constants), "UNITS": units}
@@ -151,7 +151,7 @@ def compile_kernel(kernels, kernel, target, dtype, group_channels, *, size=56, f
         constants.update(WHOLE=group_channels <= constants["CHANNELS"], FIXED=fixed)
     sums = TYPES[kernels._COMPUTE[dtype]]
     special = {"grad_input": "*i64" if fixed else f"*{sums}", "not_finite": "*i8", "fixed_exponent": "*i64"}
-    numbers = dict.fromkeys(kernels._NUMBERS, "i32")
+    numbers = dict.fromkeys(sys.modules[kernel.fn.__module__].NUMBERS, "i32")
     if sums == "fp64":
         numbers["offset_scale"] = "i64"
     signature = {
@@ -170,9 +170,9 @@ def compile_kernel(kernels, kernel, target, dtype, group_channels, *, size=56, f
 
 
 def spilled(compiled, target, tmp_path) -> int:
-    """Bytes of memory that a thread needs for what its registers cannot hold.
+    """The bytes of memory that one thread needs for spilled registers.
 
-    AMD's scalar registers, which hold masks, spill into lanes of vector registers: that takes no memory, and is not counted.
+    AMD's scalar registers hold masks and spill to lanes of vector registers. This takes no memory and is not counted.
     """
     if target.startswith("gfx"):
         (scratch,) = re.findall(r"ScratchSize: (\d+)", compiled.asm["amdgcn"])
@@ -205,14 +205,14 @@ FULL = [
     [("sm_90", torch.bfloat16, 16), *(pytest.param(*case, marks=pytest.mark.slow) for case in FULL)],
 )
 def test_compiles_without_a_gpu(kernels, compiler_cache, tmp_path, target, dtype, group_channels):
-    """Nothing spills; a corner is one load of 16 bytes, and nothing crosses threads in forward."""
-    forward = compile_kernel(kernels, kernels._forward_kernel, target, dtype, group_channels)
+    """No register spills, one load of 16 bytes for each corner, no exchange between threads in the forward pass."""
+    forward = compile_kernel(kernels, kernels.forward_kernel, target, dtype, group_channels)
     assert spilled(forward, target, tmp_path) == 0
-    backward = compile_kernel(kernels, kernels._backward_kernel, target, dtype, group_channels)
+    backward = compile_kernel(kernels, kernels.backward_kernel, target, dtype, group_channels)
     assert spilled(backward, target, tmp_path) == 0
     if target.startswith("sm"):
         assert forward.asm["ptx"].count("ld.global.v4") == 4 * 9 and "bar.sync" not in forward.asm["ptx"]
-    if target == "sm_90":  # which has vectorised atomics
+    if target == "sm_90":  # it has vectorised atomics
         assert len(re.findall(r"(?:red|atom)\.global\.gpu\.relaxed\.add\.v4\.f32", backward.asm["ptx"])) == 4 * 9
 
 
@@ -225,12 +225,12 @@ def test_compiles_without_a_gpu(kernels, compiler_cache, tmp_path, target, dtype
         (torch.float64, 16, {"softmax": False}),
         (torch.float32, 5, {"groups": 3}),
         (torch.float32, 80, {"kernel_size": 5, "points": 25, "fixed": True}),
-        (torch.bfloat16, 2048, {"groups": 1, "size": 1100}),  # 64-bit numbers of elements
+        (torch.bfloat16, 2048, {"groups": 1, "size": 1100}),  # 64-bit element indices
     ],
 )
 def test_the_other_kernels_compile_too(kernels, compiler_cache, target, dtype, group_channels, options):
-    for kernel in (kernels._forward_kernel, kernels._backward_kernel):
-        chosen = options if kernel is kernels._backward_kernel else {k: v for k, v in options.items() if k != "fixed"}
+    for kernel in (kernels.forward_kernel, kernels.backward_kernel):
+        chosen = options if kernel is kernels.backward_kernel else {k: v for k, v in options.items() if k != "fixed"}
         assert compile_kernel(kernels, kernel, target, dtype, group_channels, **chosen).asm
 
 
@@ -242,7 +242,7 @@ def plan_of(kernels, size=(2, 56, 56, 64), dtype=torch.bfloat16, groups=4):
 
 
 def test_the_fastest_configuration_is_measured_once(kernels, monkeypatch):
-    """For each dtype and group width, and not for each batch or image size; what a device cannot run is left out."""
+    """Once for each dtype and group width, not for each batch or image size. A config that the device cannot run is skipped."""
     launched, milliseconds = [], {(1, 2): 3.0, (1, 4): 2.0, (2, 4): 5.0}
 
     def launch(kernel, plan, device, config, tensors, **constants):
@@ -259,20 +259,20 @@ def test_the_fastest_configuration_is_measured_once(kernels, monkeypatch):
     monkeypatch.setattr(kernels, "_tuned", {})
     before = torch.get_rng_state()
     for size in ((2, 56, 56, 64), (9, 14, 20, 64), (1, 7, 7, 16 * 32)):
-        for kernel in (kernels._forward_kernel, kernels._backward_kernel):
+        for kernel in (kernels.forward_kernel, kernels.backward_kernel):
             plan = plan_of(kernels, size, groups=size[3] // 16)
             assert kernels._config(kernel, plan, torch.empty(0, dtype=torch.bfloat16)) == (1, 4)
     assert len(kernels._tuned) == 2
     assert torch.equal(before, torch.get_rng_state()), "the user's random numbers"
 
     del launched[:]
-    for width, groups in ((5, 2), (48, 2), (3, 1)):  # no time is spent on odd ones
+    for width, groups in ((5, 2), (48, 2), (3, 1)):  # unusual widths are not measured
         plan = plan_of(kernels, (1, 8, 8, width * groups), groups=groups)
-        assert kernels._config(kernels._forward_kernel, plan, torch.empty(0, dtype=torch.bfloat16)) == (1, 2)
+        assert kernels._config(kernels.forward_kernel, plan, torch.empty(0, dtype=torch.bfloat16)) == (1, 2)
     assert not launched
     monkeypatch.setitem(milliseconds, (1, 4), 4.0)
     plan = plan_of(kernels, (1, 8, 8, 64), groups=2)
-    assert kernels._config(kernels._forward_kernel, plan, torch.empty(0, dtype=torch.bfloat16)) == (1, 2)
+    assert kernels._config(kernels.forward_kernel, plan, torch.empty(0, dtype=torch.bfloat16)) == (1, 2)
 
 
 def test_nothing_is_measured_where_nothing_can_run(kernels, monkeypatch):
@@ -282,7 +282,7 @@ def test_nothing_is_measured_where_nothing_can_run(kernels, monkeypatch):
     monkeypatch.setattr(kernels, "_launch", launch)
     monkeypatch.setattr(kernels, "do_bench", lambda run, **_: run())
     monkeypatch.setattr(kernels, "_tuned", {})
-    config = kernels._config(kernels._backward_kernel, plan_of(kernels), torch.empty(0, dtype=torch.bfloat16))
+    config = kernels._config(kernels.backward_kernel, plan_of(kernels), torch.empty(0, dtype=torch.bfloat16))
     assert config == kernels._CONFIGS[0]
 
 
@@ -290,7 +290,7 @@ def test_nothing_is_measured_while_a_graph_is_captured(kernels, monkeypatch):
     monkeypatch.setattr(torch.cpu, "is_current_stream_capturing", lambda: True, raising=False)
     monkeypatch.setattr(kernels, "_measured_config", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(kernels, "_tuned", {})
-    config = kernels._config(kernels._forward_kernel, plan_of(kernels), torch.empty(0, dtype=torch.bfloat16))
+    config = kernels._config(kernels.forward_kernel, plan_of(kernels), torch.empty(0, dtype=torch.bfloat16))
     assert config == kernels._CONFIGS[0] and not kernels._tuned
 
 
@@ -316,7 +316,7 @@ def test_more_than_2_31_elements_have_64_bit_numbers(kernels):
 def test_channels_of_a_group_are_all_there(kernels, group_channels):
     plan = plan_of(kernels, (1, 4, 4, 2 * group_channels), groups=2)
     constants = dict(plan.constants)
-    # equal: the kernels take it for the number of channels, else for a divisor
+    # if equal, the kernels take it for the number of channels, otherwise for a divisor of it
     if constants["MULTIPLE"] == constants["CHANNELS"]:
         assert constants["CHANNELS"] == group_channels
     else:
@@ -332,7 +332,7 @@ def test_sizes_that_no_kernel_has_numbers_for(kernels):
 
 
 def test_the_checks_are_those_of_the_compiled_kernels(kernels):
-    """Word for word."""
+    """The messages are equal."""
     if (cpu := built("torch-stable-abi*-cpu-*")) is None:
         pytest.skip("no cpu variant was built: run dcnv3_kernel/build.py")
     compiled, ours = load_variant(cpu), load_variant(built("torch-cuda"))
@@ -359,6 +359,6 @@ def test_compiled_variants_have_nothing_of_triton():
         from test_dcnv3_kernel import *
         kernel = load_variant(Path({str(cpu)!r}))
         run_and_differentiate(kernel.dcnv3_softmax, [torch.randn(1, 4, 4, c) for c in (16, 18, 9)], {{"groups": 1}})
-        print([name for name in sys.modules if name.endswith("triton_kernels")])
+        print([name for name in sys.modules if name.endswith(("triton_kernels", "triton_launch"))])
     """
     assert subprocess.check_output([sys.executable, "-c", textwrap.dedent(program)], text=True) == "[]\n"

@@ -1,4 +1,4 @@
-"""The GPU kernels under ThreadSanitizer and AddressSanitizer, on a CPU: races between lanes, and accesses outside of tensors."""
+"""Tests of the GPU kernels on a CPU with ThreadSanitizer (races between lanes) and AddressSanitizer (accesses outside tensors)."""
 
 import os
 import platform
@@ -27,13 +27,13 @@ def compile_with(
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
-    """Compiles the program of a sanitizer, once; skips where there is no such sanitizer."""
+    """A function that compiles the program for a sanitizer once. Skips the test if the compiler lacks the sanitizer."""
     folder, programs = tmp_path_factory.mktemp("sanitized"), {}
 
     def get(sanitizer: str) -> Path:
         if sanitizer not in programs:
             if platform.machine() != "x86_64":
-                pytest.skip("the lanes' exchange counts on the order in which x86 writes to memory")
+                pytest.skip("the exchange between lanes relies on the order of memory writes of x86")
             if shutil.which(COMPILER[0]) is None:
                 pytest.skip("no C++ compiler")
             source, trial, program = folder / "trial.cpp", folder / "trial", folder / sanitizer
@@ -55,7 +55,7 @@ def check(program: Path, *cases: int) -> None:
 
 
 def test_races(sanitized):
-    """A case of windows and one of the general kernels; the others in the slow test."""
+    """One case with windows and one of the general kernels. The slow test runs all cases."""
     check(sanitized("thread"), 0, 6)
 
 

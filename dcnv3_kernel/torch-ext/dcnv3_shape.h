@@ -1,6 +1,6 @@
-// What all backends share: the dtypes and the shape of a call.
+// In: nothing. Out: the dtypes and the shape of a call, for all backends.
 //
-// The operator is that of InternImage (arXiv 2211.05778, section 3.1, equation 2). Tensors are channels-last and contiguous:
+// The operator is DCNv3 of InternImage (arXiv 2211.05778, section 3.1, equation 2). Tensors are channels-last and contiguous:
 // input (N, H, W, G*D), offset (N, H_out, W_out, G, P, 2) with x before y, mask (N, H_out, W_out, G, P),
 // output (N, H_out, W_out, G*D). Points run down the kernel's columns first.
 
@@ -19,7 +19,7 @@ struct Shape {
   int64_t groups, group_channels, points;
   double offset_scale;
   bool remove_center;
-  bool softmax;  // the mask holds logits, to be normalised over the points of each group
+  bool softmax;  // the mask holds logits; a softmax normalises them over the points of each group
 };
 
 }  // namespace dcnv3

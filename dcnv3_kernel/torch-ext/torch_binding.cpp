@@ -1,3 +1,5 @@
+// In: the entry points of one backend. Out: the operators, registered with PyTorch for the device type of that backend.
+
 #include <torch/csrc/stable/library.h>
 
 #include "registration.h"

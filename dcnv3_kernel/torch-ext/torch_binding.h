@@ -1,4 +1,5 @@
-// The operators' C++ entry points, and the checks that all backends share. Shapes are in dcnv3_shape.h.
+// In: the operators' arguments. Out: a checked `Shape`; the declarations of the C++ entry points, which every backend
+// implements; allocations whose errors say what the memory was for.
 
 #pragma once
 
@@ -30,7 +31,7 @@ std::string dcnv3_cpu_capability();
 
 namespace dcnv3 {
 
-// The words are those of torch-ext/dcnv3/_checks.py.
+// The messages are the same as in torch-ext/dcnv3/_checks.py.
 inline void check_like_input(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& input) {
   STD_TORCH_CHECK(
       tensor.dim() == 4, "dcnv3: ", name, " must have 4 dimensions (batch, height, width, channels), got ", tensor.dim());
@@ -47,7 +48,7 @@ inline void check_like_input(const char* name, const torch::stable::Tensor& tens
       "dcnv3: ", name, " must be on the device of input, ", device(input), ", got ", device(tensor));
 }
 
-constexpr int64_t largest = INT32_MAX;  // of a size or a hyper-parameter: products of two of them do not overflow
+constexpr int64_t largest = INT32_MAX;  // limit of sizes and hyper-parameters: the product of two does not overflow
 
 inline void check_pair(const char* name, int64_t h, int64_t w, int64_t least) {
   STD_TORCH_CHECK(
@@ -142,7 +143,7 @@ inline void check_grad_output(const torch::stable::Tensor& grad_output, const to
   std::terminate();  // not reached
 }
 
-// What `allocate()` returns. PyTorch's own error loses its text on the way through the stable ABI.
+// Returns `allocate()`. Replaces PyTorch's error, which loses its text at the stable ABI.
 template <class Allocate>
 torch::stable::Tensor allocated(const char* what, int64_t elements, int64_t element_size, Allocate allocate) {
   try {
@@ -167,7 +168,8 @@ inline torch::stable::Tensor new_empty_like(const char* what, const torch::stabl
   return allocated(what, like.numel(), element_size, [&] { return torch::stable::new_empty(like, like.sizes()); });
 }
 
-// PyTorch's own operator looks itself up by its name first, which for a small image is a part of the time that counts.
+// Tests for contiguity first: PyTorch's operator is looked up by name at every call, which takes noticeable time for small
+// images.
 inline void make_contiguous(const char* what, torch::stable::Tensor& tensor) {
   if (tensor.is_contiguous()) return;
   const auto element_size = static_cast<int64_t>(tensor.element_size());

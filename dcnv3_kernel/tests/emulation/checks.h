@@ -1,4 +1,5 @@
-// How both kinds of lanes (fibers.h, threads.h) stop at what a GPU would not take.
+// In: a launch or an error. Out: the end of the process if a GPU would reject it. For both kinds of lanes (fibers.h,
+// threads.h).
 
 #pragma once
 

@@ -1,7 +1,7 @@
-// Runs the GPU kernels on a CPU, lane by lane, so that their arithmetic and their exchange between lanes can be tested where
-// there is no GPU: it replaces what dcnv3_platform.h offers on one. Lanes are fibers, which is fast, or threads, which is slow
-// but lets ThreadSanitizer look for races between lanes, warps and blocks (sanitize.cpp). It says nothing of speed, and of what
-// a compiler for GPUs does.
+// In: the GPU kernels. Out: their execution on a CPU, lane by lane, to test their arithmetic and the exchange between lanes
+// without a GPU. This header defines the names of dcnv3_platform.h. Lanes are fibers, which are fast, or threads, which are
+// slow but let ThreadSanitizer find races between lanes, warps and blocks (sanitize.cpp). The emulation does not test speed or
+// GPU compilers.
 
 #pragma once
 

@@ -1,5 +1,6 @@
-// The lanes of a warp as fibers that take turns at every exchange, forwards and backwards, so that one that relies on what another
-// has not yet been waited for goes wrong. Warps and blocks run one after another.
+// In: a launch. Out: its execution with the lanes of a warp as fibers. Fibers switch at every exchange, in ascending and
+// descending order by turns. A lane that reads data of another lane without synchronisation then gets wrong results. Warps and
+// blocks run sequentially.
 
 #pragma once
 
@@ -18,11 +19,11 @@ namespace emulation {
 
 struct Lane {
   ucontext_t start;
-  jmp_buf place;  // where it waits; much faster to go to than a ucontext_t, which costs a call of the system
+  jmp_buf place;  // where it waits; much faster to resume than a ucontext_t, which costs a system call
   std::unique_ptr<char[]> stack;
   bool finished;
-  int exchanges;      // how many it has come to
-  uint64_t value[2];  // what it offers in the last two
+  int exchanges;      // number of exchanges so far
+  uint64_t value[2];  // the values it offers in the last two
 };
 
 struct State {
@@ -53,7 +54,7 @@ inline void resume(bool first) {
   _longjmp(s.lanes[s.lane].place, 1);
 }
 
-// All lanes of a warp come here before any goes on.
+// A barrier for the lanes of a warp.
 inline void wait_for_warp() {
   State& s = state();
   Lane& lane = s.lanes[s.lane];
@@ -101,7 +102,7 @@ inline void launch(unsigned grid, unsigned block, unsigned shared_bytes, std::fu
   }
 }
 
-// Offers a value to the other lanes and takes that of one.
+// Offers a value to the other lanes and returns the value of one of them.
 inline uint64_t exchange(uint64_t value, int difference) {
   State& s = state();
   const int which = s.lanes[s.lane].exchanges % 2, lane = s.lane;

@@ -1,8 +1,10 @@
-// Every kernel for GPUs once, in threads (threads.h), on memory that ends where the tensors end: a program for ThreadSanitizer,
-// which finds races between lanes, warps and blocks, and for AddressSanitizer, which finds accesses outside the tensors and
-// shared memory. Both end it with an error. It ends with one itself where a deterministic result differs from run to run.
+// In: numbers of cases, all if there are none. Out: exit status 0 if a sanitizer finds nothing in them.
 //
-//   sanitize [CASE ...]   numbers of cases, else all
+//   sanitize [CASE ...]
+//
+// Runs every GPU kernel once, in threads (threads.h), on memory that ends where the tensors end. ThreadSanitizer finds races
+// between lanes, warps and blocks; AddressSanitizer finds accesses outside the tensors and outside shared memory. Both end the
+// program with an error. The program also fails if a deterministic result differs from run to run.
 
 #include <cmath>
 #include <cstdint>
@@ -24,7 +26,7 @@ struct Case {
   Dtype dtype;
   int64_t batch, height, width, groups, group_channels, kernel, stride, padding, dilation;
   bool remove_center, softmax;
-  float spread;  // of the offsets, in pixels
+  float spread;  // standard deviation of the offsets, in pixels
   int multiprocessors;
 };
 
@@ -50,7 +52,7 @@ struct Tensor {
   bool operator==(const Tensor& other) const { return std::memcmp(data.get(), other.data.get(), bytes) == 0; }
 };
 
-// Normally distributed numbers; for bfloat16 the lower half of a float is cut off.
+// Normally distributed numbers. bfloat16 takes the upper half of a float.
 Tensor random_tensor(Dtype dtype, int64_t count, float spread, std::mt19937& random) {
   Tensor tensor(count * size_of(dtype));
   std::normal_distribution<float> normal(0.0f, spread);

@@ -1,5 +1,6 @@
-// All lanes of a launch as threads of their own, at the same time, for sanitizers to watch. As on a GPU, `sync_warp` alone orders
-// the memory of a warp's lanes: a shuffle hands over its value and nothing else, so what relies on one for more is a race.
+// In: a launch. Out: its execution with one thread for each lane, all at the same time, under a sanitizer. As on a GPU, only
+// `sync_warp` orders the memory accesses of a warp's lanes. A shuffle transfers its value and orders nothing else, so code
+// that relies on a shuffle for ordering has a race.
 
 #pragma once
 
@@ -20,7 +21,7 @@ namespace emulation {
 
 struct Warp {
   std::atomic<unsigned> arrived{0}, generation{0};
-  std::atomic<uint64_t> values[2][32] = {};  // what the lanes offer in the last two exchanges
+  std::atomic<uint64_t> values[2][32] = {};  // the values that the lanes offer in the last two exchanges
 };
 
 struct Place {
@@ -31,7 +32,7 @@ struct Place {
 };
 inline thread_local Place place;
 
-// All lanes of a warp come here before any goes on.
+// A barrier for the lanes of a warp, with these memory orders.
 inline void come_together(std::memory_order arriving, std::memory_order waiting, std::memory_order leaving) {
   Warp& warp = *place.warp;
   ++place.exchanges;
@@ -54,7 +55,7 @@ inline void wait_for_warp() {
   come_together(std::memory_order_acq_rel, std::memory_order_acquire, std::memory_order_release);
 }
 
-// Offers a value to the other lanes and takes that of one.
+// Offers a value to the other lanes and returns the value of one of them.
 inline uint64_t exchange(uint64_t value, int difference) {
   std::atomic<uint64_t>* values = place.warp->values[place.exchanges % 2];
   const unsigned lane = place.number % 32;

@@ -1,4 +1,7 @@
-"""DCNv3, the deformable convolution of InternImage (arXiv 2211.05778, section 3.1, equation 2)."""
+"""DCNv3, the deformable convolution of InternImage (arXiv 2211.05778, section 3.1, equation 2).
+
+In: tensors and hyper-parameters. Out: the operator's result, differentiable once, by the operators of this build (`_ops`).
+"""
 
 import torch
 from torch.autograd import forward_ad
@@ -37,7 +40,7 @@ def _double_backward(ctx, *grads):
     raise RuntimeError("dcnv3 cannot be differentiated twice")
 
 
-# Once for these operators, also if this is imported twice: by `kernels`, and by somebody else under another name.
+# Registers once, even if this file is imported twice: by `kernels`, and by other code under another module name.
 if not getattr(ops, "python_side_is_registered", False):
     torch.library.register_fake(add_op_namespace_prefix("dcnv3_forward"), _fake_forward)
     torch.library.register_fake(add_op_namespace_prefix("dcnv3_backward"), _fake_backward)
@@ -68,21 +71,21 @@ def dcnv3(
 
     Args:
         input: (batch, height, width, channels); float32, float64, float16 or bfloat16. Sums are float32, or float64 for float64.
-        offset: (batch, height_out, width_out, groups * P * 2), x before y, in input pixels before scaling; points down the
+        offset: (batch, height_out, width_out, groups * P * 2), x before y, in input pixels before scaling. Points run down the
             kernel's columns first.
-        mask: (batch, height_out, width_out, groups * P). If dtypes differ, all are converted to the widest of the three.
+        mask: (batch, height_out, width_out, groups * P). If dtypes differ, all tensors are converted to the widest of the three.
         kernel_size, stride, padding, dilation: an int or a (vertical, horizontal) pair.
-        groups: of channels that share offsets and mask.
-        offset_scale: stretches the kernel's grid and the offsets.
-        remove_center: leave the kernel's centre out.
+        groups: the number of groups of channels; the channels of a group share offsets and mask.
+        offset_scale: scales the kernel's grid and the offsets.
+        remove_center: omits the kernel's centre.
 
     Returns:
         (batch, height_out, width_out, channels) in the input's dtype, differentiable once.
 
     Raises:
         TypeError: if an argument is of the wrong type.
-        RuntimeError: if a shape, dtype, device or value does not fit, the message names it; for forward-mode differentiation
-            (`torch.func.jvp`), which there is none of.
+        RuntimeError: if a shape, dtype, device or value does not fit; the message names it. Also for forward-mode
+            differentiation (`torch.func.jvp`), which is not supported.
     """
     pairs = (kernel_size, stride, padding, dilation)
     return _call(input, offset, mask, pairs, groups, offset_scale, remove_center, False)
@@ -101,18 +104,21 @@ def dcnv3_softmax(
     offset_scale: float = 1.0,
     remove_center: bool = False,
 ) -> torch.Tensor:
-    """`dcnv3` with a softmax of `mask_logits` over the P points of each group, computed inside."""
+    """`dcnv3` of the softmax of `mask_logits` over the P points of each group. The operator computes the softmax.
+
+    Args, shapes and errors are those of `dcnv3`; mask_logits: (batch, height_out, width_out, groups * P).
+    """
     pairs = (kernel_size, stride, padding, dilation)
     return _call(input, offset, mask_logits, pairs, groups, offset_scale, remove_center, True)
 
 
 def _call(input, offset, mask, pairs, groups, offset_scale, remove_center, softmax):
-    compiling = torch.compiler.is_compiling()  # what cannot look for tangents
+    compiling = torch.compiler.is_compiling()  # torch.compile cannot trace the test for tangents
     for name, tensor in (("input", input), ("offset", offset), ("mask_logits" if softmax else "mask", mask)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"dcnv3: {name} must be a tensor, got {type(tensor).__name__}")
         check_dtype(name, tensor)
-        if not compiling and forward_ad.unpack_dual(tensor).tangent is not None:  # PyTorch would ignore it
+        if not compiling and forward_ad.unpack_dual(tensor).tangent is not None:  # PyTorch would ignore the tangent
             raise RuntimeError(f"dcnv3 has no forward-mode derivative, and {name} has a tangent")
     dtype = input.dtype
     if offset.dtype != dtype or mask.dtype != dtype:

@@ -1,4 +1,4 @@
-"""What every backend asks of the operators' arguments; torch_binding.h asks the same in the same words."""
+"""In: the operators' arguments. Out: the output's size, or an error. torch_binding.h makes the same checks with the same messages."""
 
 import math
 
@@ -14,7 +14,7 @@ def _sizes(sizes) -> str:
 
 
 def check_dtype(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype not in DTYPES:  # not `torch._check`, of whose message torch.compile cannot make anything
+    if tensor.dtype not in DTYPES:  # not `torch._check`: torch.compile cannot trace its message
         wanted = "float32, float64, float16 or bfloat16"
         raise RuntimeError(f"dcnv3: {name} must have the dtype {wanted}, got {tensor.dtype}")
 
@@ -43,7 +43,7 @@ def output_size(
     input, offset, mask, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups,
     offset_scale, remove_center,
 ):  # fmt: skip
-    """The output's height and width, symbolic where the input's are.
+    """The output's height and width; symbolic if those of the input are.
 
     Raises:
         RuntimeError: if an argument does not fit; the message names it, its value and what was expected.
@@ -97,10 +97,10 @@ def output_size(
 
 
 def check_grad_output(grad_output: torch.Tensor, input: torch.Tensor, size: tuple) -> None:
-    """size: that of the output, as `output_size` returns it.
+    """Checks grad_output, which must have the shape of the output. size: the result of `output_size`.
 
     Raises:
-        RuntimeError: if the gradient of the output is not like the output.
+        RuntimeError: if its shape, dtype or device is not that of the output.
     """
     _check_like_input("grad_output", grad_output, input)
     _check_shape("grad_output", grad_output, (input.shape[0], *size, input.shape[3]))

@@ -1,4 +1,4 @@
-"""The operator as a layer that `kernels` puts in a model's place."""
+"""In: the operator. Out: a stateless layer that replaces a model's layer of this name through `kernels.kernelize`."""
 
 import torch
 from torch import nn

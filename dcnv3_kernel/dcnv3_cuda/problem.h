@@ -1,0 +1,38 @@
+// In: nothing. Out: `Problem`, which a kernel launch passes by value: the sizes of a call and the layout of its work.
+
+#pragma once
+
+#include "dcnv3_platform.h"
+
+namespace dcnv3 {
+
+// Divides numbers below 2^31 by a divisor known on the host: one multiplication and one shift instead of a division.
+struct Divisor {
+  uint32_t divisor, factor, shift;
+
+  Divisor() = default;
+  explicit Divisor(uint32_t by) : divisor(by), shift(0) {
+    while ((uint64_t(1) << shift) < by) ++shift;
+    factor = static_cast<uint32_t>((((uint64_t(1) << shift) - by) << 32) / by + 1);
+  }
+  DCNV3_DEVICE uint32_t operator()(uint32_t number) const { return (multiply_high(number, factor) + number) >> shift; }
+};
+
+// The sizes of a call and the layout of its work. C: the compute type.
+template <class C>
+struct Problem {
+  int64_t tiles;
+  Divisor by_tiles_per_image, by_tiles_x, by_groups;
+  int tiles_x, tiles_per_image, tile_width_log2, tile_height_log2;
+  Divisor by_tile_width;  // this and the next line: only for `window_backward_kernel`
+  int tile_width, tile_height;
+  int lanes, points;
+  int height, width, height_out, width_out, channels, groups, group_channels;
+  int kernel_h, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  int centre;          // index of the removed point; `points`, which no point has, if none is removed
+  int half_h, half_w;  // pixels from the kernel's first point to its centre; `locate` measures positions from the centre
+  C offset_scale;
+  bool softmax;
+};
+
+}  // namespace dcnv3
