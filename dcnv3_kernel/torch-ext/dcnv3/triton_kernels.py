@@ -123,19 +123,21 @@ def _locate(
 
     x, y: the input pixel at the kernel's centre. POINTS: 9 or 8 for a kernel of 3 x 3, otherwise 0.
     """
+    # the kernel's column and row in pixels from its centre, which in a kernel of 3 x 3 is one dilation from the first point
     if POINTS == 9:
-        column = point // 3
-        row = point % 3
+        column = dilation_w * (point // 3 - 1)
+        row = dilation_h * (point % 3 - 1)
     elif POINTS == 8:
-        column = (point + point // 4) // 3
-        row = (point + point // 4) % 3
+        column = dilation_w * ((point + point // 4) // 3 - 1)
+        row = dilation_h * ((point + point // 4) % 3 - 1)
     else:
         cell = tl.where(point >= centre, point + 1, point)
         column = cell // kernel_h
-        row = cell - column * kernel_h
+        row = dilation_h * (cell - column * kernel_h) - half_h
+        column = dilation_w * column - half_w
     offset_x, offset_y = _load_pair(offset, number * points + point, active, C)
-    position_x = ((dilation_w * column - half_w).to(C) + offset_x) * scale
-    position_y = ((dilation_h * row - half_h).to(C) + offset_y) * scale
+    position_x = (column.to(C) + offset_x) * scale
+    position_y = (row.to(C) + offset_y) * scale
     cell_x, fraction_x, left, right = _place_on_axis(position_x, x, width)
     cell_y, fraction_y, upper, lower = _place_on_axis(position_y, y, height)
     if WIDE:
