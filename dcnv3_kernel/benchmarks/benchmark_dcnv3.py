@@ -1,4 +1,4 @@
-"""For `kernels benchmark`: the calls of InternImage-T for images of 224 x 224, beside `grid_sample` of all points.
+"""For `kernels benchmark`. In: a kernel. Out: times of InternImage-T's calls for images of 224 x 224, beside `grid_sample` of all points.
 
 pip install 'kernels[benchmark]'
 kernels benchmark ./dcnv3_kernel        # or a repository on the Hub, with --version 1
@@ -13,7 +13,7 @@ POINTS = 9
 
 
 def reference(input, offset, mask_logits, groups):
-    """DCNv3 with 3 x 3 points, stride 1 and padding 1, by one `grid_sample`; float32 inside."""
+    """DCNv3 with 3 x 3 points, stride 1 and padding 1, by one `grid_sample`. Computes in float32."""
     dtype = input.dtype
     input, offset, mask_logits = (t.float() for t in (input, offset, mask_logits))
     batch, height, width, channels = input.shape
@@ -40,7 +40,7 @@ class DCNv3Benchmark(Benchmark):
         self.groups = channels // 16
         batch, dtype = (1, torch.float32) if self.device == "cpu" else (32, torch.bfloat16)
         widths = (channels, self.groups * POINTS * 2, self.groups * POINTS)
-        # small values: the results are compared with an absolute tolerance
+        # small values, because the comparison uses an absolute tolerance
         self.tensors = [(torch.randn(batch, size, size, w) / 4).to(self.device, dtype) for w in widths]
 
     def forward(self):
@@ -67,7 +67,7 @@ class DCNv3Benchmark(Benchmark):
 
 
 class DCNv3BackwardBenchmark(DCNv3Benchmark):
-    """Forward and backward pass; what is compared is the gradient of the input."""
+    """Forward and backward passes. The comparison covers the gradient of the input."""
 
     def forward(self):
         leaves = [t.detach().requires_grad_() for t in self.tensors]

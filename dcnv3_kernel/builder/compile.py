@@ -34,7 +34,7 @@ SOURCES = {
     "emulation": GPU_SOURCES,  # the GPU kernels executed by a CPU; only tests load it
     "triton": [],
 }
-# Code for one architecture also runs on later minor versions. CUDA 13 calls 11.0 what CUDA 12 calls 10.1.
+# Code for one architecture also runs on later minor versions. CUDA 13's name 11.0 is CUDA 12's 10.1.
 CUDA_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "11.0", "12.0"]
 REGISTRATION = """#pragma once
 #define STABLE_TORCH_LIBRARY_EXPAND(NAME, MODULE) STABLE_TORCH_LIBRARY(NAME, MODULE)

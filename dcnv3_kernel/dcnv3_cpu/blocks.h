@@ -11,16 +11,16 @@ namespace {
 // 9 points of 16 groups fill whole registers, and all arrays of a block stay in the first-level cache.
 constexpr int64_t points_per_block = 144;
 
-// The number of pixels in a block of so many groups, such that the block has about `points_per_block` points.
+// The number of pixels in a block with `groups` groups: the block has about `points_per_block` points.
 inline int64_t pixels_of_block(const Shape& s, int64_t groups) {
   const int64_t fitting = points_per_block / (groups * s.points);
   return fitting < 1 ? 1 : fitting;
 }
-// The largest number of points in a block of at most so many groups.
+// The largest number of points in a block with at most `groups` groups.
 inline int64_t block_capacity(const Shape& s, int64_t groups) {
   return groups * s.points > points_per_block ? groups * s.points : points_per_block;
 }
-// The number of groups in a block, such that one pixel has about `points_per_block` points.
+// The number of groups in a block: the groups of one pixel have about `points_per_block` points.
 inline int64_t groups_of_block(const Shape& s) {
   const int64_t fitting = points_per_block / s.points;
   return fitting < 1 ? 1 : fitting < s.groups ? fitting : s.groups;

@@ -168,9 +168,9 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(
   if (shape.batch == 1 && shape.groups < many_groups) arguments.slices = std::max(arguments.slices, int64_t(2));
   arguments.slices = std::min({arguments.slices, shape.height_out, dcnv3::max_slices});
   // More groups at once read the tensors in longer runs, as long as the rows of sums in use stay in the second-level cache. A
-  // task has all groups if the slices can be distributed evenly over the threads. Otherwise it has as many as leave each thread
-  // 4 tasks; a thread then shares cache lines with another thread at most in its first and its last task. The choice does not
-  // affect results.
+  // task has all groups if the slices can be distributed evenly over the threads. Otherwise it has as many as leave each
+  // thread 4 tasks; a thread then shares cache lines with another thread at most in its first and its last task. The choice
+  // does not affect results.
   const int64_t slices = shape.batch * arguments.slices, compute_size = dcnv3::compute_size(arguments.dtype);
   const int64_t bytes_in_use = std::min(shape.height, rows_in_use) * shape.width * shape.group_channels * compute_size;
   const int64_t most_at_once = std::min(most_groups_at_once, most_bytes_in_use / bytes_in_use);

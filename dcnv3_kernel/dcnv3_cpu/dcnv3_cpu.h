@@ -23,7 +23,7 @@ struct BackwardArguments {
   const void *grad_output, *input, *offset, *mask;
   void *grad_input, *grad_offset, *grad_mask;
   int64_t slices;          // at most max_slices
-  int64_t groups_at_once;  // the number of groups of a task, which is one slice of one image
+  int64_t groups_at_once;  // groups per task; a task is these groups of one slice of one image
   bool in_place;           // the first slice's sums are in grad_input; needs equal dtypes and all groups in one task
   void* partial;           // if slices > 1: (other slices, N, tasks' groups, H, W, groups_at_once * D) float or double
   int64_t* ranges;         // if slices > 1: (tasks, 2), the first row of the sums in use and the row after the last

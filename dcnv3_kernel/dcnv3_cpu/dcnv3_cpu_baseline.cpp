@@ -1,4 +1,5 @@
-// Out: the kernels for the compiler's default target. On x86-64 that is x86-64-v2 if build.py compiles, otherwise SSE2.
+// Out: the kernels for the compiler's default target. On x86-64 that is x86-64-v2 if build.py compiles, otherwise SSE2. It is
+// the only target on aarch64.
 
 #include "dcnv3_cpu.h"
 

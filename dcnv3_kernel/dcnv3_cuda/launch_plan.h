@@ -79,7 +79,7 @@ Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int mult
   const int64_t limit = int64_t(1) << 29;
   if (s.height + 2 * s.padding_h > limit || s.width + 2 * s.padding_w > limit || s.channels > limit ||
       s.points > limit || s.dilation_h > limit || s.dilation_w > limit || s.stride_h > limit || s.stride_w > limit) {
-    plan.error = "a height, width, number of channels or hyper-parameter above 2^29";
+    plan.error = "a height, a width, the number of channels or a hyper-parameter is above 2^29";
     return plan;
   }
   q.points = static_cast<int>(s.points);
@@ -123,7 +123,7 @@ Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int mult
   while (warps > 1 && shared() > shared_limit) warps /= 2;
   while (q.lanes < 32 && shared() > shared_limit) q.lanes *= 2;
   if (shared() > shared_limit) {
-    plan.error = "a kernel of so many points";
+    plan.error = "kernel_size has more points than shared memory holds";
     return plan;
   }
 
@@ -147,7 +147,7 @@ Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int mult
   while (warps > 1 && (s.groups << (width_log2 + height_log2)) <= warps / 2 * units) warps /= 2;
   q.tile_width_log2 = width_log2, q.tile_height_log2 = height_log2;
   if (!set_tiles(s, tiles(s.width_out, width_log2), tiles(s.height_out, height_log2), q)) {
-    plan.error = "an output of so many pixels";
+    plan.error = "the output has too many pixels";
     return plan;
   }
   plan.grid = static_cast<unsigned>(q.tiles < INT32_MAX ? q.tiles : INT32_MAX);

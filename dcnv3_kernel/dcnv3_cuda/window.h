@@ -7,7 +7,7 @@
 
 namespace dcnv3 {
 
-// A window covers the input pixels under the kernel centres of a tile of output pixels, and a margin of so many pixels around
+// A window covers the input pixels under the kernel centres of a tile of output pixels, and `window_margin` pixels around
 // them. It has a cell for each pixel. Eight more cells follow, for contributions outside the window: one for each of the four
 // corners if it is inside the image, and one if it is outside. All contributions are then added by the same code, and no two
 // lanes write to the same address.

@@ -15,7 +15,7 @@ namespace emulation {
 }
 
 inline void check_launch(unsigned grid, unsigned block, unsigned shared_bytes) {
-  if (grid == 0 || block == 0 || block % 32 != 0 || block > 256 || shared_bytes > 48 * 1024) fail("a launch that no GPU takes");
+  if (grid == 0 || block == 0 || block % 32 != 0 || block > 256 || shared_bytes > 48 * 1024) fail("a GPU would reject this launch");
 }
 
 }  // namespace emulation

@@ -83,7 +83,7 @@ inline void run_warp() {
     }
     for (const Lane& lane : s.lanes) {
       if (lane.finished != s.lanes[0].finished || lane.exchanges != s.lanes[0].exchanges) {
-        fail("the lanes of a warp do not come to the same exchanges");
+        fail("the lanes of a warp do not reach the same exchanges");
       }
     }
   }

@@ -46,7 +46,7 @@ inline void come_together(std::memory_order arriving, std::memory_order waiting,
   while (warp.generation.load(waiting) == generation) {
     sched_yield();
     if (std::chrono::steady_clock::now() - started > std::chrono::minutes(2)) {
-      fail("the lanes of a warp do not come to the same exchanges");
+      fail("the lanes of a warp do not reach the same exchanges");
     }
   }
 }

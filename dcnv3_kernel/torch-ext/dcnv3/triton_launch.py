@@ -20,7 +20,7 @@ from .triton_kernels import backward_kernel, fixed_to_floating_kernel, forward_k
 
 
 _MOST_CHANNELS = 64  # channels of a group that are processed at once
-_WIDE_FROM = 2**31  # images with so many elements need 64-bit indices
+_WIDE_FROM = 2**31  # an image with this number of elements needs 64-bit indices
 _CANNOT = "the GPU kernel cannot serve this call: "
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)  # TRITON_INTERPRET=1: runs on a CPU, for tests
 # A step of the interpreter takes long, regardless of the number of units. Larger tiles and more units mean fewer steps.
@@ -63,7 +63,9 @@ def _plan(
     sizes = (
         height + 2 * padding_h, width + 2 * padding_w, channels, points, dilation_h, dilation_w, stride_h, stride_w
     )  # fmt: skip
-    _require(max(sizes) <= 2**29, _CANNOT + "a height, width, number of channels or hyper-parameter above 2^29")
+    _require(
+        max(sizes) <= 2**29, _CANNOT + "a height, a width, the number of channels or a hyper-parameter is above 2^29"
+    )
     wide = max(height * width * channels, height_out * width_out * max(channels, 2 * groups * points)) >= _WIDE_FROM
     group_channels = channels // groups
     block = min(1 << (group_channels - 1).bit_length(), _MOST_CHANNELS)
@@ -106,7 +108,7 @@ def _tiles(
         tiles = batch * tiles_x * tiles_y
         fits = groups << (width_log2 + height_log2) <= 4 * units and tiles >= 4 * multiprocessors
         if fits or width_log2 + height_log2 == 0:
-            _require(tiles < 2**31, _CANNOT + "an output of so many pixels")
+            _require(tiles < 2**31, _CANNOT + "the output has too many pixels")
             return tiles, tiles_x, tiles_y, width_log2, height_log2
         if height_log2 >= width_log2:
             height_log2 -= 1
