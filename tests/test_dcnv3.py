@@ -137,7 +137,7 @@ def test_every_option_against_the_formula(options, formulation):
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
 
 
-def test_the_formulations_agree_on_large_inputs():
+def test_the_two_formulations_agree_on_large_inputs():
     """More than one chunk of images, of rows, and of points in the backward pass."""
     for shape, options in (
         ((5, 40, 31, 24), {"groups": 3}),
@@ -147,12 +147,11 @@ def test_the_formulations_agree_on_large_inputs():
         tensors, options = random_arguments(*shape, torch.float64, **options)
         tensors = [tensor.requires_grad_() for tensor in tensors]
         outputs, gradients = [], []
-        for formulation in FORMULATIONS.values():
+        for formulation in (dcnv3_cpu, dcnv3_plain):
             outputs.append(formulation(*tensors, Geometry(**options), True))
             gradients.append(torch.autograd.grad(outputs[-1].square().sum(), tensors))
-        for output, gradient in zip(outputs[1:], gradients[1:], strict=True):
-            torch.testing.assert_close(output, outputs[0], atol=1e-10, rtol=1e-10)
-            torch.testing.assert_close(gradient, gradients[0], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(*outputs, atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(*gradients, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("function", [dcnv3, dcnv3_softmax])

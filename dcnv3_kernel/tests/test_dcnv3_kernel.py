@@ -378,11 +378,11 @@ def test_modulations_that_are_not_finite_count_inside_alone(backend, value, grou
     assert actual[2].view(36, 9, 2)[1:21].isfinite().all()
 
 
-@pytest.mark.parametrize("group_channels", [5, 16])
 @pytest.mark.parametrize(
-    "scale, offsets", [(1.0, (-2, -1, 0, 1)), (2.0, (0,)), (0.5, (-2, 0, 2)), (1.7, (0,)), (0.3, (0,))]
+    "group_channels, scale, offsets",
+    [(16, 1.0, (-2, -1, 0, 1)), (16, 2.0, (0,)), (5, 0.5, (-2, 0, 2)), (16, 1.7, (0,)), (5, 0.3, (0,))],
 )
-def test_on_a_pixel_the_derivative_is_that_to_the_right(backend, scale, offsets, group_channels):
+def test_on_a_pixel_the_derivative_is_that_to_the_right(backend, group_channels, scale, offsets):
     """The definition's cell is that to the right and below, as it takes the position's floor."""
     kernel, device = backend
     torch.manual_seed(0)
