@@ -106,10 +106,28 @@ def test_a_broken_kernel_is_one_warning(tmp_path, warnings, code, complaint):
         call(backend="kernel")
 
 
-def test_a_broken_one_does_not_hide_the_next(tmp_path, monkeypatch):
-    monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/dcnv3={variant(tmp_path / 'bad', code='1/0')}")
-    bundled(tmp_path)
+def test_a_broken_one_does_not_hide_the_next(tmp_path, monkeypatch, warnings):
+    bad = variant(tmp_path / "bad", code="1/0")
+    monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/dcnv3={bad}")
+    folder = bundled(tmp_path)
+    assert (call() == 7).all() and (call() == 7).all()
+    (message,) = warnings()
+    assert f"LOCAL_KERNELS, {bad}: ZeroDivisionError" in message and f"is {folder}." in message
+    report = dcnv3_backend_report()["cpu"]
+    assert report["backend"] == "kernel" and report["reason"].startswith(str(folder))
+    assert f"LOCAL_KERNELS, {bad}: ZeroDivisionError" in report["reason"]
+
+
+def test_a_damaged_bundled_kernel_is_named_beside_the_one_in_use(tmp_path, warnings):
+    good = bundled(tmp_path, abi="210")
+    damaged = bundled(tmp_path, abi="211")
+    metadata = json.loads((damaged / "metadata.json").read_text())
+    metadata["digest"] = {"algorithm": "sha256", "files": {"__init__.py": "not its digest"}}
+    (damaged / "metadata.json").write_text(json.dumps(metadata))
     assert (call() == 7).all()
+    (message,) = warnings()
+    assert f"{damaged}: ValueError: its __init__.py is not the one that was built" in message
+    assert f"is {good}." in message
 
 
 @pytest.mark.parametrize("path", ["/nowhere", "~nobody-of-this-name/x", "/" + "a" * 300, "", "not-a-folder"])
@@ -121,8 +139,39 @@ def test_a_path_that_cannot_be(tmp_path, monkeypatch, warnings, path):
     (message,) = warnings()
     assert not path or f"LOCAL_KERNELS, {path}: " in message
     kernel_loader.forget_kernels()
-    bundled(tmp_path)
+    folder = bundled(tmp_path)
     assert (call() == 7).all()
+    _, message = warnings()
+    assert f"LOCAL_KERNELS, {path or repr('kernels-community/dcnv3=')}: " in message and f"is {folder}." in message
+
+
+@pytest.mark.parametrize("entry", ["/a/path/alone", "kernels-community/dcnv3", "=/a/path", "other/kernel="])
+def test_a_malformed_entry_is_named(tmp_path, monkeypatch, warnings, entry):
+    good = variant(tmp_path / "good")
+    monkeypatch.setenv("LOCAL_KERNELS", f"{entry}::kernels-community/dcnv3={good}:")
+    assert (call() == 7).all()
+    (message,) = warnings()
+    assert f"LOCAL_KERNELS, {entry!r}: ValueError: an entry must be OWNER/NAME=PATH" in message
+    assert message in message.splitlines()
+
+
+@pytest.mark.parametrize("metadata", ["", "[]", "{}", '{"id": "x"}', '{"id": "x", "backend": "cpu"}'])
+def test_malformed_metadata_is_named(tmp_path, warnings, metadata):
+    (bundled(tmp_path) / "metadata.json").write_text(metadata)
+    assert call().isfinite().all()
+    (message,) = warnings()
+    assert "ValueError: its metadata.json must be JSON with `id` and `backend.type`" in message
+
+
+def test_a_hub_without_a_kernel_is_no_warning_where_another_serves(tmp_path, monkeypatch, warnings):
+    """Nobody asked for it; the report says it."""
+    monkeypatch.setattr(kernel_loader, "_HERE", tmp_path / "package")
+    triton = variant(tmp_path / "package" / "_kernels" / "torch-xpu", backend="xpu")
+    hub(monkeypatch, lambda *_, **__: 1 / 0)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    kernel, reason = kernel_loader.get_dcnv3_kernel("xpu")
+    assert kernel is not None and not warnings()
+    assert reason.startswith(str(triton)) and "on the Hub, version 1: ZeroDivisionError" in reason
 
 
 def test_folders_whose_names_are_no_variants(tmp_path):

