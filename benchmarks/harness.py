@@ -316,6 +316,7 @@ def hardware(device: torch.device) -> str:
 
 def environment(device: torch.device, **more: object) -> dict[str, object]:
     """What the figures depend on: hardware, versions, the command."""
+    backend = dcnv3_backend_report().get(device.type, {})
     facts = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "hardware": hardware(device),
@@ -323,7 +324,7 @@ def environment(device: torch.device, **more: object) -> dict[str, object]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "internimage_hf": internimage_hf.__version__,
-        "dcnv3_backend": dcnv3_backend_report().get(device.type),
+        "dcnv3_backend": {name: text.replace(f"{KERNEL_PROJECT.parent}/", "") for name, text in backend.items()},
         "command": " ".join(["python", *sys.argv]),
     }
     if device.type == "cuda":
