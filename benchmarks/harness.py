@@ -107,6 +107,23 @@ def materialising(
 # ---------------------------------------------------------------------------------------------- operator: kernels
 
 
+@contextmanager
+def _in_place_of(modules: Mapping[str, types.ModuleType], folders: Sequence[Path]) -> Iterator[None]:
+    """Puts modules and folders before those that Python would find, inside the block only."""
+    before, path = {name: sys.modules.get(name) for name in modules}, sys.path[:]
+    sys.modules.update(modules)
+    sys.path[:0] = map(str, folders)
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+
+
 def built_kernels(device_type: str) -> dict[str, types.ModuleType]:
     """The kernels in `dcnv3_kernel/build` for a device type, by name: "CUDA kernel", "Triton kernel", "CPU kernel"."""
     kernels = {}
@@ -120,13 +137,13 @@ def built_kernels(device_type: str) -> dict[str, types.ModuleType]:
 
 def is_stale(kernel: types.ModuleType) -> bool:
     """Whether the sources have changed since a kernel was built: its identifier holds a digest of them."""
-    spec = importlib.util.spec_from_file_location("dcnv3_build", KERNEL_PROJECT / "build.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    backend = json.loads((Path(kernel.__file__).parent / "metadata.json").read_text(encoding="utf-8"))["backend"]
-    source = backend["type"] if "stable-abi" in Path(kernel.__file__).parent.name else "triton"
+    with _in_place_of({}, [KERNEL_PROJECT]):
+        source_digest = importlib.import_module("builder.package").source_digest
+    folder = Path(kernel.__file__).parent
+    backend = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["backend"]
+    source = backend["type"] if "stable-abi" in folder.name else "triton"
     architectures = [name.removesuffix("+PTX") for name in backend.get("archs", [])]
-    return not kernel.__name__.endswith(build.source_digest(source, architectures)[:10])
+    return not kernel.__name__.endswith(source_digest(source, architectures)[:10])
 
 
 def describe(kernel: types.ModuleType) -> str:
@@ -143,23 +160,6 @@ def check_gpu_kernels() -> int:
 
 
 # ----------------------------------------------------------------------------------------------- the official code
-
-
-@contextmanager
-def _in_place_of(modules: Mapping[str, types.ModuleType], folders: Sequence[Path]) -> Iterator[None]:
-    """Puts modules and folders before those that Python would find, inside the block only."""
-    before, path = {name: sys.modules.get(name) for name in modules}, sys.path[:]
-    sys.modules.update(modules)
-    sys.path[:0] = map(str, folders)
-    try:
-        yield
-    finally:
-        sys.path[:] = path
-        for name, module in before.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
 
 
 def import_official(folder: Path, name: str) -> types.ModuleType:

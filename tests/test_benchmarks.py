@@ -1,5 +1,6 @@
 """The benchmarks: what they share, and each program on tiny inputs and this machine's CPU."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -120,6 +121,16 @@ def test_bad_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         model_speed.main(list(arguments))
     assert message in capsys.readouterr().err
+
+
+def test_kernel_of_other_sources_is_stale(tmp_path):
+    with harness._in_place_of({}, [harness.KERNEL_PROJECT]):
+        folder = importlib.import_module("builder").build("triton", tmp_path)[0]
+    name = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["id"]
+    kernel = SimpleNamespace(__name__=name, __file__=str(folder / "__init__.py"))
+    assert harness.describe(kernel) == "torch-cuda, up to date"
+    kernel.__name__ = name[:-1] + ("0" if name[-1] != "0" else "1")
+    assert harness.describe(kernel) == "torch-cuda, STALE: build it again"
 
 
 # ----------------------------------------------------------------------------------------------- the official code
