@@ -69,7 +69,7 @@ record() { # title, outcome, seconds, last line of the output
 }
 
 step() { # title, why it must be skipped or "", seconds at the most, command
-  local title="$1" reason="$2" limit="$3" left=$((DEADLINE - SECONDS)) start=$SECONDS status
+  local title="$1" reason="$2" limit="$3" left=$((DEADLINE - SECONDS)) start=$SECONDS status last outcome
   shift 3
   [ -n "$reason" ] || [ "$left" -ge 10 ] || reason="no time left"
   if [ -n "$reason" ]; then
@@ -79,11 +79,14 @@ step() { # title, why it must be skipped or "", seconds at the most, command
   echo "== $title" | tee -a "$LOG"
   timeout --kill-after 5 $((limit < left ? limit : left)) "$@" 2>&1 | tee -a "$LOG"
   status=${PIPESTATUS[0]}
-  case $status in
-    0) record "$title" passed $((SECONDS - start)) "$(tail -n 1 "$LOG")" ;;
-    124 | 137) record "$title" "FAILED: stopped at its limit" $((SECONDS - start)) "$(tail -n 1 "$LOG")" ;;
-    *) record "$title" "FAILED: status $status" $((SECONDS - start)) "$(tail -n 1 "$LOG")" ;;
+  last="$(tail -n 1 "$LOG")" outcome="FAILED: status $status"
+  case "$status $last" in
+    "0 "*passed*) outcome=passed ;;
+    "0 "*" skipped"*) outcome="FAILED: every test was skipped" status=1 ;;
+    "0 "*) outcome=passed ;;
+    124\ * | 137\ *) outcome="FAILED: stopped at its limit" ;;
   esac
+  record "$title" "$outcome" $((SECONDS - start)) "$last"
   return "$status"
 }
 

@@ -340,10 +340,16 @@ def test_gpu_check_without_a_gpu_skips_every_step(tmp_path):
 
 
 def test_gpu_check_records_each_step(tmp_path):
-    """With a stand-in for Python that sees a GPU, whose operator benchmark fails."""
+    """With a stand-in for Python that sees a GPU. One of its programs fails, and one looks like a run of tests that were all skipped."""
     python = tmp_path / "python"
     python.write_text(
-        '#!/bin/sh\ncase "$*" in *is_available*) echo ;; *op_gpu*) echo "operator | broke"; exit 3 ;; *) echo "did: $*" ;; esac\n'
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        "  *is_available*) echo ;;\n"
+        '  *op_gpu*) echo "operator | broke"; exit 3 ;;\n'
+        '  *model_speed*) echo "$*"; echo "3 skipped in 1 s" ;;\n'
+        '  *) echo "did: $*" ;;\n'
+        "esac\n"
     )
     python.chmod(0o755)
     result, rows = gpu_check(tmp_path, "--speed", python=str(python))
@@ -351,7 +357,7 @@ def test_gpu_check_records_each_step(tmp_path):
     assert [row[:2] for row in rows] == [
         ["kernels in dcnv3_kernel/build", "passed"],
         ["operator", "FAILED: status 3"],
-        ["models", "passed"],
+        ["models", "FAILED: every test was skipped"],
     ]
     assert rows[1][3] == "operator / broke"
     assert "--device cuda --profile" in (tmp_path / "out" / "gpu_check_speed.log").read_text()

@@ -97,6 +97,7 @@ def test_cuda_graph_of_the_model(model):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = on_gpu(pixel_values).logits
+        graph.replay()
         before = captured.clone()
         pixel_values.normal_()
         graph.replay()
