@@ -10,6 +10,7 @@ from kernels.benchmark import Benchmark
 
 
 POINTS = 9
+SHAPES = ((56, 64), (28, 128), (14, 256), (7, 512))  # height and width, channels; by stage
 
 
 def reference(input, offset, mask_logits, groups):
@@ -32,52 +33,48 @@ def reference(input, offset, mask_logits, groups):
 
 
 class DCNv3Benchmark(Benchmark):
-    """Forward passes in bfloat16 on a GPU and float32 elsewhere."""
+    """Forward passes, in bfloat16 on a GPU and float32 elsewhere."""
 
     seed = 0
 
-    def prepare(self, size, channels):
+    def prepare(self, stage):
+        size, channels = SHAPES[stage - 1]
         self.groups = channels // 16
         batch, dtype = (1, torch.float32) if self.device == "cpu" else (32, torch.bfloat16)
         widths = (channels, self.groups * POINTS * 2, self.groups * POINTS)
         # small values, because the comparison uses an absolute tolerance
         self.tensors = [(torch.randn(batch, size, size, w) / 4).to(self.device, dtype) for w in widths]
 
-    def forward(self):
+    def compute(self, operator):
         with torch.no_grad():
-            self.out = self.kernel.dcnv3_softmax(*self.tensors, groups=self.groups)
+            return operator(*self.tensors, groups=self.groups)
+
+    def run(self):
+        self.out = self.compute(self.kernel.dcnv3_softmax)
 
     def verify(self):
-        return reference(*self.tensors, self.groups)
+        return self.compute(reference)
 
     def setup_stage1(self):
-        self.prepare(56, 64)
+        self.prepare(1)
 
     def setup_stage2(self):
-        self.prepare(28, 128)
+        self.prepare(2)
 
     def setup_stage3(self):
-        self.prepare(14, 256)
+        self.prepare(3)
 
     def setup_stage4(self):
-        self.prepare(7, 512)
+        self.prepare(4)
 
-    benchmark_stage1 = benchmark_stage2 = benchmark_stage3 = benchmark_stage4 = forward
+    benchmark_stage1 = benchmark_stage2 = benchmark_stage3 = benchmark_stage4 = run
     verify_stage1 = verify_stage2 = verify_stage3 = verify_stage4 = verify
 
 
 class DCNv3BackwardBenchmark(DCNv3Benchmark):
     """Forward and backward passes. The comparison covers the gradient of the input."""
 
-    def forward(self):
+    def compute(self, operator):
         leaves = [t.detach().requires_grad_() for t in self.tensors]
-        output = self.kernel.dcnv3_softmax(*leaves, groups=self.groups)
-        self.out = torch.autograd.grad(output, leaves, torch.full_like(output, 0.25))[0]
-
-    def verify(self):
-        leaves = [t.detach().requires_grad_() for t in self.tensors]
-        output = reference(*leaves, self.groups)
+        output = operator(*leaves, groups=self.groups)
         return torch.autograd.grad(output, leaves, torch.full_like(output, 0.25))[0]
-
-    benchmark_stage1 = benchmark_stage2 = benchmark_stage3 = benchmark_stage4 = forward
-    verify_stage1 = verify_stage2 = verify_stage3 = verify_stage4 = verify

@@ -70,7 +70,7 @@ def build(backend: str, output: Path, architectures: list[str] | None = None, ve
         BuildError: if a tool is missing or fails.
     """
     if backend == "triton":
-        digest = _source_digest(backend, [])
+        digest = source_digest(backend, [])
         return [_build_variant(device, f"torch-{device}", None, digest, output) for device in TRITON_DEVICES]
     if find_compiler() is None:
         raise BuildError("no C++ compiler: install g++ or set CXX")
@@ -88,7 +88,7 @@ def build(backend: str, output: Path, architectures: list[str] | None = None, ve
         compile_library(backend, library, unique_id, work, architectures, verbose)
 
     device_type = "cpu" if backend == "emulation" else backend
-    digest = _source_digest(backend, architectures)
+    digest = source_digest(backend, architectures)
     return [_build_variant(device_type, _variant_name(backend), compile_to, digest, output, architectures)]
 
 
@@ -99,7 +99,7 @@ def _variant_name(backend: str) -> str:
     return f"torch-stable-abi{STABLE_ABI[0]}{STABLE_ABI[1]}-{backend}-{platform.machine().lower()}-{system}"
 
 
-def _source_digest(backend: str, architectures: list[str]) -> str:
+def source_digest(backend: str, architectures: list[str]) -> str:
     """A digest of everything that decides the content of a build: backend, architectures, compiler and sources."""
     compiler = os.environ.get("CXX", "") if SOURCES[backend] else ""
     digest = hashlib.sha256(" ".join([backend, *architectures, compiler]).encode())
