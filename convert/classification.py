@@ -21,8 +21,12 @@ from .output import publish, resolve, workplace
 from .source import Source, configuration_of, shape_of
 
 
-def image_processor(size: int) -> InternImageImageProcessor:
-    return InternImageImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+def image_processor(image_size: int | list[int]) -> InternImageImageProcessor:
+    """Resizes and crops to a side, or to a height and a width."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return InternImageImageProcessor(
+        size={"shortest_edge": max(height, width)}, crop_size={"height": height, "width": width}
+    )
 
 
 def translated(source: Source, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -63,8 +67,14 @@ def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
             config = InternImageConfig.from_variant(
                 source.released.variant, **{"image_size": source.released.size, **names}
             )
-    side = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-    return Plan("classification", source, config, InternImageForImageClassification, state_dict, image_processor(side))
+    return Plan(
+        "classification",
+        source,
+        config,
+        InternImageForImageClassification,
+        state_dict,
+        image_processor(config.image_size),
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- reverse

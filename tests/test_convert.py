@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import FIXTURES, MODEL_CASES, ROOT, load_case
 from huggingface_hub.utils import httpx
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_package import bare_environment, run_python
 
@@ -1278,3 +1279,9 @@ def test_model_cards_of_the_released():
         assert bool(card.data.eval_results) == (released.metric is not None)
         if released.metric is not None:
             assert card.data.eval_results[0].metric_value == released.metric
+
+
+@pytest.mark.parametrize("image_size, crop", [(64, (64, 64)), ([64, 96], (64, 96)), ((96, 64), (96, 64))])
+def test_the_processor_has_the_models_height_and_width(image_size, crop):
+    pixels = classification.image_processor(image_size)(Image.new("RGB", (200, 150)), return_tensors="pt")
+    assert tuple(pixels["pixel_values"].shape[-2:]) == crop
