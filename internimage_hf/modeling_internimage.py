@@ -31,7 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .checkpoint import OfficialNames
 from .configuration_internimage import InternImageConfig
-from .dcnv3 import chosen_backend, dcnv3_softmax
+from .dcnv3 import _is_exporting, chosen_backend, dcnv3_softmax
 from .kernel_loader import offer_kernel_layer
 
 
@@ -94,6 +94,20 @@ def _linear(in_features: int, out_features: int, initialization: str) -> nn.Line
     return linear
 
 
+def _halve(conv: nn.Conv2d, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Applies a 3x3 convolution of stride 2: (N, C, H, W) -> (N, C', ceil(H/2), ceil(W/2))."""
+    if torch.compiler.is_compiling() and not _is_exporting():
+        # Inductor (torch 2.13) compares strides of channels-last maps by their remainder. A symbolic height after the
+        # convolution is (H-1)//2 + 1, sympy does not cancel products of such sums, and the comparison ends in "Invalid
+        # ranges [0:-1]". With the last row and column of zeros that an odd size reads as padding made part of the map,
+        # the height is -(-H//2), then -(-H//4): one factor of a product, which cancels. Even sizes that are known to
+        # the compiler need no such row, and the call vanishes.
+        height, width = hidden_states.shape[2:]
+        rows, columns = -2 * (-height // 2) - height, -2 * (-width // 2) - width
+        hidden_states = nn.functional.pad(hidden_states, (0, columns, 0, rows))
+    return conv(hidden_states)
+
+
 class InternImageStem(nn.Module):
     """Two 3x3 convolutions of stride 2, each with a norm: (N, 3, H, W) -> (N, C1, H/4, W/4)."""
 
@@ -126,9 +140,9 @@ class InternImageStem(nn.Module):
         if not torch.compiler.is_compiling():  # compilers choose layouts by themselves
             # Channels last from here on: turning the image is cheaper than turning the first norm's input.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        hidden_states = self.conv1(pixel_values)  # (N, C1/2, H/2, W/2)
+        hidden_states = _halve(self.conv1, pixel_values)  # (N, C1/2, H/2, W/2)
         hidden_states = self.activation(self.norm1(hidden_states))
-        hidden_states = self.norm2(self.conv2(hidden_states))  # (N, C1, H/4, W/4)
+        hidden_states = self.norm2(_halve(self.conv2, hidden_states))  # (N, C1, H/4, W/4)
         return self.dropout(hidden_states)
 
 
@@ -141,7 +155,7 @@ class InternImageDownsample(nn.Module):
         self.norm = _norm2d(config, 2 * channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.conv(hidden_states))
+        return self.norm(_halve(self.conv, hidden_states))
 
 
 @use_kernel_forward_from_hub("DCNv3")
