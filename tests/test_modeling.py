@@ -17,9 +17,16 @@ from internimage_hf import (
     InternImageConfig,
     InternImageForImageClassification,
     InternImageModel,
+    use_dcnv3_backend,
 )
 from internimage_hf.checkpoint import translate_state_dict
-from internimage_hf.modeling_internimage import InternImageDeformableSampling, InternImageLayer
+from internimage_hf.kernel_loader import get_dcnv3_kernel
+from internimage_hf.modeling_internimage import (
+    InternImageDeformableSampling,
+    InternImageDownsample,
+    InternImageLayer,
+    InternImageStem,
+)
 
 
 RELEASED = json.loads((FIXTURES / "released_models.json").read_text())
@@ -468,6 +475,39 @@ def test_export_with_symbolic_batch_and_size(variant):
             torch.testing.assert_close(
                 program.module()(pixel_values=pixel_values).logits, model(pixel_values).logits, atol=1e-4, rtol=1e-4
             )
+
+
+OTHER_SIZES = [(2, 3, 64, 64), (2, 3, 96, 96), (3, 3, 75, 130), (1, 3, 128, 33)]
+
+
+def check_compiled(model: torch.nn.Module, sizes: list[tuple], dynamic: bool | None = None) -> None:
+    """Inductor's code for symbolic sizes gives what the model gives."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=dynamic)
+    with torch.no_grad():
+        for size in sizes:
+            pixel_values = torch.randn(size)
+            expected, actual = model(pixel_values), compiled(pixel_values)
+            if not torch.is_tensor(expected):
+                expected, actual = expected.to_tuple()[0], actual.to_tuple()[0]
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_compiled_convolutions_take_a_second_image_size():
+    config = tiny_config()
+    check_compiled(nn.Sequential(InternImageStem(config), InternImageDownsample(config, 8)).eval(), OTHER_SIZES[:2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("backend", ["torch", "kernel"])
+@pytest.mark.parametrize("model_class", [InternImageForImageClassification, InternImageBackbone])
+def test_compiled_models_take_a_second_image_size(model_class, backend, dynamic):
+    if backend == "kernel" and get_dcnv3_kernel("cpu")[0] is None:
+        pytest.skip("there is no compiled kernel here: `make kernel` builds one")
+    model = model_class(tiny_config(depths=[1, 1, 1, 1], out_features=["stage2", "stage4"])).eval()
+    with use_dcnv3_backend(backend):
+        check_compiled(model, OTHER_SIZES, dynamic)
 
 
 # Inductor's training step takes a minute or more to compile; that of the operator alone is among the tests of test_dcnv3.py.
