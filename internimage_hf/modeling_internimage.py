@@ -135,10 +135,10 @@ class InternImageStem(nn.Module):
                 "the image processor rescales and normalises images"
             )
         pixel_values = pixel_values.to(self.conv1.weight.dtype)
-        if not torch.compiler.is_compiling():  # compilers choose layouts by themselves
-            # Channels last from here on: turning the image is cheaper than turning the first norm's input. (By permuting,
-            # as vmap knows no memory formats.)
-            pixel_values = pixel_values.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        # Compilers choose layouts by themselves, and vmap knows no memory formats (there is no public way to ask for it).
+        if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+            # Channels last from here on: turning the image is cheaper than turning the first norm's input.
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         hidden_states = _halve(self.conv1, pixel_values)  # (N, C1/2, H/2, W/2)
         hidden_states = self.activation(self.norm1(hidden_states))
         hidden_states = self.norm2(_halve(self.conv2, hidden_states))  # (N, C1, H/4, W/4)

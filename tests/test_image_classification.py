@@ -354,7 +354,7 @@ def test_the_program_trains_on_all_classes_and_keeps_the_account(tmp_path, check
     assert "the last model is saved, not the best one: nothing is evaluated during training" in output
     account = json.loads((tmp_path / "out" / "data.json").read_text())
     assert account["parts"]["train"] == {
-        "images": 33, "per class": {"bus": 11, "freight_train": 11, "test_tube": 11}, "unit": "images",
+        "images": 33, "per class": {"bus": 11, "freight_train": 11, "test_tube": 11}, "unit": "images", "empty": 0,
     }  # fmt: skip
     assert json.loads((tmp_path / "out" / "config.json").read_text())["label2id"] == {
         "bus": 0, "freight_train": 1, "test_tube": 2,
