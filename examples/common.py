@@ -17,6 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from internimage_hf import InternImageBackbone, InternImageConfig
+from internimage_hf.compatibility import whole_shape
 from internimage_hf.remote_code import write_remote_code
 from internimage_hf.training import InternImageTrainer, InternImageTrainingFlags, last_checkpoint
 
@@ -481,7 +482,7 @@ def check_same_model(model: PreTrainedModel, checkpoint: str | os.PathLike) -> N
     if not theirs:  # in another form, which its reader checks
         return
     own = model.state_dict(keep_vars=True)
-    shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in own.items()}
+    shapes = {name: tuple(whole_shape(tensor)) for name, tensor in own.items()}
     saved = {id(own[name]) for name in theirs if name in own}  # of tied weights one is
     absent = [name for name in own if name not in theirs and id(own[name]) not in saved]
     for name in (*theirs, *absent):

@@ -552,10 +552,10 @@ def train_and_evaluation(data: Data, arguments: DataArguments, seed: int, label_
     """The images to train and those to evaluate on, as `{"train": ..., "evaluation": ...}`, cut to the flags' sizes.
 
     Where there is no split to evaluate on, `--eval_fraction` of the training images is held out: of each class of
-    `label_column`, if given, at least one image, so that every class is in both. `data.layout` says then what was done.
+    `label_column`, if given, at least one image, but not its only one. `data.layout` says then what was done.
 
     Raises:
-        InputError: if a split is missing or empty, a flag out of range, or a class has a single image.
+        InputError: if a split is missing or empty, a flag out of range, or there is a single image.
     """
     if not 0 < arguments.eval_fraction < 1:
         raise InputError(f"--eval_fraction must be between 0 and 1, got {arguments.eval_fraction}")
@@ -639,15 +639,15 @@ def encode_labels(data: Data, column: str) -> list[str]:
     import datasets
 
     kinds = [split.features[column] for split in data.splits.values()]
+    for (name, split), kind in zip(data.splits.items(), kinds, strict=True):
+        if isinstance(kind, datasets.ClassLabel):
+            _check_range(split, column, name, kind.names)
     if all(isinstance(kind, datasets.ClassLabel) and kind.names == kinds[0].names for kind in kinds):
-        for name, split in data.splits.items():
-            _check_range(split, column, name, kinds[0].names)
         return list(kinds[0].names)
     texts: dict[str, list[str | None]] = {}
     for (name, split), kind in zip(data.splits.items(), kinds, strict=True):
         values = list(split[column])
         if isinstance(kind, datasets.ClassLabel):
-            _check_range(data.splits[name], column, name, kind.names)
             texts[name] = [None if value is None or value < 0 else kind.names[value] for value in values]
         else:
             texts[name] = [label_name(value) for value in values]
