@@ -2,6 +2,7 @@
 """InternImage for Hugging Face transformers: importing the package makes the Auto classes know `internimage`."""
 
 from .configuration_internimage import InternImageConfig
+from .configuration_internimage_composite import InternImageCompositeConfig
 from .dcnv3 import dcnv3_backend_report, use_dcnv3_backend
 from .image_processing_internimage import InternImageImageProcessor
 from .modeling_internimage import (
@@ -10,6 +11,7 @@ from .modeling_internimage import (
     InternImageModel,
     InternImagePreTrainedModel,
 )
+from .modeling_internimage_composite import InternImageCompositeBackbone
 from .registration import register_auto_classes
 from .remote_code import save_with_remote_code
 
@@ -18,6 +20,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "InternImageBackbone",
+    "InternImageCompositeBackbone",
+    "InternImageCompositeConfig",
     "InternImageConfig",
     "InternImageForImageClassification",
     "InternImageImageProcessor",

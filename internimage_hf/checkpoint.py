@@ -112,14 +112,21 @@ _KEY_PATTERNS: list[tuple[re.Pattern, str]] = [
     )
 ]
 _HEAD_PATTERN = re.compile(r"(?:module\.)?(?:model\.)?head\.(weight|bias)")
-_OUR_KEY = re.compile(rf"({BASE_MODEL_PREFIX}\.)?(stem|encoder|pooler)\.|classifier\.")
+_OUR_KEY = re.compile(
+    rf"({BASE_MODEL_PREFIX}\.)?(stem|encoder|pooler)\.|classifier\.|(assistant|lead|connections|connection_scales)\."
+)
+# CB-InternImage: two backbones without heads, the second without a stem, and what joins them.
+_COMPOSITE_PATTERN = re.compile(r"(?:module\.)?cb_(?:modules\.(\d)\.(.+)|linears\.(\d)\.(\d)\.(weight|bias))")
 
 
 def translate_key(key: str) -> str:
     """Translates one parameter or buffer name to that of `InternImageForImageClassification`.
 
-    Any other name, ours included, comes back unchanged.
+    The names of a CB-InternImage (`cb_modules.0.`, `cb_linears.0.1.`) become those of `InternImageCompositeBackbone`. Any
+    other name, ours included, comes back unchanged.
     """
+    if match := _COMPOSITE_PATTERN.fullmatch(key):
+        return _translate_composite_key(key, *match.groups())
     if match := _HEAD_PATTERN.fullmatch(key):
         return f"classifier.{match[1]}"
     for pattern, target in _KEY_PATTERNS:
@@ -128,12 +135,27 @@ def translate_key(key: str) -> str:
     return key
 
 
+def _translate_composite_key(
+    key: str, module: str | None, rest: str | None, stage: str | None, below: str | None, kind: str | None
+) -> str:
+    if module is None:  # the connection of a stage with itself is the identity: the file has no entry 0
+        return f"connections.{stage}.{int(below) - 1}.{kind}" if below != "0" else key
+    if module == "1" and (match := re.fullmatch(r"gamma(\d)", rest)):
+        return f"connection_scales.{match[1]}"
+    part = translate_key(rest).removeprefix(f"{BASE_MODEL_PREFIX}.")
+    if module == "0" and part.startswith("stem."):
+        return part
+    if module in ("0", "1") and part.startswith("encoder."):
+        return f"{('assistant', 'lead')[int(module)]}.{part.removeprefix('encoder.')}"
+    return key
+
+
 def translate_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Translates a released state dict; the values are passed on as they are.
 
     A classification checkpoint, as `.pth` or in the published layout, gets the names of
     `InternImageForImageClassification`. Of a downstream checkpoint, known by keys that begin with `backbone.`, the
-    backbone's part alone is taken and gets the names of `InternImageBackbone`.
+    backbone's part alone is taken and gets the names of `InternImageBackbone`, or of `InternImageCompositeBackbone`.
 
     Raises:
         ValueError: if a name belongs to neither layout nor to ours, or two names become one.

@@ -485,9 +485,14 @@ class InternImageEncoder(InternImagePreTrainedModel):
         self.post_init()
 
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> InternImageEncoderOutput:
+    def forward(
+        self, hidden_states: torch.Tensor, additions: list[torch.Tensor] | None = None, **kwargs
+    ) -> InternImageEncoderOutput:
+        """`additions`, if given, are added to the inputs of the stages, map by map (in a composite backbone)."""
         stage_maps = ()
         for i, stage in enumerate(self.stages):
+            if additions is not None:
+                hidden_states = hidden_states + additions[i]
             hidden_states = stage(hidden_states)
             stage_maps += (hidden_states,)
             if i < len(self.downsamples):

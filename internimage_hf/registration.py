@@ -7,8 +7,10 @@ from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageC
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_internimage import InternImageConfig
+from .configuration_internimage_composite import InternImageCompositeConfig
 from .image_processing_internimage import InternImageImageProcessor
 from .modeling_internimage import InternImageBackbone, InternImageForImageClassification, InternImageModel
+from .modeling_internimage_composite import InternImageCompositeBackbone
 
 
 def register_auto_classes() -> None:
@@ -20,6 +22,8 @@ def register_auto_classes() -> None:
     AutoModel.register(InternImageConfig, InternImageModel, exist_ok=True)
     AutoModelForImageClassification.register(InternImageConfig, InternImageForImageClassification, exist_ok=True)
     AutoBackbone.register(InternImageConfig, InternImageBackbone, exist_ok=True)
+    AutoConfig.register(InternImageCompositeConfig.model_type, InternImageCompositeConfig, exist_ok=True)
+    AutoBackbone.register(InternImageCompositeConfig, InternImageCompositeBackbone, exist_ok=True)
     AutoImageProcessor.register(
         InternImageConfig, image_processor_classes={"pil": InternImageImageProcessor}, exist_ok=True
     )
