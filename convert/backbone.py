@@ -23,7 +23,9 @@ def backbone_config(source: Source, has_layer_scale: bool) -> InternImageConfig:
     """
     with configuration_of(source):
         if source.config is not None:
-            fields = source.config.get("backbone", source.config)
+            fields = source.config.get("model", source.config)  # of a detector's or segmenter's whole configuration
+            if isinstance(fields, dict):
+                fields = fields.get("backbone", fields)
             if not isinstance(fields, dict):
                 raise TypeError(f"`backbone` must be an object, got {type(fields).__name__}")
             fields = translate_config({key: value for key, value in fields.items() if key != "num_classes"})

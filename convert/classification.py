@@ -3,21 +3,17 @@
 import argparse
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers.core_model_loading import dot_natural_key
 
 from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageImageProcessor
 from internimage_hf.checkpoint import translate_config, translate_key, translate_state_dict
 
-from . import cli
+from . import cli, reverse
 from .conversion import Plan
-from .errors import ConversionError, describe, first_line, listed
+from .errors import ConversionError
 from .labels import id2label
-from .output import publish, resolve, workplace
 from .source import Source, configuration_of, shape_of
 
 
@@ -124,65 +120,32 @@ def official_state_dict(model: InternImageForImageClassification) -> dict[str, t
     Raises:
         ConversionError: if a name has no counterpart, or does not come back as itself.
     """
-    patterns = [(re.compile(pattern), target) for pattern, target in _official_patterns(model.config)]
     result = {}
     for name, tensor in model.state_dict().items():
-        short = name.removeprefix("internimage.")
-        match = next(((m, target) for p, target in patterns if (m := p.fullmatch(short))), None)
-        official = match[0].expand(match[1]) if match is not None else None
-        if official is None or official in result or translate_key(official) != name:
+        official = official_name(model.config, name.removeprefix("internimage."))
+        if official in result or translate_key(official) != name:
             raise ConversionError(f"{name} has no counterpart in the official code")
         result[official] = tensor
     return result
 
 
-def reverse(folder: str, output: Path) -> None:
-    """Writes `{"model": state dict}` in the official names, from a folder that transformers can load.
+def official_name(config: InternImageConfig, name: str) -> str:
+    """The official name of a tensor of `InternImageModel`, of the backbone, or of the classifier.
 
     Raises:
-        ConversionError: if the folder does not hold all of the model, `output` exists, or it cannot be written.
+        ConversionError: if there is none.
     """
-    output = resolve(output)
-    if output.exists():
-        raise ConversionError(f"{output} exists already")
-    try:
-        model, info = InternImageForImageClassification.from_pretrained(folder, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConversionError(f"cannot load {folder}: {first_line(error)}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, info[kind])):
-            raise ConversionError(f"{folder} is no whole classifier, it has {kind.replace('_', ' ')}: {listed(names)}")
-    state_dict = official_state_dict(model)
-    ordered = {name: state_dict[name].contiguous() for name in sorted(state_dict, key=dot_natural_key)}
-    with workplace(output) as work:
-        file = work / "result.pth"
-        try:
-            torch.save({"model": ordered}, file)
-        except (OSError, RuntimeError) as error:
-            reason = describe(error) if isinstance(error, OSError) else first_line(error)
-            raise ConversionError(f"cannot write {output}: {reason}") from error
-        publish(file, output)
-    print(f"wrote {output}")
+    for pattern, target in _official_patterns(config):
+        if match := re.fullmatch(pattern, name):
+            return match.expand(target)
+    raise ConversionError(f"{name} has no counterpart in the official code")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser("Converts a classification checkpoint of InternImage to a folder for transformers.")
-    parser.add_argument(
-        "--reverse",
-        action="store_true",
-        help="the other way: SOURCE is such a folder, --output the .pth file to write",
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.reverse:
-        unused = [
-            "--" + name.replace("_", "-")
-            for name, value in vars(arguments).items()
-            if name not in ("source", "output", "reverse") and value != parser.get_default(name)
-        ]
-        if unused:
-            parser.error(f"--reverse has no use for {', '.join(unused)}")
-        return cli.main(lambda: reverse(arguments.source, arguments.output))
-    return cli.main(lambda: cli.run(make_plan, arguments, "classification"))
+    reverse.add_option(parser)
+    classes = {InternImageForImageClassification: official_state_dict}
+    return reverse.run(parser, argv, make_plan, "classification", classes, "model")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 
 from .configuration_internimage import InternImageConfig
 from .configuration_internimage_composite import InternImageCompositeConfig
+from .configuration_internimage_dino import InternImageDinoConfig
 from .dcnv3 import dcnv3_backend_report, use_dcnv3_backend
 from .image_processing_internimage import InternImageImageProcessor
+from .image_processing_internimage_detection import InternImageDetectionImageProcessor
 from .modeling_internimage import (
     InternImageBackbone,
     InternImageForImageClassification,
@@ -12,6 +14,7 @@ from .modeling_internimage import (
     InternImagePreTrainedModel,
 )
 from .modeling_internimage_composite import InternImageCompositeBackbone
+from .modeling_internimage_dino import InternImageDinoForObjectDetection, InternImageDinoPreTrainedModel
 from .registration import register_auto_classes
 from .remote_code import save_with_remote_code
 
@@ -23,6 +26,10 @@ __all__ = [
     "InternImageCompositeBackbone",
     "InternImageCompositeConfig",
     "InternImageConfig",
+    "InternImageDetectionImageProcessor",
+    "InternImageDinoConfig",
+    "InternImageDinoForObjectDetection",
+    "InternImageDinoPreTrainedModel",
     "InternImageForImageClassification",
     "InternImageImageProcessor",
     "InternImageModel",

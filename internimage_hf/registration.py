@@ -1,16 +1,25 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
 """Makes transformers' Auto classes know InternImage."""
 
-from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForObjectDetection,
+)
 
 # from where it is defined: transformers 5.17 offers a placeholder at the top where torchvision is absent
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_internimage import InternImageConfig
 from .configuration_internimage_composite import InternImageCompositeConfig
+from .configuration_internimage_dino import InternImageDinoConfig
 from .image_processing_internimage import InternImageImageProcessor
+from .image_processing_internimage_detection import InternImageDetectionImageProcessor
 from .modeling_internimage import InternImageBackbone, InternImageForImageClassification, InternImageModel
 from .modeling_internimage_composite import InternImageCompositeBackbone
+from .modeling_internimage_dino import InternImageDinoForObjectDetection
 
 
 def register_auto_classes() -> None:
@@ -26,4 +35,11 @@ def register_auto_classes() -> None:
     AutoBackbone.register(InternImageCompositeConfig, InternImageCompositeBackbone, exist_ok=True)
     AutoImageProcessor.register(
         InternImageConfig, image_processor_classes={"pil": InternImageImageProcessor}, exist_ok=True
+    )
+    AutoConfig.register(InternImageDinoConfig.model_type, InternImageDinoConfig, exist_ok=True)
+    AutoModelForObjectDetection.register(InternImageDinoConfig, InternImageDinoForObjectDetection, exist_ok=True)
+    AutoImageProcessor.register(
+        InternImageDinoConfig,
+        image_processor_classes={"pil": InternImageDetectionImageProcessor},
+        exist_ok=True,
     )
