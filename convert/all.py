@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from . import backbone, classification, cli, mask2former, upernet
+from . import backbone, classification, cli, detection, mask2former, upernet
 from .conversion import size_in_bytes
 from .errors import ConversionError, describe, listed
 from .released import RELEASED
@@ -16,6 +16,7 @@ PLANS = {
     "classification": classification.make_plan,
     "upernet": upernet.make_plan,
     "mask2former": mask2former.make_plan,
+    "detection": detection.make_plan,
     "backbone": backbone.make_plan,
 }
 

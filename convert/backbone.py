@@ -6,7 +6,14 @@ Detectors included: every file whose tensors begin with `backbone.`, and classif
 import argparse
 import sys
 
-from internimage_hf import InternImageBackbone, InternImageConfig
+import torch
+
+from internimage_hf import (
+    InternImageBackbone,
+    InternImageCompositeBackbone,
+    InternImageCompositeConfig,
+    InternImageConfig,
+)
 from internimage_hf.checkpoint import BASE_MODEL_PREFIX, translate_config, translate_key
 
 from . import cli
@@ -42,6 +49,15 @@ def backbone_config(source: Source, has_layer_scale: bool) -> InternImageConfig:
     return config
 
 
+def config_for(source: Source, tensors: dict[str, torch.Tensor]) -> InternImageConfig:
+    """The configuration of a backbone of these tensors: of one InternImage, or of the two of a CB-InternImage."""
+    config = backbone_config(source, any("layer_scale" in name for name in tensors))
+    if any(name.startswith("assistant.") for name in tensors):
+        fields = {**config.to_dict(), "model_type": InternImageCompositeConfig.model_type}
+        config = InternImageCompositeConfig.from_dict(fields)
+    return config
+
+
 def backbone_tensors(source: Source, ema: bool) -> tuple[dict, tuple[str, ...]]:
     """The backbone's tensors under the names of `InternImageBackbone`, and the file's names of what else it has."""
     tensors = source.read(ema)
@@ -57,8 +73,10 @@ def backbone_tensors(source: Source, ema: bool) -> tuple[dict, tuple[str, ...]]:
 
 def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
     state_dict, ignored = backbone_tensors(source, arguments.ema)
-    config = backbone_config(source, any("layer_scale" in name for name in state_dict))
-    return Plan("backbone", source, config, InternImageBackbone, state_dict, None, ignored=ignored)
+    config = config_for(source, state_dict)
+    composite = isinstance(config, InternImageCompositeConfig)
+    model_class = InternImageCompositeBackbone if composite else InternImageBackbone
+    return Plan("backbone", source, config, model_class, state_dict, None, ignored=ignored)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,6 +17,8 @@ _TASKS = {
     "classification": ("image-classification", "AutoModelForImageClassification"),
     "upernet": ("image-segmentation", "UperNetForSemanticSegmentation"),
     "mask2former": ("image-segmentation", "Mask2FormerForUniversalSegmentation"),
+    "dino": ("object-detection", "AutoModelForObjectDetection"),
+    "rcnn": ("image-segmentation", "AutoModelForInstanceSegmentation"),
     "backbone": ("image-feature-extraction", "InternImageBackbone"),
 }
 _DATA_SETS = {
@@ -49,6 +51,18 @@ def model_card(
                 metric_value=released.metric,
             )
         ]
+    if released is not None and task in ("dino", "rcnn"):
+        results = [
+            EvalResult(
+                task_type="object-detection" if name_of_metric != "mask AP" else "instance-segmentation",
+                dataset_type=released.labels,
+                dataset_name=data_set,
+                metric_type="mean_average_precision",
+                metric_name=name_of_metric,
+                metric_value=value,
+            )
+            for name_of_metric, data_set, value in released.precisions
+        ] or None
     data = ModelCardData(
         license="mit",
         library_name="transformers",
@@ -59,7 +73,7 @@ def model_card(
         model_name=name,
         eval_results=results,
     )
-    if task in ("classification", "upernet", "mask2former"):
+    if task != "backbone":
         use = f'from transformers import pipeline\n\nprint(pipeline("{pipeline_tag}", model="{repository}")("image.jpg"))'
     else:
         use = f'from internimage_hf import {model_class}\n\nbackbone = {model_class}.from_pretrained("{repository}")'
@@ -71,7 +85,10 @@ def model_card(
     facts = [f"- Parameters: {num_parameters:,}"]
     if released is not None:
         facts.append(f"- Converted from `{released.file}` of [{REPOSITORY}](https://huggingface.co/{REPOSITORY})")
-        facts.append(f"- Image size: {released.size}")
+        if task in ("dino", "rcnn"):
+            facts.append(f"- Image size: short side up to {released.size}, long side up to {released.width}")
+        else:
+            facts.append(f"- Image size: {released.size}")
         if released.flops is not None:
             facts.append(f"- FLOPs, as published: {released.flops} G")
         if released.metric is not None:
@@ -81,6 +98,10 @@ def model_card(
                 else f"mIoU on {released.labels}, single scale"
             )
             facts.append(f"- {kind}, as published by the authors: {released.metric} %")
+        facts += [
+            f"- {name_of_metric} on {data_set}, single scale, as published by the authors: {value} %"
+            for name_of_metric, data_set, value in (released.precisions if task in ("dino", "rcnn") else ())
+        ]
     text = f"""# {name}
 
 InternImage, a convolutional network built on DCNv3 (deformable convolution v3), by Wang et al., CVPR 2023

@@ -32,7 +32,7 @@ class Plan:
     """What a conversion is to write.
 
     Args:
-        task: `classification`, `upernet`, `mask2former` or `backbone`.
+        task: `classification`, `upernet`, `mask2former`, `dino`, `rcnn` or `backbone`.
         source: where the tensors come from.
         config: of the model.
         model_class: whose instance is saved.
@@ -329,7 +329,12 @@ def verify_outputs(plan: Plan, folder: Path) -> dict:
 
 
 def _main_outputs(outputs) -> list[torch.Tensor]:
-    for names in (("logits",), ("class_queries_logits", "masks_queries_logits")):
+    for names in (
+        ("logits", "pred_boxes"),
+        ("scores", "boxes"),
+        ("logits",),
+        ("class_queries_logits", "masks_queries_logits"),
+    ):
         if all(getattr(outputs, name, None) is not None for name in names):
             return [getattr(outputs, name) for name in names]
     return list(outputs.feature_maps)

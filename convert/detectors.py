@@ -10,12 +10,11 @@ import torch
 from internimage_hf import (
     InternImageBackbone,
     InternImageCompositeBackbone,
-    InternImageCompositeConfig,
     InternImageConfig,
     InternImageDetectionImageProcessor,
 )
 
-from .backbone import backbone_config
+from .backbone import config_for
 from .classification import official_name, translated
 from .errors import ConversionError
 from .labels import id2label
@@ -71,7 +70,9 @@ def model_fields(config: dict[str, Any]) -> dict[str, Any]:
 def field(fields: dict[str, Any], *path: str | int, default: Any = None) -> Any:
     """What lies at a path of names and positions in nested dictionaries and lists; the default where the path ends."""
     for name in path:
-        if (isinstance(fields, dict) and isinstance(name, str) and name in fields) or (isinstance(fields, list) and isinstance(name, int) and name < len(fields)):
+        if (isinstance(fields, dict) and isinstance(name, str) and name in fields) or (
+            isinstance(fields, list) and isinstance(name, int) and name < len(fields)
+        ):
             fields = fields[name]
         else:
             return default
@@ -80,9 +81,7 @@ def field(fields: dict[str, Any], *path: str | int, default: Any = None) -> Any:
 
 def detector_backbone(source: Source, detector: Detector, stages: list[str]) -> InternImageConfig:
     """The backbone's configuration, of one InternImage or of two ("CB"), with the stages that the head takes."""
-    config = backbone_config(source, any("layer_scale" in name for name in detector.backbone))
-    if any(name.startswith("assistant.") for name in detector.backbone):
-        config = InternImageCompositeConfig.from_dict({**config.to_dict(), "model_type": "internimage_composite"})
+    config = config_for(source, detector.backbone)
     config.out_features = stages
     return config
 

@@ -15,14 +15,19 @@ def class_names(data_set: str) -> list[str]:
 
     ImageNet-22k's are WordNet's lemmas, with the synset's id where two synsets share them; the order of ids is that of
     the synsets (classification/meta_data/22k_class_to_idx.json). The segmentation data sets' are mmsegmentation's
-    and the official code's; ids are those after ADE20K's "other" was taken out.
+    and the official code's; ids are those after ADE20K's "other" was taken out. The detection data sets' are mmdetection's
+    (COCO, LVIS v1, Pascal VOC), and those of Open Images' `class-descriptions-boxable.csv`.
     """
     if data_set == "imagenet-1k":
         return list(IMAGENET_1K_LABELS)
     if data_set == "imagenet-22k":
         with gzip.open(_DATA / "imagenet_22k_labels.txt.gz", "rt", encoding="utf-8") as file:
             return file.read().splitlines()
-    return json.loads((_DATA / "segmentation_labels.json").read_text(encoding="utf-8"))[data_set]
+    for file in ("segmentation_labels.json", "detection_labels.json"):
+        names = json.loads((_DATA / file).read_text(encoding="utf-8"))
+        if data_set in names:
+            return names[data_set]
+    raise KeyError(data_set)
 
 
 def id2label(data_set: str | None, num_labels: int) -> dict[int, str]:

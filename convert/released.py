@@ -17,16 +17,17 @@ class Released:
 
     Args:
         name: of the file, without `.pth`.
-        task: `classification`, `upernet`, `mask2former`, or `backbone` for files of which only the backbone has a
-            counterpart in transformers.
+        task: `classification`, `upernet`, `mask2former`, `detection`, or `backbone` for files of which only the backbone
+            has a counterpart in transformers.
         variant: of the backbone.
         labels: the data set whose class names apply; see `convert.labels`.
-        size: height of the evaluation images, in pixels.
+        size: height of the evaluation images, in pixels; of a detector's, the length that their short side must not exceed.
         metric: top-1 accuracy or single-scale mIoU in percent, if one was published.
         flops: in 10^9, as printed.
         training_data: ids on the Hub of what it was trained on.
         drop_path_rate: that of the official configuration.
-        width: of the evaluation images, if they are not square.
+        width: of the evaluation images, if they are not square; of a detector's, the length of their long side.
+        precisions: of a detector, each as name, data set and value in percent.
         sha256, num_bytes: of the file, where known.
     """
 
@@ -40,6 +41,7 @@ class Released:
     training_data: tuple[str, ...] = ("imagenet-1k",)
     drop_path_rate: float = 0.0
     width: int | None = None
+    precisions: tuple[tuple[str, str, float], ...] = ()
     sha256: str | None = None
     num_bytes: int | None = None
 
@@ -182,22 +184,109 @@ _ALL = [
         )
     ),
     *(
+        Released(
+            name,
+            "detection",
+            variant,
+            "coco",
+            800,
+            flops=flops,
+            training_data=("coco",),
+            drop_path_rate=drop_path_rate,
+            width=1333,
+            precisions=(("box AP", "COCO val2017", box), ("mask AP", "COCO val2017", mask)),
+        )
+        for name, variant, box, mask, flops, drop_path_rate in (
+            ("mask_rcnn_internimage_t_fpn_1x_coco", "t", 47.2, 42.5, 270, 0.2),
+            ("mask_rcnn_internimage_t_fpn_3x_coco", "t", 49.1, 43.7, 270, 0.2),
+            ("mask_rcnn_internimage_s_fpn_1x_coco", "s", 47.8, 43.3, 340, 0.3),
+            ("mask_rcnn_internimage_s_fpn_3x_coco", "s", 49.7, 44.5, 340, 0.3),
+            ("mask_rcnn_internimage_b_fpn_1x_coco", "b", 48.8, 44.0, 501, 0.4),
+            ("mask_rcnn_internimage_b_fpn_3x_coco", "b", 50.3, 44.8, 501, 0.4),
+            ("cascade_internimage_l_fpn_1x_coco", "l", 54.9, 47.7, 1399, 0.4),
+            ("cascade_internimage_l_fpn_3x_coco", "l", 56.1, 48.5, 1399, 0.4),
+            ("cascade_internimage_xl_fpn_1x_coco", "xl", 55.3, 48.1, 1782, 0.4),
+            ("cascade_internimage_xl_fpn_3x_coco", "xl", 56.2, 48.8, 1782, 0.6),
+        )
+    ),
+    *(
+        Released(
+            f"dino_4scale_{name}",
+            "detection",
+            variant,
+            labels,
+            1000 if variant in ("h", "g") else 800,
+            training_data=data,
+            drop_path_rate=drop_path_rate,
+            width=2000 if variant in ("h", "g") else 1333,
+            precisions=precisions,
+        )
+        for name, variant, labels, data, drop_path_rate, precisions in (
+            ("internimage_t_1x_coco", "t", "coco", ("coco",), 0.2, (("box AP", "COCO val2017", 53.9),)),
+            ("internimage_l_1x_coco_layer_wise_lr", "l", "coco", ("coco",), 0.4, (("box AP", "COCO val2017", 57.5),)),
+            (
+                "internimage_l_1x_coco_0.1x_backbone_lr",
+                "l",
+                "coco",
+                ("coco",),
+                0.4,
+                (("box AP", "COCO val2017", 57.6),),
+            ),
+            (
+                "internimage_h_objects365_coco",
+                "h",
+                "coco",
+                ("objects365", "coco"),
+                0.5,
+                (("box AP", "COCO val2017", 63.4),),
+            ),
+            (
+                "internimage_g_objects365_coco",
+                "g",
+                "coco",
+                ("objects365", "coco"),
+                0.5,
+                (("box AP", "COCO val2017", 64.2),),
+            ),
+            (
+                "cbinternimage_h_objects365_coco",
+                "h",
+                "coco",
+                ("objects365", "coco"),
+                0.5,
+                (("box AP", "COCO val2017", 64.5),),
+            ),
+            (
+                "cbinternimage_h_objects365_lvis",
+                "h",
+                "lvis_v1",
+                ("objects365", "lvis"),
+                0.5,
+                (("box AP", "LVIS v1 minival", 65.8), ("box AP", "LVIS v1 val", 62.3)),
+            ),
+            (
+                "cbinternimage_h_objects365_openimages",
+                "h",
+                "open_images",
+                ("objects365", "open_images"),
+                0.5,
+                (("mAP", "Open Images V6", 74.1),),
+            ),
+            (
+                "cbinternimage_h_objects365_voc0712",
+                "h",
+                "voc",
+                ("objects365", "pascal_voc"),
+                0.5,
+                (("mAP", "Pascal VOC 2007", 94.0), ("mAP", "Pascal VOC 2012", 97.2)),
+            ),
+            ("cbinternimage_h_objects365_80classes", "h", "coco", ("objects365",), 0.5, ()),
+            ("cbinternimage_h_objects365_20classes", "h", "voc", ("objects365",), 0.5, ()),
+        )
+    ),
+    *(
         Released(name, "backbone", variant, "none", size, None, None, data, drop_path_rate)
         for name, variant, size, data, drop_path_rate in (
-            ("mask_rcnn_internimage_t_fpn_1x_coco", "t", 800, ("coco",), 0.2),
-            ("mask_rcnn_internimage_t_fpn_3x_coco", "t", 800, ("coco",), 0.2),
-            ("mask_rcnn_internimage_s_fpn_1x_coco", "s", 800, ("coco",), 0.3),
-            ("mask_rcnn_internimage_s_fpn_3x_coco", "s", 800, ("coco",), 0.3),
-            ("mask_rcnn_internimage_b_fpn_1x_coco", "b", 800, ("coco",), 0.4),
-            ("mask_rcnn_internimage_b_fpn_3x_coco", "b", 800, ("coco",), 0.4),
-            ("cascade_internimage_l_fpn_1x_coco", "l", 800, ("coco",), 0.4),
-            ("cascade_internimage_l_fpn_3x_coco", "l", 800, ("coco",), 0.4),
-            ("cascade_internimage_xl_fpn_1x_coco", "xl", 800, ("coco",), 0.4),
-            ("cascade_internimage_xl_fpn_3x_coco", "xl", 800, ("coco",), 0.6),
-            ("dino_4scale_internimage_t_1x_coco", "t", 800, ("coco",), 0.2),
-            ("dino_4scale_internimage_l_1x_coco_0.1x_backbone_lr", "l", 800, ("coco",), 0.4),
-            ("dino_4scale_internimage_h_objects365_coco", "h", 1000, ("coco",), 0.5),
-            ("dino_4scale_internimage_g_objects365_coco", "g", 1000, ("coco",), 0.5),
             ("segformer_internimage_l_512x1024_160k_mapillary2cityscapes", "l", 1024, ("cityscapes",), 0.4),
             ("segformer_internimage_xl_512x1024_160k_mapillary2cityscapes", "xl", 1024, ("cityscapes",), 0.4),
             ("segformer_internimage_l_512x1024_80k_mapillary", "l", 1024, (), 0.4),

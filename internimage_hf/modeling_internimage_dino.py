@@ -75,7 +75,8 @@ class InternImageDinoObjectDetectionOutput(ModelOutput):
     Args:
         loss: if there are labels.
         loss_dict: its parts, not weighted: `loss_ce`, `loss_bbox`, `loss_giou` of the last layer, with `_0` ... of the
-            layers before it, `_enc` of the proposals, and `_dn`, `_dn_0` ... of the denoising queries.
+            layers before it, `_enc` of the proposals, `_dn`, `_dn_0` ... of the denoising queries, and each of these with
+            `_assistant` for the first part of a composite backbone, which counts half.
         logits: of the last layer, (batch, queries, labels); their sigmoid is the score.
         pred_boxes: of the last layer, (batch, queries, 4).
         last_hidden_state: of the last decoder layer, normalised, (batch, queries, d_model).
@@ -370,6 +371,7 @@ class InternImageDinoEncoder(InternImageDinoPreTrainedModel, DeformableDetrEncod
         "hidden_states": DeformableDetrEncoderLayer,
         "attentions": OutputRecorder(DeformableDetrMultiscaleDeformableAttention, layer_name="self_attn", index=1),
     }
+
     def post_init(self) -> None:
         _tell_initialization(self.layers)
         super().post_init()
@@ -520,8 +522,15 @@ class InternImageDinoForObjectDetection(InternImageDinoPreTrainedModel):
         targets = None
         if labels is not None:
             targets = self._targets(labels, len(pixel_values), _box_dtype(self.dtype), pixel_values.device)
-        feature_maps = self.backbone(pixel_values).feature_maps
-        return self._detect(feature_maps, pixel_mask, targets, output_intermediate, **kwargs)
+        features = self.backbone(pixel_values)
+        outputs = self._detect(features.feature_maps, pixel_mask, targets, output_intermediate, **kwargs)
+        assisting = getattr(features, "auxiliary_feature_maps", None)
+        if assisting is not None and targets is not None and self.training:
+            # of a composite backbone, whose first part the authors train on a loss of its own
+            auxiliary = self._detect(assisting, pixel_mask, targets, False)
+            outputs.loss = outputs.loss + 0.5 * auxiliary.loss
+            outputs.loss_dict |= {f"{name}_assistant": value for name, value in auxiliary.loss_dict.items()}
+        return outputs
 
     def _targets(
         self, labels: list[dict[str, torch.Tensor]], batch_size: int, dtype: torch.dtype, device: torch.device
