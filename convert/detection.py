@@ -6,9 +6,9 @@ DINO (`convert/dino.py`), Mask R-CNN and Cascade Mask R-CNN (`convert/rcnn.py`);
 import argparse
 import sys
 
-from internimage_hf import InternImageDinoForObjectDetection
+from internimage_hf import InternImageDinoForObjectDetection, InternImageRcnnForInstanceSegmentation
 
-from . import cli, dino, reverse
+from . import cli, dino, rcnn, reverse
 from .conversion import Plan
 from .detectors import read_detector
 from .errors import ConversionError, listed
@@ -16,8 +16,11 @@ from .source import Source
 
 
 # What begins the name of a tensor that each kind of detector has, and its converter's module.
-KINDS = {"bbox_head.transformer.": dino}
-CLASSES = {InternImageDinoForObjectDetection: dino.official_state_dict}
+KINDS = {"bbox_head.transformer.": dino, "roi_head.": rcnn}
+CLASSES = {
+    InternImageDinoForObjectDetection: dino.official_state_dict,
+    InternImageRcnnForInstanceSegmentation: rcnn.official_state_dict,
+}
 
 
 def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:

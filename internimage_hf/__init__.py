@@ -4,6 +4,7 @@
 from .configuration_internimage import InternImageConfig
 from .configuration_internimage_composite import InternImageCompositeConfig
 from .configuration_internimage_dino import InternImageDinoConfig
+from .configuration_internimage_rcnn import InternImageRcnnConfig
 from .dcnv3 import dcnv3_backend_report, use_dcnv3_backend
 from .image_processing_internimage import InternImageImageProcessor
 from .image_processing_internimage_detection import InternImageDetectionImageProcessor
@@ -15,6 +16,7 @@ from .modeling_internimage import (
 )
 from .modeling_internimage_composite import InternImageCompositeBackbone
 from .modeling_internimage_dino import InternImageDinoForObjectDetection, InternImageDinoPreTrainedModel
+from .modeling_internimage_rcnn import InternImageRcnnForInstanceSegmentation
 from .registration import register_auto_classes
 from .remote_code import save_with_remote_code
 
@@ -34,6 +36,8 @@ __all__ = [
     "InternImageImageProcessor",
     "InternImageModel",
     "InternImagePreTrainedModel",
+    "InternImageRcnnConfig",
+    "InternImageRcnnForInstanceSegmentation",
     "dcnv3_backend_report",
     "save_with_remote_code",
     "use_dcnv3_backend",

@@ -6,6 +6,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForImageSegmentation,
+    AutoModelForInstanceSegmentation,
     AutoModelForObjectDetection,
 )
 
@@ -15,11 +17,13 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from .configuration_internimage import InternImageConfig
 from .configuration_internimage_composite import InternImageCompositeConfig
 from .configuration_internimage_dino import InternImageDinoConfig
+from .configuration_internimage_rcnn import InternImageRcnnConfig
 from .image_processing_internimage import InternImageImageProcessor
 from .image_processing_internimage_detection import InternImageDetectionImageProcessor
 from .modeling_internimage import InternImageBackbone, InternImageForImageClassification, InternImageModel
 from .modeling_internimage_composite import InternImageCompositeBackbone
 from .modeling_internimage_dino import InternImageDinoForObjectDetection
+from .modeling_internimage_rcnn import InternImageRcnnForInstanceSegmentation
 
 
 def register_auto_classes() -> None:
@@ -40,6 +44,15 @@ def register_auto_classes() -> None:
     AutoModelForObjectDetection.register(InternImageDinoConfig, InternImageDinoForObjectDetection, exist_ok=True)
     AutoImageProcessor.register(
         InternImageDinoConfig,
+        image_processor_classes={"pil": InternImageDetectionImageProcessor},
+        exist_ok=True,
+    )
+    AutoConfig.register(InternImageRcnnConfig.model_type, InternImageRcnnConfig, exist_ok=True)
+    # `pipeline("image-segmentation")` finds its models by AutoModelForImageSegmentation
+    for auto_class in (AutoModelForInstanceSegmentation, AutoModelForImageSegmentation, AutoModelForObjectDetection):
+        auto_class.register(InternImageRcnnConfig, InternImageRcnnForInstanceSegmentation, exist_ok=True)
+    AutoImageProcessor.register(
+        InternImageRcnnConfig,
         image_processor_classes={"pil": InternImageDetectionImageProcessor},
         exist_ok=True,
     )
