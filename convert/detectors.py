@@ -96,7 +96,16 @@ def label_names(source: Source, num_labels: int) -> dict[str, dict]:
 
 
 def image_processor(source: Source, **options: Any) -> InternImageDetectionImageProcessor:
-    """The image processor: sides of the evaluation images by the released name, by the configuration, or 800 and 1333."""
+    """The image processor: sides of the evaluation images by the released name, by the configuration, or 800 and 1333.
+
+    Raises:
+        ConversionError: if `top_k`, which is the official `max_per_img`, is no positive integer.
+    """
+    top_k = options.get("top_k", 1)
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
+        raise ConversionError(
+            f"the configuration of {source.file} is wrong: `max_per_img` must be a positive integer, got {top_k!r}"
+        )
     short, long = 800, 1333
     if source.released is not None:
         short, long = source.released.size, source.released.width

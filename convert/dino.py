@@ -206,7 +206,7 @@ def plan_for(source: Source, detector: Detector) -> Plan:
 
 def _example_size(num_queries: int) -> int:
     """The side of a square image that has enough positions, 1/64 + 1/256 ... of its pixels, for the queries."""
-    return max(64, 32 * -(-int((num_queries * 64) ** 0.5) // 32))
+    return max(128, 32 * -(-int((num_queries * 64) ** 0.5) // 32))
 
 
 # ----------------------------------------------------------------------------------------------------------- reverse

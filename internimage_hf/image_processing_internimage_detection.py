@@ -127,6 +127,7 @@ class InternImageDetectionImageProcessor(DeformableDetrImageProcessorPil):
         images: list[np.ndarray],
         annotations: dict | list[dict] | None,
         return_segmentation_masks: bool | None,
+        masks_path: Any,  # of panoptic annotations, which are refused
         do_resize: bool,
         size: SizeDict,
         do_rescale: bool,
@@ -259,12 +260,12 @@ class InternImageDetectionImageProcessor(DeformableDetrImageProcessorPil):
         Raises:
             ValueError: if the outputs have no masks, or `target_sizes` are not one per image.
         """
-        from .region_ops import paste_masks
-
         if getattr(outputs, "masks", None) is None:
             raise ValueError(f"`outputs` must have `masks`, those of a {type(outputs).__name__} have none")
         if target_sizes is None:
             raise ValueError("`target_sizes` must be the (height, width) of each original image, got None")
+        from .region_ops import paste_masks
+
         sizes = _sizes(target_sizes, outputs.scores)
         results = []
         detections = self.post_process_object_detection(outputs, threshold, target_sizes)
@@ -361,41 +362,62 @@ def _target(annotation: Any, size: tuple[int, int], with_masks: bool, image: int
 
 
 def _mask(segmentation: Any, height: int, width: int, place: str) -> np.ndarray:
-    """A mask (height, width) of uint8 from polygons, or from COCO's run lengths, counted or compressed.
+    """A mask (height, width) of uint8 from polygons, or from COCO's run lengths, as numbers or as a string.
 
     Raises:
         ValueError: if it is neither, or of another size.
-        ImportError: if pycocotools is not installed.
+        ImportError: if there are polygons, and pycocotools is not installed.
     """
-    try:
-        from pycocotools import mask as coco_mask
-    except ImportError as error:
-        raise ImportError("masks need pycocotools: pip install pycocotools") from error
     if isinstance(segmentation, dict):
         if list(segmentation.get("size", ())) != [height, width]:
             raise ValueError(
                 f"{place} must have the image's `size` {[height, width]}, got {segmentation.get('size')!r}"
             )
         counts = segmentation.get("counts")
-        if isinstance(counts, (list, tuple)):
-            if any(not isinstance(count, (int, np.integer)) or count < 0 for count in counts) or sum(counts) != (
-                height * width
-            ):
-                raise ValueError(f"`counts` of {place} must be integers that sum up to {height * width}")
-            runs = np.repeat(np.arange(len(counts)) % 2, counts)
-            return runs.astype(np.uint8).reshape(width, height).T.copy()
-        if not isinstance(counts, (str, bytes)):
+        if isinstance(counts, (str, bytes)):
+            counts = _run_lengths(counts.encode() if isinstance(counts, str) else counts)
+        elif not isinstance(counts, (list, tuple)):
             raise ValueError(f"`counts` of {place} must be a list or a string, got {type(counts).__name__}")
-        encoded = {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
-        return coco_mask.decode(encoded)
+        if (
+            any(not isinstance(count, (int, np.integer)) or count < 0 for count in counts)
+            or sum(counts) != height * width
+        ):
+            raise ValueError(f"`counts` of {place} must be integers of at least 0 that sum up to {height * width}")
+        runs = np.repeat(np.arange(len(counts)) % 2, counts)
+        return runs.astype(np.uint8).reshape(width, height).T
     if isinstance(segmentation, (list, tuple)) and segmentation:
-        polygons = [np.asarray(polygon, np.float64).ravel().tolist() for polygon in segmentation]
-        if all(len(polygon) >= 6 and len(polygon) % 2 == 0 and np.isfinite(polygon).all() for polygon in polygons):
+        try:
+            polygons = [np.asarray(polygon, np.float64).ravel().tolist() for polygon in segmentation]
+        except (TypeError, ValueError):
+            polygons = []
+        if polygons and all(len(p) >= 6 and len(p) % 2 == 0 and np.isfinite(p).all() for p in polygons):
+            try:
+                from pycocotools import mask as coco_mask
+            except ImportError as error:
+                raise ImportError("masks of polygons need pycocotools: pip install pycocotools") from error
             return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
     raise ValueError(
         f"{place} must be polygons of at least three points, [x, y, x, y, ...], or run lengths with `size` and `counts`, "
         f"got {str(segmentation)[:60]}"
     )
+
+
+def _run_lengths(text: bytes) -> list[int]:
+    """The numbers in COCO's string: 5 bits a character from 48 on, the lowest first, each the difference from the last but one.
+
+    pycocotools decodes them as well, but writes beyond the mask where a damaged string says so.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        value |= ((character - 48) & 31) << shift
+        shift += 5
+        if not (character - 48) & 32:
+            if (character - 48) & 16:
+                value -= 1 << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts
 
 
 __all__ = ["InternImageDetectionImageProcessor"]
