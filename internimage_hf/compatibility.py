@@ -115,6 +115,18 @@ def saved_under_own_names(model: nn.Module) -> Iterator[None]:
             model.save_pretrained = replaced
 
 
+def let_pipelines_know(names: dict[str, str], model_class: type[PreTrainedModel]) -> None:
+    """Enters a registered class into a mapping of names that a pipeline takes for the models it supports.
+
+    Fault: the pipelines for object detection and image segmentation copy these mappings, and lose what was registered with
+    the Auto classes: they log as an error that the model is not supported, and go on.
+    Versions: transformers 5.17 to 5.22 (`pipelines/object_detection.py`, `pipelines/image_segmentation.py`).
+    Test: `tests/test_rcnn.py::test_pipelines`.
+    Delete when: these pipelines look at the registered classes, as that for image classification does.
+    """
+    names[model_class.config_class.model_type] = model_class.__name__
+
+
 # The modules of transformers that take `accelerate.utils.reduce`, which is a mean, for a sum over the processes.
 _SET_LOSSES = (
     "transformers.loss.loss_for_object_detection",
@@ -157,6 +169,7 @@ __all__ = [
     "LoadsOfficialNames",
     "answer_for_input_embeddings",
     "is_sharded_away",
+    "let_pipelines_know",
     "mean_number_of_targets",
     "none_is_unset",
     "saved_under_own_names",

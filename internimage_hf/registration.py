@@ -13,7 +13,12 @@ from transformers import (
 
 # from where it is defined: transformers 5.17 offers a placeholder at the top where torchvision is absent
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES,
+    MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
+)
 
+from .compatibility import let_pipelines_know
 from .configuration_internimage import InternImageConfig
 from .configuration_internimage_composite import InternImageCompositeConfig
 from .configuration_internimage_dino import InternImageDinoConfig
@@ -56,3 +61,6 @@ def register_auto_classes() -> None:
         image_processor_classes={"pil": InternImageDetectionImageProcessor},
         exist_ok=True,
     )
+    let_pipelines_know(MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES, InternImageDinoForObjectDetection)
+    let_pipelines_know(MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES, InternImageRcnnForInstanceSegmentation)
+    let_pipelines_know(MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES, InternImageRcnnForInstanceSegmentation)

@@ -3,15 +3,15 @@
 import argparse
 import copy
 import functools
+import gzip
 import json
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, TINY
-from convert import detection
-from convert.rcnn import official_state_dict
-from convert.source import find
+from conftest import FIXTURES
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
@@ -22,7 +22,13 @@ from transformers import (
     ConvNextV2Config,
     pipeline,
 )
+from transformers.utils import logging
 
+from convert import detection
+from convert.errors import ConversionError
+from convert.rcnn import official_state_dict
+from convert.released import RELEASED
+from convert.source import find
 from internimage_hf import (
     InternImageCompositeConfig,
     InternImageConfig,
@@ -30,6 +36,7 @@ from internimage_hf import (
     InternImageRcnnConfig,
     InternImageRcnnForInstanceSegmentation,
 )
+from internimage_hf.modeling_internimage_rcnn import _sample
 
 
 CASES = ("mask_rcnn_tiny", "cascade_tiny")
@@ -170,3 +177,376 @@ def test_the_official_dictionary_comes_back(case):
     for name, tensor in data.official.items():
         assert torch.equal(back[name], tensor), name
     assert sum(p.numel() for p in data._model.parameters()) == data.config["num_parameters"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_command_line_writes_a_folder_that_detects_the_same(case, tmp_path):
+    data, folder = golden(case), FIXTURES / case
+    arguments = [str(folder / "checkpoint.pth"), "--config", str(folder / "config.json"), "--output"]
+    assert detection.main([*arguments, str(tmp_path / "model")]) == 0
+    model = AutoModelForInstanceSegmentation.from_pretrained(tmp_path / "model", dtype=torch.float64)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        outputs = model(data.expected["pixel_values"].double(), data.pixel_mask)
+    results = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=data.sizes)
+    for i, result in enumerate(results):
+        close(result["boxes"], data.expected[f"detections.{i}.boxes"], 1e-5)
+    assert detection.main([str(tmp_path / "model"), "--reverse", "--output", str(tmp_path / "back.pth")]) == 0
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["state_dict"]
+    assert back.keys() == data.official.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in data.official.items())
+
+
+# --------------------------------------------------------------------------------------------------------- released models
+
+PARAMETERS = {"t": 48_920_544, "s": 68_715_024, "b": 115_245_264, "l": 277_307_236, "xl": 387_448_974}
+RELEASED_NAMES = [
+    *(f"mask_rcnn_internimage_{variant}_fpn_{schedule}_coco" for variant in "tsb" for schedule in ("1x", "3x")),
+    *(f"cascade_internimage_{variant}_fpn_{schedule}_coco" for variant in ("l", "xl") for schedule in ("1x", "3x")),
+]
+
+
+@pytest.mark.parametrize("name", RELEASED_NAMES)
+def test_every_released_name_maps_without_remainder(name):
+    listed = name.replace("3x" if name.startswith("mask") else "1x", "1x" if name.startswith("mask") else "3x")
+    with gzip.open(FIXTURES / "detection_keys" / f"{listed}.json.gz", "rt") as file:
+        official = {key: torch.zeros(()).expand(shape) for key, shape in json.load(file)}  # no memory
+    averaged = {f"ema_{key.replace('.', '_')}": tensor for key, tensor in official.items()}
+    source = SimpleNamespace(
+        read=lambda ema: official | averaged,
+        released=RELEASED[name],
+        config=None,
+        file=f"{name}.pth",
+        unknown_fields=[],
+    )
+    plan = detection.make_plan(source, argparse.Namespace(ema=False))
+    assert set(plan.ignored) == averaged.keys(), "the ordinary names hold the averaged weights"
+    with torch.device("meta"):
+        model = plan.model_class(plan.config)
+    assert {key: t.shape for key, t in model.state_dict().items()} == {
+        key: t.shape for key, t in plan.state_dict.items()
+    }
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[RELEASED[name].variant]
+    assert {key: t.shape for key, t in official_state_dict(model).items()} == {k: t.shape for k, t in official.items()}
+    config = plan.config
+    assert config.id2label[0] == "person" and len(config.id2label) == 80
+    cascade = InternImageRcnnConfig.cascade() if name.startswith("cascade") else InternImageRcnnConfig()
+    ours, authors = config.to_dict(), cascade.to_dict()
+    for field in ("backbone_config", "id2label", "label2id", "transformers_version", "architectures", "dtype"):
+        ours.pop(field, None), authors.pop(field, None)
+    assert ours == authors
+    assert plan.processor.size == {"shortest_edge": 800, "longest_edge": 1333}
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        (("test_cfg", "rcnn", "nms", "type"), "soft_nms", "`test_cfg.rcnn.nms.type` must be 'nms', got 'soft_nms'"),
+        (
+            ("roi_head", "bbox_roi_extractor", "roi_layer", "sampling_ratio"),
+            2,
+            "`roi_head.bbox_roi_extractor.roi_layer.sampling_ratio` must be 0, got 2",
+        ),
+        (("roi_head", "bbox_head", "loss_bbox", "type"), "CIoULoss", "must be 'L1Loss' or 'GIoULoss', got 'CIoULoss'"),
+        (("test_cfg", "rcnn", "max_per_img"), 0, "`max_detections` must be a positive integer, got 0"),
+    ],
+)
+def test_a_setting_that_the_model_lacks_is_refused(path, value, message):
+    folder = FIXTURES / "mask_rcnn_tiny"
+    source = find(str(folder / "checkpoint.pth"), str(folder / "config.json"), None)
+    fields = source.config["model"]
+    for name in path[:-1]:
+        fields = fields[name]
+    fields[path[-1]] = value
+    with pytest.raises(ConversionError, match=re.escape(message)):
+        detection.make_plan(source, argparse.Namespace(ema=False))
+
+
+# ------------------------------------------------------------------------------------------- what users do with the model
+
+
+def tiny(**fields) -> InternImageRcnnForInstanceSegmentation:
+    """A model that detects something whatever it sees."""
+    backbone = InternImageConfig(channels=8, depths=[1, 1, 1, 1], groups=[1, 2, 4, 8], out_features=STAGES)
+    settings = {
+        "backbone_config": backbone,
+        "fpn_hidden_size": 16,
+        "box_hidden_size": 32,
+        "mask_hidden_size": 16,
+        "box_conv_size": 16,
+        "id2label": {0: "cat", 1: "dog", 2: "cow"},
+        "score_threshold": 0.0,
+        "max_detections": 5,
+        "rpn_post_nms_top_n": 50,
+        "rpn_post_nms_top_n_training": 50,
+    }
+    model = InternImageRcnnForInstanceSegmentation(InternImageRcnnConfig(**{**settings, **fields}))
+    for head in model.mask_heads:
+        torch.nn.init.normal_(head.classifier.weight)
+    return model.eval()
+
+
+def objects(number: int, height: int, width: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Labels of one image."""
+    generator = torch.Generator().manual_seed(number)
+    sizes = 0.2 + 0.5 * torch.rand(number, 2, generator=generator)
+    centers = sizes / 2 + (1 - sizes) * torch.rand(number, 2, generator=generator)
+    masks = torch.rand(number, height, width, generator=generator) > 0.5
+    labels = {
+        "class_labels": torch.arange(number) % 3,
+        "boxes": torch.cat([centers, sizes], 1),
+        "masks": masks,
+    }
+    return {name: tensor.to(device) for name, tensor in labels.items()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    InternImageDetectionImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_auto_classes_and_files(folder):
+    assert type(AutoConfig.from_pretrained(folder)) is InternImageRcnnConfig
+    assert type(AutoImageProcessor.from_pretrained(folder)) is InternImageDetectionImageProcessor
+    pixel_values = torch.randn(1, 3, 64, 96)
+    results = []
+    for auto_class in (AutoModelForInstanceSegmentation, AutoModelForObjectDetection):
+        model = auto_class.from_pretrained(folder)
+        assert type(model) is InternImageRcnnForInstanceSegmentation
+        with torch.no_grad():
+            results.append(model(pixel_values))
+    for name in ("scores", "labels", "boxes", "masks"):
+        assert torch.equal(results[0][name], results[1][name])
+    as_tuple = model(pixel_values, return_dict=False)
+    assert torch.equal(as_tuple[0], results[0].scores)
+
+
+@pytest.mark.parametrize("task", ["object-detection", "image-segmentation"])
+def test_pipelines(task, folder, caplog):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (100, 160, 3), dtype=np.uint8))
+    logging.enable_propagation()
+    try:
+        run = pipeline(task, model=str(folder))
+    finally:
+        logging.disable_propagation()
+    assert "not supported" not in caplog.text
+    found = run([image, image.resize((50, 70))], threshold=0.0)
+    assert [len(one) for one in found] == [5, 5]
+    for one, (width, height) in zip(found, ((160, 100), (50, 70)), strict=True):
+        for detected in one:
+            assert detected["label"] in ("cat", "dog", "cow") and 0 < detected["score"] <= 1
+            if task == "object-detection":
+                box = detected["box"]
+                assert 0 <= box["xmin"] <= box["xmax"] <= width and 0 <= box["ymin"] <= box["ymax"] <= height
+            else:
+                assert detected["mask"].size == (width, height)
+        if task == "object-detection":
+            assert max(detected["box"]["xmax"] for detected in one) > width / 2
+        else:
+            assert any(np.asarray(detected["mask"]).any() for detected in one)
+
+
+def test_detections_are_filled_up_to_a_fixed_number():
+    model = tiny(max_detections=200, score_threshold=0.2)
+    with torch.no_grad():
+        outputs = model(torch.randn(2, 3, 64, 64))
+    assert outputs.scores.shape == (2, 200) and outputs.masks.shape == (2, 200, 28, 28)
+    empty = outputs.labels == -1
+    assert empty.any() and not empty.all()
+    for name in ("scores", "boxes", "masks"):
+        assert not outputs[name][empty].any()
+    assert (outputs.scores.diff(dim=1) <= 0).all() and (outputs.scores[~empty] > 0.2).all()
+    processor = InternImageDetectionImageProcessor()
+    results = processor.post_process_object_detection(outputs, threshold=-1.0, target_sizes=[(64, 64)] * 2)
+    assert sum(len(result["scores"]) for result in results) == int((~empty).sum())
+
+
+def test_no_detection_at_all():
+    model = tiny(score_threshold=1.0)
+    with torch.no_grad():
+        outputs = model(torch.randn(1, 3, 64, 64))
+    assert (outputs.labels == -1).all()
+    result = InternImageDetectionImageProcessor().post_process_instance_segmentation(outputs, target_sizes=[(30, 20)])
+    assert result[0]["masks"].shape == (0, 30, 20) and result[0]["segments_info"] == []
+    assert (result[0]["segmentation"] == -1).all()
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_images_without_objects_small_ones_and_a_batch_of_very_different_sizes(stages):
+    fields = {"box_stds": [[0.1] * 4] * 3, "box_iou_thresholds": [0.5] * 3, "stage_loss_weights": [1.0] * 3}
+    model = tiny(num_box_convs=1, **(fields if stages == 3 else {})).train()
+    pixel_mask = torch.zeros(3, 96, 160, dtype=torch.long)
+    for i, (height, width) in enumerate(((96, 160), (9, 7), (30, 150))):
+        pixel_mask[i, :height, :width] = 1
+    labels = [objects(3, 96, 160), objects(0, 96, 160), objects(1, 96, 160)]
+    outputs = model(torch.randn(3, 3, 96, 160), pixel_mask, labels)
+    outputs.loss.backward()
+    assert all(loss.isfinite() for loss in outputs.loss_dict.values())
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    outputs = model(torch.randn(1, 3, 9, 7), labels=[objects(0, 9, 7)])
+    assert outputs.loss.isfinite() and outputs.loss_dict["s0.loss_mask" if stages == 3 else "loss_mask"] == 0
+    model.eval()
+    with torch.no_grad():
+        outputs = model(torch.randn(3, 3, 96, 160), pixel_mask)
+        assert model(torch.randn(1, 3, 1, 1)).scores.isfinite().all()
+    assert ((outputs.boxes >= 0) & (outputs.boxes <= 1)).all()
+
+
+def test_sampling_follows_the_generator_of_torch():
+    model = tiny(num_samples=8, rpn_num_samples=16).train()
+    pixel_values, labels = torch.randn(1, 3, 64, 64), [objects(3, 64, 64)]
+
+    def loss(seed: int) -> float:
+        torch.manual_seed(seed)
+        return model(pixel_values, labels=labels).loss.item()
+
+    assert loss(0) == loss(0) != loss(1)
+
+
+def test_samples_are_at_most_as_many_as_configured():
+    matched = torch.cat([torch.arange(1, 21), torch.zeros(30, dtype=torch.long), -torch.ones(9, dtype=torch.long)])
+    positive, negative = _sample(matched, 16, 0.25)
+    assert len(positive) == 4 and len(negative) == 12
+    assert (matched[positive] > 0).all() and (matched[negative] == 0).all()
+    positive, negative = _sample(matched, 1000, 0.5)
+    assert len(positive) == 20 and len(negative) == 30
+
+
+def test_a_composite_backbone_trains_on_the_maps_of_both_encoders():
+    backbone = InternImageCompositeConfig(channels=8, depths=[1, 1, 1, 1], groups=[1, 2, 4, 8], out_features=STAGES)
+    model = tiny(backbone_config=backbone)
+    pixel_values, labels = torch.randn(1, 3, 64, 64), [objects(2, 64, 64)]
+    model.backbone.lead.load_state_dict(model.backbone.assistant.state_dict())
+    model.train()
+    torch.manual_seed(0)
+    losses = model(pixel_values, labels=labels).loss_dict
+    assert {name.removeprefix("auxiliary.") for name in losses} == {
+        "loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"
+    }  # fmt: skip
+    # connections begin at zero: both encoders give the same maps, and fewer regions than the loss samples are all taken
+    assert losses["auxiliary.loss_cls"].item() == pytest.approx(0.5 * losses["loss_cls"].item(), rel=1e-5)
+    model.eval()
+    assert not any(name.startswith("auxiliary") for name in model(pixel_values, labels=labels).loss_dict)
+
+
+def test_any_backbone_and_other_settings():
+    backbone = ConvNextV2Config(hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 1, 1], out_features=STAGES[1:])
+    model = tiny(
+        backbone_config=backbone,
+        feature_strides=[8, 16, 32, 64],
+        anchor_scales=[4.0, 8.0],
+        anchor_ratios=[1.0],
+        class_agnostic_boxes=True,
+        mask_pool_size=7,
+        box_pool_size=5,
+        num_mask_convs=1,
+    )
+    with torch.no_grad():
+        outputs = model(torch.randn(2, 3, 64, 96), output_hidden_states=True)
+    assert outputs.masks.shape == (2, 5, 14, 14) and len(outputs.hidden_states) == 5
+    model.train()
+    assert model(torch.randn(1, 3, 64, 96), labels=[objects(2, 64, 96)]).loss.isfinite()
+
+
+def test_bfloat16_and_gradient_checkpointing():
+    model = tiny().to(torch.bfloat16)
+    with torch.no_grad():
+        outputs = model(torch.randn(1, 3, 64, 64, dtype=torch.bfloat16))
+    assert outputs.scores.dtype == outputs.boxes.dtype == outputs.masks.dtype == torch.float32
+    model = tiny().train()
+    labels = [objects(2, 64, 64)]
+    pixel_values = torch.randn(1, 3, 64, 64)
+    norms = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(0)
+        model.zero_grad()
+        model(pixel_values, labels=labels).loss.backward()
+        norms.append(model.backbone.stem.conv1.weight.grad.norm().item())
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda label: label.pop("masks"), "`labels[0]` must have a tensor `masks`, got NoneType"),
+        (
+            lambda label: label["class_labels"].__setitem__(1, 3),
+            "`labels[0]['class_labels']` must be from 0 to 2 (`config.num_labels` is 3), got 3",
+        ),
+        (
+            lambda label: label["class_labels"].__setitem__(1, -1),
+            "`labels[0]['class_labels']` must be from 0 to 2 (`config.num_labels` is 3), got -1",
+        ),
+        (
+            lambda label: label.update(class_labels=label["class_labels"].float()),
+            "`labels[0]['class_labels']` must be integers, got torch.float32",
+        ),
+        (
+            lambda label: label["boxes"].__setitem__(1, torch.tensor([0.5, 0.5, 0.0, 0.25])),
+            "`labels[0]['boxes'][1]` must be finite numbers with a width and a height above 0, got [0.5, 0.5, 0.0, 0.25]",
+        ),
+        (
+            lambda label: label["boxes"].__setitem__((0, 0), float("nan")),
+            "`labels[0]['boxes'][0]` must be finite numbers with a width and a height above 0, got [nan, ",
+        ),
+        (
+            lambda label: label.update(boxes=label["boxes"][:1]),
+            "`labels[0]['boxes']` must have the shape (2, 4), got (1, 4)",
+        ),
+        (
+            lambda label: label.update(masks=label["masks"][:, :60]),
+            "`labels[0]['masks']` must have the shape (2, 64, 96), got (2, 60, 96)",
+        ),
+        (
+            lambda label: label.update(boxes=label["boxes"].to("meta")),
+            "`labels[0]['boxes']` must be on cpu, where `pixel_values` are, got meta",
+        ),
+    ],
+)
+def test_wrong_labels_are_named(change, message):
+    label = objects(2, 64, 96)
+    change(label)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tiny().train()(torch.randn(1, 3, 64, 96), labels=[label])
+
+
+def test_wrong_arguments_are_named():
+    model, pixel_values = tiny(), torch.randn(2, 3, 64, 96)
+    for arguments, message in (
+        ({"labels": [objects(1, 64, 96)]}, "`labels` must be a list of 2 dictionaries, one per image, got 1 of them"),
+        ({"pixel_mask": torch.ones(2, 64, 95)}, "`pixel_mask` must have the shape (2, 64, 96)"),
+        ({"pixel_mask": torch.zeros(2, 64, 96)}, "`pixel_mask[0]` must mark an image"),
+        ({"pixel_mask": torch.ones(2, 64, 96, device="meta")}, "`pixel_mask` must be on cpu"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            model(pixel_values, **arguments)
+    with pytest.raises(ValueError, match="`pixel_values` must have the shape"):
+        model(pixel_values[0])
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("feature_strides", [4, 8, 16]),
+        ("feature_strides", [4, 0, 16, 32]),
+        ("box_stds", [[0.1, 0.1, 0.2]]),
+        ("box_iou_thresholds", [0.5, 0.6]),
+        ("box_loss", "iou"),
+        ("rpn_box_loss", "giou"),
+        ("max_detections", 0),
+        ("nms_threshold", 1.5),
+        ("anchor_ratios", []),
+        ("class_agnostic_boxes", "yes"),
+        ("rpn_allowed_border", -2),
+    ],
+)
+def test_wrong_fields_of_the_configuration_are_named(field, value):
+    with pytest.raises(ValueError, match=rf"`{field}` must .*got {re.escape(repr(value))}"):
+        tiny(**{field: value})
