@@ -8,21 +8,26 @@ import uuid
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto import modeling_auto
 from transformers.utils.hub import create_and_tag_model_card
 
-from . import configuration_internimage, image_processing_internimage, modeling_internimage
-from .modeling_internimage import InternImageBackbone, InternImagePreTrainedModel
+from .configuration_internimage import InternImageConfig
+from .configuration_internimage_composite import InternImageCompositeConfig
+from .configuration_internimage_dino import InternImageDinoConfig
+from .configuration_internimage_rcnn import InternImageRcnnConfig
+from .image_processing_internimage import InternImageImageProcessor
+from .image_processing_internimage_detection import InternImageDetectionImageProcessor
+from .modeling_internimage import InternImageBackbone
+from .modeling_internimage_composite import InternImageCompositeBackbone
 
 
-_PROCESSOR = "InternImageImageProcessor"
-_AUTO_MAP = {
-    "AutoConfig": "configuration_internimage.InternImageConfig",
-    "AutoModel": "modeling_internimage.InternImageModel",
-    "AutoModelForImageClassification": "modeling_internimage.InternImageForImageClassification",
-    "AutoBackbone": "modeling_internimage.InternImageBackbone",
+# Of the package's own models. Heads of transformers have processors of transformers.
+_PROCESSORS = {
+    InternImageConfig: InternImageImageProcessor,
+    InternImageDinoConfig: InternImageDetectionImageProcessor,
+    InternImageRcnnConfig: InternImageDetectionImageProcessor,
 }
 # A head of transformers needs its backbone's classes registered before its configuration is read. The subclasses keep
 # transformers from taking its own files for this repository's code when the loaded model is saved again.
@@ -34,11 +39,17 @@ import transformers
 from transformers import AutoBackbone, AutoConfig
 
 from .configuration_internimage import InternImageConfig
+from .configuration_internimage_composite import InternImageCompositeConfig
 from .modeling_internimage import InternImageBackbone
+from .modeling_internimage_composite import InternImageCompositeBackbone
 
 
-AutoConfig.register("internimage", InternImageConfig, exist_ok=True)
-AutoBackbone.register(InternImageConfig, InternImageBackbone, exist_ok=True)
+for config_class, backbone_class in (
+    (InternImageConfig, InternImageBackbone),
+    (InternImageCompositeConfig, InternImageCompositeBackbone),
+):
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoBackbone.register(config_class, backbone_class, exist_ok=True)
 
 
 class {config}(transformers.{config}):
@@ -50,27 +61,43 @@ class {model}(transformers.{model}):
 '''
 
 
-def remote_code_files(with_processor: bool = True) -> list[Path]:
-    """The files of this package that the models need: configuration, modeling, image processor, and their imports."""
-    modules = [modeling_internimage, configuration_internimage]
-    if with_processor:
-        modules.append(image_processing_internimage)
-    sources = [module.__file__ for module in modules]
-    files = {*sources, *(imported for source in sources for imported in get_relative_import_files(source))}
-    return sorted(Path(file) for file in files)
+def _own_config_class(model_class: type[PreTrainedModel] | None) -> type[PreTrainedConfig] | None:
+    """The configuration class of a model of this package or of one derived from it; None for a head of transformers."""
+    if model_class is None:
+        return InternImageConfig
+    own = (
+        c for c in model_class.__mro__ if c.__module__.startswith(f"{__package__}.") and issubclass(c, PreTrainedModel)
+    )
+    return next((c.config_class for c in own), None)
 
 
-def _auto_classes(model_class: type[PreTrainedModel]) -> list[str]:
-    """The Auto classes of transformers that load a configuration of this model as this model."""
-    config_class = model_class.config_class
-    result = []
+def _auto_classes(config_class: type[PreTrainedConfig]) -> dict[str, tuple[type[PreTrainedModel], ...]]:
+    """The Auto classes of transformers that know a configuration, and the models that they load for it."""
+    result = {}
     for name, auto_class in vars(modeling_auto).items():
         mapping = getattr(auto_class, "_model_mapping", None)
-        if name.startswith("AutoModel") and mapping is not None and config_class in mapping:
+        if name.startswith(("AutoModel", "AutoBackbone")) and mapping is not None and config_class in mapping:
             found = mapping[config_class]
-            if model_class in (found if isinstance(found, tuple) else (found,)):
-                result.append(name)
+            result[name] = found if isinstance(found, tuple) else (found,)
     return result
+
+
+def _module(one: type) -> str:
+    return one.__module__.rpartition(".")[2]
+
+
+def remote_code_files(
+    with_processor: bool = True, config_class: type[PreTrainedConfig] = InternImageConfig
+) -> list[Path]:
+    """The files of this package that its models of a configuration need: configuration, modeling, image processor, and
+    their imports.
+    """
+    classes = {config_class, *(one for found in _auto_classes(config_class).values() for one in found)}
+    if with_processor and config_class in _PROCESSORS:
+        classes.add(_PROCESSORS[config_class])
+    sources = {inspect.getsourcefile(one) for one in classes}
+    files = {*sources, *(imported for source in sources for imported in get_relative_import_files(source))}
+    return sorted(Path(file) for file in files)
 
 
 def _code(model_class: type[PreTrainedModel] | None) -> tuple[dict[str, bytes], dict[str, str]]:
@@ -79,14 +106,22 @@ def _code(model_class: type[PreTrainedModel] | None) -> tuple[dict[str, bytes], 
     Raises:
         TypeError: if no Auto class of transformers loads `model_class`.
     """
-    is_head = model_class is not None and not issubclass(model_class, InternImagePreTrainedModel)
-    files = {file.name: file.read_bytes() for file in remote_code_files(with_processor=not is_head)}
-    if not is_head:
-        return files, dict(_AUTO_MAP)
-    auto_classes = _auto_classes(model_class)
+    config_class = _own_config_class(model_class)
+    if config_class is not None:
+        files = {file.name: file.read_bytes() for file in remote_code_files(config_class=config_class)}
+        auto_map = {"AutoConfig": f"{_module(config_class)}.{config_class.__name__}"}
+        for name, (found, *_) in _auto_classes(config_class).items():
+            auto_map[name] = f"{_module(found)}.{found.__name__}"
+        return files, auto_map
+    config_class = model_class.config_class
+    auto_classes = [name for name, found in _auto_classes(config_class).items() if model_class in found]
     if not auto_classes:
         raise TypeError(f"no Auto class of transformers loads `{model_class.__name__}`")
-    names = {"config": model_class.config_class.__name__, "model": model_class.__name__}
+    files = {}
+    for backbone_config in (InternImageConfig, InternImageCompositeConfig):
+        for file in remote_code_files(with_processor=False, config_class=backbone_config):
+            files[file.name] = file.read_bytes()
+    names = {"config": config_class.__name__, "model": model_class.__name__}
     files[f"{_HEAD_MODULE}.py"] = _HEAD_CODE.format(**names).encode()
     auto_map = {"AutoConfig": f"{_HEAD_MODULE}.{names['config']}"}
     auto_map |= dict.fromkeys(auto_classes, f"{_HEAD_MODULE}.{names['model']}")
@@ -153,10 +188,11 @@ def write_remote_code(folder: str | os.PathLike, model_class: type[PreTrainedMod
     files, auto_map = _code(model_class)
     config = {**_read_json(folder / "config.json"), "auto_map": auto_map}
     processor_file = folder / "preprocessor_config.json"
-    if "image_processing_internimage.py" in files and processor_file.is_file():
+    processor_class = _PROCESSORS.get(_own_config_class(model_class))
+    if processor_class is not None and processor_file.is_file():
         processor = _read_json(processor_file)
-        if processor.get("image_processor_type") == _PROCESSOR:
-            processor["auto_map"] = {"AutoImageProcessor": f"image_processing_internimage.{_PROCESSOR}"}
+        if processor.get("image_processor_type") == processor_class.__name__:
+            processor["auto_map"] = {"AutoImageProcessor": f"{_module(processor_class)}.{processor_class.__name__}"}
             files[processor_file.name] = _json_bytes(processor)
     files["config.json"] = _json_bytes(config)
     _check_files(folder, {name: content for name, content in files.items() if name.endswith(".py")})
@@ -212,17 +248,13 @@ def save_with_remote_code(
         FileExistsError: if a file of the folder that is not the package's has the name of one of its files. Nothing is
             written then.
     """
-    if not isinstance(model, InternImagePreTrainedModel):
-        if not isinstance(model, PreTrainedModel) or not any(
-            isinstance(m, InternImageBackbone) for m in model.modules()
-        ):
-            raise TypeError(
-                f"`model` must be an InternImage model or hold an InternImageBackbone, got {type(model).__name__}"
-            )
-        if not _auto_classes(type(model)):
-            raise TypeError(
-                f"`model` must be of a class that an Auto class of transformers loads, got {type(model).__name__}"
-            )
+    if not isinstance(model, PreTrainedModel) or not (
+        _own_config_class(type(model))
+        or any(isinstance(m, (InternImageBackbone, InternImageCompositeBackbone)) for m in model.modules())
+    ):
+        raise TypeError(
+            f"`model` must be an InternImage model or hold an InternImageBackbone, got {type(model).__name__}"
+        )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("`model` must be saved without adapters: merge them first, or save them by `save_pretrained`")
     folder = Path(folder)

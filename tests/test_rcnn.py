@@ -14,6 +14,7 @@ import torch
 from conftest import FIXTURES
 from PIL import Image
 from safetensors.torch import load_file
+from test_package import bare_environment, run_python
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -550,3 +551,47 @@ def test_wrong_arguments_are_named():
 def test_wrong_fields_of_the_configuration_are_named(field, value):
     with pytest.raises(ValueError, match=rf"`{field}` must .*got {re.escape(repr(value))}"):
         tiny(**{field: value})
+
+
+# -------------------------------------------------------------------------------------------------------------- remote code
+
+DETECT = """
+    import importlib.util
+    import sys
+    import torch
+    from safetensors.torch import load_file
+    without = importlib.util.find_spec("internimage_hf") is None
+    assert without == (sys.argv[2] == "without")
+    if not without:
+        import internimage_hf
+        from convert import detection
+        arguments = [sys.argv[1] + "/checkpoint.pth", "--config", sys.argv[1] + "/config.json", "--output", sys.argv[3]]
+        assert detection.main([*arguments, "--remote-code", "--push-to-hub", "somebody/mask-rcnn"]) == 0
+    from transformers import AutoModelForInstanceSegmentation, AutoModelForObjectDetection
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+    kwargs = {"trust_remote_code": True} if without else {}
+    processor = AutoImageProcessor.from_pretrained("somebody/mask-rcnn", **kwargs)
+    expected = load_file(sys.argv[1] + "/expected.safetensors")
+    pixel_mask = torch.zeros(2, 96, 96, dtype=torch.long)
+    pixel_mask[0, :91, :96] = pixel_mask[1, :64, :77] = 1
+    for auto_class in (AutoModelForInstanceSegmentation, AutoModelForObjectDetection):
+        model = auto_class.from_pretrained("somebody/mask-rcnn", dtype=torch.float64, **kwargs)
+        with torch.no_grad():
+            outputs = model(expected["pixel_values"].double(), pixel_mask)
+        results = processor.post_process_instance_segmentation(outputs, 0.0, target_sizes=[(182, 192), (96, 115)])
+        for i, result in enumerate(results):
+            torch.testing.assert_close(result["boxes"], expected[f"detections.{i}.boxes"], atol=1e-5, rtol=0)
+            assert result["masks"].any()
+    print("detected by", type(model).__module__.split(".")[0], type(processor).__module__.split(".")[0])
+"""
+
+
+def test_convert_push_and_detect_with_and_without_the_package(hub, tmp_path):
+    environment, folder = hub.environment(tmp_path), FIXTURES / "mask_rcnn_tiny"
+    output = run_python(DETECT, folder, "with", tmp_path / "model", **environment)
+    assert output.endswith("detected by internimage_hf internimage_hf\n")
+    files = hub.repositories["somebody/mask-rcnn"]
+    assert {path.name for path in (tmp_path / "model").iterdir()} <= files.keys()
+    bare = bare_environment(tmp_path)
+    output = run_python(DETECT, folder, "without", cwd=tmp_path, **environment, **bare)
+    assert output == "detected by transformers_modules transformers_modules\n"
