@@ -12,7 +12,7 @@ from functools import partial, wraps
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checkpoint import OfficialNames
 
@@ -127,6 +127,20 @@ def let_pipelines_know(names: dict[str, str], model_class: type[PreTrainedModel]
     names[model_class.config_class.model_type] = model_class.__name__
 
 
+def has_no_video_processor(config_class: type[PreTrainedConfig]) -> None:
+    """Says that models of a configuration have no video processor.
+
+    Fault: pipelines look for a video processor too, take the `auto_map` of a remote image processor for that of one, and ask
+    the user whether to trust code that does not exist, although the installed package has the model and its processor.
+    Versions: transformers 5.17 to 5.22 (`AutoVideoProcessor.from_pretrained`).
+    Test: `tests/test_convert_detection.py::test_converted_detectors_detect_the_same_without_the_package`.
+    Delete when: a pipeline for images asks for no video processor.
+    """
+    from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
+
+    VIDEO_PROCESSOR_MAPPING.register(config_class, None, exist_ok=True)
+
+
 # The modules of transformers that take `accelerate.utils.reduce`, which is a mean, for a sum over the processes.
 _SET_LOSSES = (
     "transformers.loss.loss_for_object_detection",
@@ -168,6 +182,7 @@ def mean_number_of_targets(processes: int) -> Iterator[None]:
 __all__ = [
     "LoadsOfficialNames",
     "answer_for_input_embeddings",
+    "has_no_video_processor",
     "is_sharded_away",
     "let_pipelines_know",
     "mean_number_of_targets",

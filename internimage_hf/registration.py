@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
 )
 
-from .compatibility import let_pipelines_know
+from .compatibility import has_no_video_processor, let_pipelines_know
 from .configuration_internimage import InternImageConfig
 from .configuration_internimage_composite import InternImageCompositeConfig
 from .configuration_internimage_dino import InternImageDinoConfig
@@ -64,3 +64,5 @@ def register_auto_classes() -> None:
     let_pipelines_know(MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES, InternImageDinoForObjectDetection)
     let_pipelines_know(MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES, InternImageRcnnForInstanceSegmentation)
     let_pipelines_know(MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES, InternImageRcnnForInstanceSegmentation)
+    for config_class in (InternImageConfig, InternImageDinoConfig, InternImageRcnnConfig):
+        has_no_video_processor(config_class)

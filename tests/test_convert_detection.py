@@ -11,7 +11,8 @@ import torch
 from conftest import FIXTURES
 from PIL import Image
 from safetensors.torch import load_file
-from test_convert import convert, only_error
+from test_convert import convert, hub_here, only_error  # noqa: F401 (a fixture)
+from test_package import bare_environment, run_python
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
 
 from convert import all as convert_all
@@ -225,3 +226,47 @@ def test_wrong_fields_of_a_configuration_are_one_line(fields, message, tmp_path,
     checkpoint = FIXTURES / "dino_tiny" / "checkpoint.pth"
     assert convert(detection, checkpoint, "--config", config, "--output", tmp_path / "detector") == 1
     assert message in only_error(capsys) and not (tmp_path / "detector").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ travelling
+
+DETECT = """
+    import importlib.util, json, sys
+    kwargs = {}
+    if sys.argv[1] == "without":
+        assert importlib.util.find_spec("internimage_hf") is None
+        kwargs = {"trust_remote_code": True}
+    else:
+        import internimage_hf
+    import numpy as np
+    from PIL import Image
+    from transformers import pipeline
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8))
+    for repository, task in (("me/dino", "object-detection"), ("me/rcnn", "object-detection"), ("me/rcnn", "image-segmentation")):
+        detector = pipeline(task, model=repository, **kwargs)
+        detector.image_processor.size = {"shortest_edge": 96, "longest_edge": 160}
+        found = detector(image, threshold=0.0)
+        for one in found:
+            one["score"] = round(one["score"], 5)
+            if "mask" in one:
+                one["mask"] = int(np.asarray(one["mask"]).sum())
+        print(json.dumps([type(detector.model).__module__.split(".")[0], found]))
+"""
+
+
+def test_converted_detectors_detect_the_same_without_the_package(hub_here, tmp_path):  # noqa: F811
+    for case, name in (("dino_tiny", "me/dino"), ("mask_rcnn_tiny", "me/rcnn")):
+        folder = FIXTURES / case
+        arguments = (folder / "checkpoint.pth", "--config", folder / "config.json", "--output", tmp_path / case)
+        assert convert(detection, *arguments, "--push-to-hub", name, "--remote-code") == 0
+    hub = hub_here
+    options = {"DCNV3_BACKEND": "torch"}  # without the package there is no kernel
+    with_package = run_python(DETECT, "with", **hub.environment(tmp_path / "with"), **options)
+    bare = {**bare_environment(tmp_path), **hub.environment(tmp_path / "without"), **options}
+    without = run_python(DETECT, "without", cwd=tmp_path, **bare)
+    found = []
+    for output, module in ((with_package, "internimage_hf"), (without, "transformers_modules")):
+        lines = [json.loads(line) for line in output.splitlines()]  # and no question whether to trust
+        assert [line[0] for line in lines] == [module] * 3
+        found.append([line[1] for line in lines])
+    assert found[0] == found[1] and all(len(detections) > 3 for detections in found[0])
