@@ -12,11 +12,12 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from internimage_hf import InternImageConfig, InternImageForImageClassification
+from internimage_hf import InternImageConfig, InternImageForImageClassification, region_ops
 from internimage_hf.dcnv3 import dcnv3_softmax
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import detection_speed
 import harness
 import model_speed
 import op_cpu
@@ -287,6 +288,25 @@ def test_model_speed_reports_a_failure(tmp_path, tiny_models, name, status):
     assert failures.pop(name).startswith("RuntimeError: ")
     assert set(failures.values()) == {""}
     assert f"| {name} " in table
+
+
+def test_detection_speed_times_every_part(tmp_path, monkeypatch):
+    tiny = {"channels": 8, "depths": [1, 1, 1, 1], "groups": [1, 2, 4, 8]}
+    monkeypatch.setattr(detection_speed, "QUERIES", 10)
+    monkeypatch.setattr(
+        detection_speed,
+        "backbone_config",
+        lambda variant, *stages: InternImageConfig(**tiny, out_features=list(stages)),
+    )
+    assert detection_speed.main(["--size", "50", "60", "--repeats", "1", "--output", str(tmp_path)]) == 0
+    report, text = results(tmp_path, "detection_speed")
+    assert report["environment"]["image_size"] == "50x60"
+    assert [row["model"] for row in report["measurements"]] == ["DINO-T", "Deformable DETR-T", "Mask R-CNN-T"]
+    for row in report["measurements"]:
+        assert row["seconds"] > 0 and row["peak_bytes"] > 0 and f"## {row['model']}" in text
+        assert all(seconds > 0 for seconds in row["parts"].values()), row
+    assert {"RoIAlign", "non-maximum suppression", "mask head"} <= row["parts"].keys()
+    assert detection_speed.modeling_internimage_rcnn.nms is region_ops.nms, "the functions are put back"
 
 
 def test_models_of_a_size():
