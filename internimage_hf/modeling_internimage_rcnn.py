@@ -22,6 +22,7 @@ from transformers.utils.generic import can_return_tuple
 from .compatibility import is_sharded_away, none_is_unset
 from .configuration_internimage_rcnn import InternImageRcnnConfig
 from .modeling_backbone import load_backbone
+from .modeling_internimage import InternImagePreTrainedModel
 from .region_ops import (
     box_giou,
     box_iou,
@@ -193,6 +194,11 @@ class InternImageRcnnPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=initialization)
         if initialization is not None and module.bias is not None:
             init.zeros_(module.bias)
+
+    def set_use_kernels(self, use_kernels: bool, *args, **kwargs) -> None:
+        if isinstance(self.backbone, InternImagePreTrainedModel):
+            self.backbone.set_use_kernels(use_kernels, *args, **kwargs)  # it offers its operator's kernel
+        super().set_use_kernels(use_kernels, *args, **kwargs)
 
 
 # ------------------------------------------------------------------------------------------- anchors, matching, sampling

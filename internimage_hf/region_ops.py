@@ -90,7 +90,7 @@ def _roi_align(feature_map: torch.Tensor, rois: torch.Tensor, output_size: int, 
             torch.cat(indices),
             pixels,
             bag_lengths.cumsum(0) - bag_lengths,
-            per_sample_weights=torch.cat(weights).to(pixels.dtype),
+            per_sample_weights=torch.cat(weights),
             mode="sum",
         )
         result.append(sums.view(-1, output_size, output_size, channels))
@@ -118,11 +118,14 @@ def roi_align(feature_map: torch.Tensor, rois: torch.Tensor, output_size: int, s
     """
     if not rois.isfinite().all():
         raise ValueError("`rois` must be finite: the weights of the model or its input are not")
+    # coordinates and sums in float32 at least: bfloat16 has no fractions of a pixel beyond 256
+    dtype = torch.promote_types(feature_map.dtype, torch.float32)
+    rois = rois.detach().to(dtype)
     if ops := _torchvision_ops(feature_map.device.type):
-        return ops.roi_align(
-            feature_map, rois.to(feature_map.dtype), output_size, spatial_scale, sampling_ratio=0, aligned=True
-        )
-    return _roi_align(feature_map, rois.detach(), output_size, spatial_scale)
+        pooled = ops.roi_align(feature_map.to(dtype), rois, output_size, spatial_scale, sampling_ratio=0, aligned=True)
+    else:
+        pooled = _roi_align(feature_map.to(dtype), rois, output_size, spatial_scale)
+    return pooled.to(feature_map.dtype)
 
 
 def roi_align_masks(

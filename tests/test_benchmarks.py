@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from internimage_hf import InternImageConfig, InternImageForImageClassification, region_ops
+from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageRcnnConfig, region_ops
 from internimage_hf.dcnv3 import dcnv3_softmax
 
 
@@ -298,6 +299,8 @@ def test_detection_speed_times_every_part(tmp_path, monkeypatch):
         "backbone_config",
         lambda variant, *stages: InternImageConfig(**tiny, out_features=list(stages)),
     )
+    small = {"fpn_hidden_size": 8, "box_hidden_size": 8, "mask_hidden_size": 8}
+    monkeypatch.setattr(detection_speed, "InternImageRcnnConfig", partial(InternImageRcnnConfig, **small))
     assert detection_speed.main(["--size", "50", "60", "--repeats", "1", "--output", str(tmp_path)]) == 0
     report, text = results(tmp_path, "detection_speed")
     assert report["environment"]["image_size"] == "50x60"

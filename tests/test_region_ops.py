@@ -89,12 +89,13 @@ def test_roi_align_gradient():
     assert torch.autograd.gradcheck(lambda maps: roi_align(maps, rois, 2, 0.2), feature_map)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
 def test_roi_align_in_other_dtypes(dtype, tolerance):
     feature_map = torch.randn(2, 8, 7, 10)
     rois = torch.tensor(ROIS)
+    feature_map = feature_map.to(dtype)
     expected = roi_align(feature_map.double(), rois.double(), 7, 0.25)
-    actual = roi_align(feature_map.to(dtype), rois, 7, 0.25)
+    actual = roi_align(feature_map, rois, 7, 0.25)
     assert actual.dtype == dtype
     torch.testing.assert_close(actual.double(), expected, atol=tolerance, rtol=0)
 
