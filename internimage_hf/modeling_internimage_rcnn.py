@@ -275,7 +275,11 @@ def _rois(boxes: list[torch.Tensor]) -> torch.Tensor:
 
 
 class InternImageRcnnForInstanceSegmentation(InternImageRcnnPreTrainedModel):
-    """Mask R-CNN, or Cascade Mask R-CNN, on any backbone: boxes, labels and masks of objects."""
+    """Mask R-CNN, or Cascade Mask R-CNN, on any backbone: boxes, labels and masks of objects.
+
+    The authors trained the BatchNorms of Cascade Mask R-CNN's box heads with statistics over all processes:
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)` does so here.
+    """
 
     accepts_loss_kwargs = False
 

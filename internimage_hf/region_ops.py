@@ -25,7 +25,7 @@ _MAX_LOG_RATIO = math.log(1000 / 16)
 
 
 def _bin_weights(
-    start: torch.Tensor, extent: torch.Tensor, bins: int, length: int
+    start: torch.Tensor, extent: torch.Tensor, bins: int, length: int, support: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights that RoIAlign's bins give to the pixels of one axis.
 
@@ -38,20 +38,20 @@ def _bin_weights(
         extent: (regions,) their sizes.
         bins: how many bins a region has.
         length: pixels of the axis.
+        support: pixels that the largest bin reaches, one more than it has samples.
 
     Returns:
         Pixels (regions, bins, support) and weights of the same shape; the pixels of a bin follow each other.
     """
     bin_size = (extent / bins)[:, None, None]
     samples = torch.ceil(bin_size)
-    support = max(int(samples.max().item()), 1)
-    sample = torch.arange(support, device=start.device, dtype=start.dtype)
+    sample = torch.arange(support - 1, device=start.device, dtype=start.dtype)
     bin_start = torch.arange(bins, device=start.device, dtype=start.dtype)[:, None] * bin_size
     positions = start[:, None, None] + bin_start + (sample + 0.5) * (bin_size / samples.clamp(min=1))
     counts = (sample < samples) & (positions >= -1) & (positions <= length)  # (regions, bins, samples)
     positions = positions.clamp(0, length - 1)
     # The samples of a bin are at most one pixel apart: they touch one pixel more than there are samples.
-    pixels = positions[..., :1].floor() + torch.arange(support + 1, device=start.device, dtype=start.dtype)
+    pixels = positions[..., :1].floor() + torch.arange(support, device=start.device, dtype=start.dtype)
     shares = (1 - (positions[..., None] - pixels[..., None, :]).abs()).clamp(min=0)
     weights = (shares * counts[..., None]).sum(-2) / samples.clamp(min=1)
     return pixels.clamp(max=length - 1).long(), weights
@@ -68,9 +68,10 @@ def _roi_align(feature_map: torch.Tensor, rois: torch.Tensor, output_size: int, 
     left, top, right, bottom = (rois[:, 1:] * spatial_scale - 0.5).unbind(1)
     extents = torch.stack([bottom - top, right - left], 1)
     # regions with equally many samples per bin have equally long sums
-    supports, support = (torch.ceil(extents / output_size).clamp(min=1) + 1).unique(dim=0, return_inverse=True)
-    order = support.argsort(stable=True)
-    lengths = supports.prod(1).long()[support[order]]  # of the sums of each region
+    supports = (extents / output_size).ceil().clamp(min=1).long() + 1
+    kinds, kind = supports.unique(dim=0, return_inverse=True)
+    order = kind.argsort(stable=True)
+    lengths = supports.prod(1)[order]  # of the sums of each region
     result, start = [], 0
     while start < len(rois):
         # as many regions as fit, and at least one
@@ -78,9 +79,10 @@ def _roi_align(feature_map: torch.Tensor, rois: torch.Tensor, output_size: int, 
         stop = start + max(fitting, 1)
         chunk = order[start:stop]
         indices, weights = [], []
-        for members in chunk.split(support[chunk].unique_consecutive(return_counts=True)[1].tolist()):
-            rows, row_weights = _bin_weights(top[members], extents[members, 0], output_size, height)
-            columns, column_weights = _bin_weights(left[members], extents[members, 1], output_size, width)
+        numbers = kind[chunk].bincount(minlength=len(kinds)).tolist()
+        for members, (high, wide) in zip(chunk.split(numbers), kinds.tolist(), strict=True):
+            rows, row_weights = _bin_weights(top[members], extents[members, 0], output_size, height, high)
+            columns, column_weights = _bin_weights(left[members], extents[members, 1], output_size, width, wide)
             rows = (image[members, None, None] * height + rows) * width
             indices.append((rows[:, :, None, :, None] + columns[:, None, :, None, :]).flatten())
             weights.append((row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]).flatten())
@@ -148,10 +150,13 @@ def roi_align_masks(
         members = (index == i).nonzero()[:, 0]
         matrices = []
         for start, end, length in ((top, bottom, masks[i].shape[0]), (left, right, masks[i].shape[1])):
-            pixels, weights = _bin_weights(start[members], (end - start)[members], output_size, length)
+            extents = (end - start)[members]
+            support = int((extents / output_size).ceil().clamp(min=1).max()) + 1
+            pixels, weights = _bin_weights(start[members], extents, output_size, length, support)
             matrix = boxes.new_zeros(len(members), output_size, length)
             matrices.append(matrix.scatter_add_(2, pixels, weights))
-        result[members] = matrices[0] @ masks[i].bool().to(boxes.dtype) @ matrices[1].transpose(1, 2)
+        with torch.autocast(boxes.device.type, enabled=False):  # which would multiply in half precision
+            result[members] = matrices[0] @ masks[i].bool().to(boxes.dtype) @ matrices[1].transpose(1, 2)
     return result
 
 
@@ -315,7 +320,8 @@ def paste_masks(
             positions = (centers - start) / (end - start) * side - 0.5
             matrices.append((1 - (positions[:, None] - pixels).abs()).clamp(min=0))
             ranges.append(slice(first, max(last, first)))
-        target[ranges[0], ranges[1]] = matrices[0] @ mask @ matrices[1].T >= threshold
+        with torch.autocast(boxes.device.type, enabled=False):
+            target[ranges[0], ranges[1]] = matrices[0] @ mask @ matrices[1].T >= threshold
     return result
 
 

@@ -32,7 +32,8 @@ from .modeling_internimage_rcnn import InternImageRcnnForInstanceSegmentation
 
 
 def register_auto_classes() -> None:
-    """Registers with AutoConfig, AutoModel, AutoModelForImageClassification, AutoBackbone and AutoImageProcessor.
+    """Registers the package's configurations, models and image processors with the Auto classes, and the detectors with the
+    pipelines.
 
     May be called more than once.
     """

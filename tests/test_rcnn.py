@@ -451,6 +451,52 @@ def test_any_backbone_and_other_settings():
     assert model(torch.randn(1, 3, 64, 96), labels=[objects(2, 64, 96)]).loss.isfinite()
 
 
+def test_a_new_class_list_renews_only_what_depends_on_it(folder):
+    model, info = InternImageRcnnForInstanceSegmentation.from_pretrained(
+        folder, num_labels=5, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    renewed = {f"box_heads.0.{layer}" for layer in ("classifier", "regressor")} | {"mask_heads.0.classifier"}
+    expected = {f"{layer}.{kind}" for layer in renewed for kind in ("weight", "bias")}
+    assert {name for name, *_ in info["mismatched_keys"]} == expected
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert 0.005 < model.box_heads[0].classifier.weight.std() < 0.02 and not model.box_heads[0].classifier.bias.any()
+    before = InternImageRcnnForInstanceSegmentation.from_pretrained(folder).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert name in expected or torch.equal(tensor, before[name]), name
+
+
+def test_weights_begin_as_mmdetection_has_them():
+    model = InternImageRcnnForInstanceSegmentation(InternImageRcnnConfig.cascade(box_hidden_size=256))
+    head, mask_head = model.box_heads[2], model.mask_heads[1]
+    for layer, std in (
+        (model.neck.lateral_convs[3], (2 / (512 + 256)) ** 0.5),
+        (model.proposal_head.classifier, 0.01),
+        (head.classifier, 0.01),
+        (head.regressor, 0.001),
+        (head.fcs[0], (2 / (256 * 49 + 256)) ** 0.5),
+        (head.convs[1], (2 / (256 * 9)) ** 0.5),
+        (mask_head.convs[0], (2 / (256 * 9)) ** 0.5),
+        (mask_head.classifier, (2 / 2) ** 0.5),  # fan out: two labels
+    ):
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.1)
+        assert layer.bias is None or not layer.bias.any()
+    assert len(model.box_heads) == len(model.mask_heads) == 3
+    assert model.backbone.encoder.stages[0].layers[0].layer_scale1.eq(1).all(), "the backbone fills itself"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_under_autocast(dtype):
+    model = tiny().train()
+    pixel_values, labels = torch.randn(1, 3, 64, 64), [objects(2, 64, 64)]
+    losses = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            losses.append(model(pixel_values, labels=labels).loss)
+    losses[1].backward()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.05)
+
+
 def test_bfloat16_and_gradient_checkpointing():
     model = tiny().to(torch.bfloat16)
     with torch.no_grad():
