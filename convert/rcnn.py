@@ -115,6 +115,7 @@ def _stage(value: Any, stage: int) -> Any:
 
 # Settings of the official configurations with the one value that the model is built for, by their paths.
 _FIXED: list[tuple[tuple[str, ...], tuple]] = [
+    (("rpn_head", "anchor_generator", "center_offset"), (0.0,)),
     (("rpn_head", "bbox_coder", "target_means"), ([0.0] * 4,)),
     (("rpn_head", "bbox_coder", "target_stds"), ([1.0] * 4,)),
     (("rpn_head", "loss_cls", "loss_weight"), (1.0,)),
@@ -145,6 +146,17 @@ def _check_settings(fields: dict[str, Any], stages: int) -> None:
     for place, path, allowed in _FIXED_OF_STAGES:
         for stage in range(stages):
             found.append(((*place, *path), field(_stage(field(fields, *place), stage), *path), allowed))
+    strides = field(fields, "rpn_head", "anchor_generator", "strides")
+    for name in ("bbox_roi_extractor", "mask_roi_extractor"):
+        pooled = field(fields, "roi_head", name, "featmap_strides", default=[])
+        expected = (strides or InternImageRcnnConfig.feature_strides)[: len(pooled)]
+        found.append((("roi_head", name, "featmap_strides"), pooled, (list(expected),)))
+    for stage in range(stages):
+        head = _stage(field(fields, "roi_head", "bbox_head"), stage)
+        is_giou = field(head, "loss_bbox", "type") == "GIoULoss"
+        # the loss of overlaps is one on boxes, the others are on deltas
+        decoded = field(head, "reg_decoded_bbox", default=None if head is None else False)
+        found.append((("roi_head", "bbox_head", "reg_decoded_bbox"), decoded, (is_giou,)))
     for path, value, allowed in found:
         value = list(value) if isinstance(value, tuple) else value
         if value is not None and value not in allowed:

@@ -55,7 +55,12 @@ def register_auto_classes() -> None:
     )
     AutoConfig.register(InternImageRcnnConfig.model_type, InternImageRcnnConfig, exist_ok=True)
     # `pipeline("image-segmentation")` finds its models by AutoModelForImageSegmentation
-    for auto_class in (AutoModelForInstanceSegmentation, AutoModelForImageSegmentation, AutoModelForObjectDetection):
+    for auto_class in (
+        AutoModel,
+        AutoModelForInstanceSegmentation,
+        AutoModelForImageSegmentation,
+        AutoModelForObjectDetection,
+    ):
         auto_class.register(InternImageRcnnConfig, InternImageRcnnForInstanceSegmentation, exist_ok=True)
     AutoImageProcessor.register(
         InternImageRcnnConfig,

@@ -250,6 +250,16 @@ def test_every_released_name_maps_without_remainder(name):
         ),
         (("roi_head", "bbox_head", "loss_bbox", "type"), "CIoULoss", "must be 'L1Loss' or 'GIoULoss', got 'CIoULoss'"),
         (("test_cfg", "rcnn", "max_per_img"), 0, "`max_detections` must be a positive integer, got 0"),
+        (
+            ("roi_head", "bbox_head", "reg_decoded_bbox"),
+            True,
+            "`roi_head.bbox_head.reg_decoded_bbox` must be False, got True",
+        ),
+        (
+            ("roi_head", "mask_roi_extractor", "featmap_strides"),
+            [8, 16],
+            "`roi_head.mask_roi_extractor.featmap_strides` must be [4, 8], got [8, 16]",
+        ),
     ],
 )
 def test_a_setting_that_the_model_lacks_is_refused(path, value, message):
