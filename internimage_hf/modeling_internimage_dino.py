@@ -25,7 +25,8 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMultiscaleDeformableAttention,
     DeformableDetrSelfAttention,
 )
-from transformers.utils import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -410,6 +411,11 @@ class InternImageDinoDecoder(InternImageDinoPreTrainedModel):
         class_branches: nn.ModuleList,
         box_branches: nn.ModuleList,
         valid_ratios: torch.Tensor,
+        spatial_shapes: torch.Tensor,
+        spatial_shapes_list: list[tuple[int, int]],
+        level_start_index: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> InternImageDinoDecoderOutput:
@@ -419,8 +425,10 @@ class InternImageDinoDecoder(InternImageDinoPreTrainedModel):
             anchors: their boxes, (batch, queries, 4), detached.
             class_branches, box_branches: one per layer, more are left alone.
             valid_ratios: the image's part of each level, (batch, levels, 2), width before height.
+            spatial_shapes, spatial_shapes_list, level_start_index: sizes of the levels, and where each begins.
+            encoder_hidden_states: (batch, sequence, d_model).
+            encoder_attention_mask: (batch, sequence), False where a position is padding.
             attention_mask: what is added to the logits of self-attention, (1, 1, queries, queries).
-            **kwargs: of the layers.
         """
         hidden_states, dtype = inputs_embeds, inputs_embeds.dtype
         ratios = torch.cat([valid_ratios, valid_ratios], -1)[:, None]  # (N, 1, levels, 4)
@@ -433,6 +441,11 @@ class InternImageDinoDecoder(InternImageDinoPreTrainedModel):
                 hidden_states,
                 self.position_head(encoded.to(dtype)),
                 points.to(dtype),
+                spatial_shapes,
+                spatial_shapes_list,
+                level_start_index,
+                encoder_hidden_states,  # by position, as reentrant gradient checkpointing wants what has a gradient
+                encoder_attention_mask,
                 attention_mask=attention_mask,
                 **kwargs,
             )
@@ -494,7 +507,7 @@ class InternImageDinoForObjectDetection(InternImageDinoPreTrainedModel):
         pixel_mask: torch.LongTensor | None = None,
         labels: list[dict[str, torch.Tensor]] | None = None,
         output_intermediate: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> InternImageDinoObjectDetectionOutput:
         r"""
         Args:

@@ -47,7 +47,8 @@ def register_auto_classes() -> None:
         InternImageConfig, image_processor_classes={"pil": InternImageImageProcessor}, exist_ok=True
     )
     AutoConfig.register(InternImageDinoConfig.model_type, InternImageDinoConfig, exist_ok=True)
-    AutoModelForObjectDetection.register(InternImageDinoConfig, InternImageDinoForObjectDetection, exist_ok=True)
+    for auto_class in (AutoModel, AutoModelForObjectDetection):  # there is no model without the detection head
+        auto_class.register(InternImageDinoConfig, InternImageDinoForObjectDetection, exist_ok=True)
     AutoImageProcessor.register(
         InternImageDinoConfig,
         image_processor_classes={"pil": InternImageDetectionImageProcessor},

@@ -1,9 +1,10 @@
-"""transformers' own common model tests on this package's classes, with ConvNextV2 as the control.
+"""transformers' own common model tests on this package's classes, with ConvNextV2 and Deformable DETR as the controls.
 
     python tests/transformers_suite/run.py [--quick] [-k EXPRESSION] [--record-control]
 
 In comes the sdist of the installed transformers, which carries its tests; out goes a table of what ConvNextV2 passes and
-InternImage does not. Status 0 only if every variant passes what the control passes, and fails nothing.
+InternImage does not, and what Deformable DETR passes and DINO does not. Status 0 only if every variant passes what its control
+passes, and fails nothing.
 
 The sdist lacks `tests/models`, `tests/pipelines` and some helpers: `overlay/` has what takes their place, and modules that are
 imported for a name alone become stubs. The control's results are kept in `control/VERSION.json`; `--record-control` runs it
@@ -29,9 +30,23 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 VARIANTS = ("PreNorm", "PostNorm", "ResPostNorm")
 MODULES = {
-    "control": "tests/models/convnextv2/test_modeling_convnextv2.py",
-    "ours": "tests/models/internimage/test_modeling_internimage.py",
+    "control": (
+        "tests/models/convnextv2/test_modeling_convnextv2.py",
+        "tests/models/deformable_detr/test_modeling_deformable_detr.py",
+    ),
+    "ours": (
+        "tests/models/internimage/test_modeling_internimage.py",
+        "tests/models/internimage_dino/test_modeling_internimage_dino.py",
+    ),
 }
+# The test classes of each control's counterparts.
+COUNTERPARTS = {
+    "ConvNextV2ModelTest": [f"InternImage{variant}ModelTest" for variant in VARIANTS],
+    "ConvNextV2BackboneTest": [f"InternImage{variant}BackboneTest" for variant in VARIANTS],
+    "DeformableDetrTest": ["InternImageDinoTest"],
+}
+# Of names that transformers gave parameters of Deformable DETR in later versions.
+NOT_APPLICABLE = {"DeformableDetrTest": {"test_can_load_from_already_mapped_keys", "test_reverse_loading_mapping"}}
 SLOW = "torch_export or torch_compile or bc_torch_dtype"
 
 
@@ -122,7 +137,7 @@ def run(root: Path, which: str, expression: str, workers: int) -> dict[str, dict
         RuntimeError: if pytest could not collect or run the tests.
     """
     results = root / f"{which}.jsonl"
-    command = [sys.executable, "-m", "pytest", MODULES[which], "-q", "-rN", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", *MODULES[which], "-q", "-rN", "--tb=short"]
     command += ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else ["-p", "no:xdist"]
     command += ["-k", expression] if expression else []
     environment = {
@@ -157,17 +172,18 @@ def compare(
         partly: only some of the tests were chosen: those of the control that were not are passed over.
     """
     problems = []
-    for part in ("Model", "Backbone"):
-        passed = {n for n, status in control[f"ConvNextV2{part}Test"].items() if status == "passed"}
-        for variant in VARIANTS:
-            found = ours.get(f"InternImage{variant}{part}Test", {})
+    for control_class, counterparts in COUNTERPARTS.items():
+        passed = {n for n, status in control[control_class].items() if status == "passed"}
+        passed -= NOT_APPLICABLE.get(control_class, set())
+        for counterpart in counterparts:
+            found = ours.get(counterpart, {})
             for name in sorted(passed | found.keys()):
                 status, detail = found.get(name, ("not run", ""))
                 if partly and status == "not run":
                     continue
                 expected = name in passed or name.startswith("test_ours_")
                 if status == "failed" or (expected and status != "passed"):
-                    problems.append(f"{part}::{name}, {variant}: {status}: {' '.join(detail.split())[:300]}")
+                    problems.append(f"{counterpart}::{name}: {status}: {' '.join(detail.split())[:300]}")
     return problems
 
 
@@ -202,11 +218,9 @@ def main(argv: list[str] | None = None) -> int:
         ours = run(root, "ours", expression, arguments.n)
     problems = compare(control, ours, partly=bool(expression))
     print("\n".join(problems))
-    for variant in VARIANTS:
-        statuses = [
-            status for name, tests in ours.items() if f"InternImage{variant}" in name for status, _ in tests.values()
-        ]
-        print(f"{variant}: " + ", ".join(f"{statuses.count(s)} {s}" for s in ("passed", "skipped", "failed")))
+    for name, tests in ours.items():
+        statuses = [status for status, _ in tests.values()]
+        print(f"{name}: " + ", ".join(f"{statuses.count(s)} {s}" for s in ("passed", "skipped", "failed")))
     return 1 if problems else 0
 
 
