@@ -4,6 +4,7 @@
 from .configuration_internimage import InternImageConfig
 from .dcnv3 import dcnv3_backend_report, use_dcnv3_backend
 from .image_processing_internimage import InternImageImageProcessor
+from .kernel_loader import load_dcnv3_kernel
 from .modeling_internimage import (
     InternImageBackbone,
     InternImageForImageClassification,
@@ -24,6 +25,7 @@ __all__ = [
     "InternImageModel",
     "InternImagePreTrainedModel",
     "dcnv3_backend_report",
+    "load_dcnv3_kernel",
     "save_with_remote_code",
     "use_dcnv3_backend",
 ]

@@ -1,4 +1,4 @@
-"""A small Hub on loopback: the endpoints that creating, uploading and loading a model repository use, over real HTTP.
+"""A small Hub on loopback, over real HTTP: what creating, uploading and loading a model and loading a kernel ask for.
 
 Repositories live in memory, one linear history each. Faults can be put in: `fail_next` answers that many requests with 503,
 `fail` spoils requests to one endpoint, `forbid` plays permissions, `slow_upload` sleeps before it takes a large file.
@@ -34,6 +34,7 @@ class Hub:
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.private: set[str] = set()
+        self.trusted_kernel_publishers: set[str] = set()
         self.faults: list[list] = []
         self.fail_next = 0
         self.forbid = False
@@ -141,9 +142,10 @@ class _Handler(BaseHTTPRequestHandler):
             ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self.lfs_batch),
             ("PUT", r"/lfs/(\w+)", self.lfs_upload),
             ("POST", r"/api/models/([^/]+/[^/]+)/commit/[^/]+", self.commit),
-            ("GET", r"/api/models/([^/]+/[^/]+)/tree/[^/]+(?:/.*)?", self.tree),
-            ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", self.info),
-            ("GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
+            ("GET", r"/api/(?:models|kernels)/([^/]+/[^/]+)/tree/[^/]+(?:/(.*))?", self.tree),
+            ("GET", r"/api/(?:models|kernels)/([^/]+/[^/]+)(?:/revision/[^/]+)?", self.info),
+            ("GET", r"/api/organizations/([^/]+)/overview", self.organization),
+            ("GET", r"(?:/kernels)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
         ):
             match = re.fullmatch(pattern, path)
             if match and (self.command == method or (method == "GET" and self.command == "HEAD")):
@@ -248,16 +250,26 @@ class _Handler(BaseHTTPRequestHandler):
                 200, {**content, "private": repository in self.hub.private, "tags": [], "downloads": 0, "likes": 0}
             )
 
-    def tree(self, body, repository):
+    def tree(self, body, repository, folder):
+        """The files below a folder, and with a folder its subfolders: what `recursive` asks for and what lists variants."""
         if self.known(repository):
-            files = self.hub.repositories[repository].items()
-            self.answer(
-                200,
-                [
-                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                    for name, data in files
-                ],
-            )
+            prefix = f"{folder}/" if folder else ""
+            files = {name: data for name, data in self.hub.repositories[repository].items() if name.startswith(prefix)}
+            entries = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in files.items()
+            ]
+            below = {name.removeprefix(prefix).split("/")[0] for name in files if "/" in name.removeprefix(prefix)}
+            if folder:
+                entries += [
+                    {"type": "directory", "path": prefix + name, "oid": hashlib.sha1(name.encode()).hexdigest()}
+                    for name in sorted(below)
+                ]
+            self.answer(200, entries)
+
+    def organization(self, body, name):
+        trusted = name in self.hub.trusted_kernel_publishers
+        self.answer(200, {"name": name, "fullname": name, "avatarUrl": "", "trustedKernelPublisher": trusted})
 
     def resolve(self, body, repository, revision, name):
         if not self.known(repository):
