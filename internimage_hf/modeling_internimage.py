@@ -29,7 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .compatibility import LoadsOfficialNames, is_sharded_away, none_is_unset
 from .configuration_internimage import InternImageConfig
-from .dcnv3 import _is_exporting, chosen_backend, dcnv3_softmax
+from .dcnv3 import chosen_backend, dcnv3_softmax, is_exporting
 from .kernel_loader import offer_kernel_layer
 
 
@@ -94,7 +94,7 @@ def _linear(in_features: int, out_features: int, initialization: str) -> nn.Line
 
 def _halve(conv: nn.Conv2d, hidden_states: torch.Tensor) -> torch.Tensor:
     """Applies a 3x3 convolution of stride 2: (N, C, H, W) -> (N, C', ceil(H/2), ceil(W/2))."""
-    if torch.compiler.is_compiling() and not _is_exporting():
+    if torch.compiler.is_compiling() and not is_exporting():
         # Inductor (torch 2.13) compares strides of channels-last maps by their remainder. A symbolic height after the
         # convolution is (H-1)//2 + 1, sympy does not cancel products of such sums, and the comparison ends in "Invalid
         # ranges [0:-1]". With the last row and column of zeros that an odd size reads as padding made part of the map,

@@ -20,7 +20,7 @@ from onnxscript.values import Op, Opset
 from torch import nn
 
 from .dcnv3 import dcnv3_as_operator
-from .dcnv3_torch import Geometry, unpack_geometry
+from .dcnv3_reference import Geometry, unpack_geometry
 from .modeling_internimage import InternImageBackbone, InternImageForImageClassification
 
 

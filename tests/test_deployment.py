@@ -21,7 +21,7 @@ from internimage_hf import (
     InternImageImageProcessor,
 )
 from internimage_hf.dcnv3 import dcnv3, dcnv3_as_operator, dcnv3_softmax
-from internimage_hf.dcnv3_torch import Geometry
+from internimage_hf.dcnv3_reference import Geometry
 
 
 onnx = pytest.importorskip("onnx", reason="needs `pip install internimage-hf[export]`")

@@ -1,173 +1,24 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
-"""DCNv3 in PyTorch, in two formulations of the same arithmetic (section 3.1, equation 2 of the InternImage paper).
+"""Input, sampling offsets and modulation mask come in, DCNv3's output goes out: the chunked implementation for the CPU.
 
-`dcnv3_plain` is differentiable PyTorch code around one `grid_sample`: what exporters and the transforms of torch.func see,
-and what devices other than the CPU run (compiled, around gathers). It materialises every sampled point, as the official fallback
-(`dcnv3_core_pytorch`) does.
+It runs where there is no compiled kernel, and never materialises the sampled points. Seen from an output pixel, one group's
+result is a weighted sum of 4 * P short rows of the input: what `embedding_bag` computes, vectorised over the channels of the
+group and without temporaries. Seen from an input pixel, so is the gradient of the input, of rows of the output's gradient.
+Work goes in chunks whose buffers stay in the cache, and the backward pass recomputes instead of storing. `benchmarks/op_cpu.py`
+compares it with the alternatives.
 
-`dcnv3_cpu` never does. Seen from an output pixel, one group's result is a weighted sum of 4 * P short rows of the input:
-what `embedding_bag` computes, vectorised over the channels of the group and without temporaries. Seen from an input pixel,
-so is the gradient of the input, of rows of the output's gradient. Work goes in chunks whose buffers stay in the cache, and
-the backward pass recomputes instead of storing. `benchmarks/op_cpu.py` compares it with the alternatives.
-
-A point on a pixel, as all are before training, belongs to the cell to the right and below: there the derivatives by the
-position, which differ from those of the cell to the left and above, are taken. So does the kernel.
+It is one operator, `internimage_hf::dcnv3_cpu`, which torch.compile leaves as it is. Inductor would take `dcnv3_plain` apart
+into more memory and time, after minutes of compilation for symbolic sizes; of a loop of `grid_sample`s it makes code that
+corrupts the heap when training (torch 2.13 and 2.15).
 """
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-
-class Geometry(NamedTuple):
-    """The hyper-parameters of a call. Pairs are (vertical, horizontal)."""
-
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    offset_scale: float
-    remove_center: bool
-
-    @property
-    def points(self) -> int:
-        return self.kernel_size[0] * self.kernel_size[1] - int(self.remove_center)
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        return tuple(
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, kernel, stride, padding, dilation in zip(
-                (height, width), self.kernel_size, self.stride, self.padding, self.dilation, strict=True
-            )
-        )
-
-    def kernel_positions(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row and column in the kernel of each of the P points, x-major, int64."""
-        rows, columns = self.kernel_size
-        points = torch.arange(rows * columns, device=device)
-        if self.remove_center:
-            center = rows * columns // 2
-            points = torch.cat((points[:center], points[center + 1 :]))
-        return points % rows, points // rows
-
-    def base_positions(
-        self, axis: int, outputs: int, kernel_positions: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Where the points lie without offsets along an axis (0 vertical), in input pixels: (outputs, P).
-
-        Relative to the kernel's centre, a point on a pixel is there exactly, whatever the offset scale.
-        """
-        half = (self.dilation[axis] * (self.kernel_size[axis] - 1)) // 2
-        centers = torch.arange(outputs, device=kernel_positions.device, dtype=dtype) * self.stride[axis]
-        centers = centers + (half - self.padding[axis])
-        from_center = (kernel_positions * self.dilation[axis] - half).to(dtype) * self.offset_scale
-        return centers[:, None] + from_center
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic: float64 for float64, float32 for anything smaller."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _exponentials_over_points(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a softmax over the last dimension divides, and what by: its sum, NaN if one of the quotients is."""
-    exponentials = (logits - logits.amax(-1, keepdim=True)).exp()
-    return exponentials, exponentials.sum(-1, keepdim=True)
-
-
-def softmax_over_points(logits: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last dimension. `torch.softmax` takes several times as long on the CPU for nine values."""
-    exponentials, total = _exponentials_over_points(logits)
-    return exponentials / total
-
-
-def _sampling_size(size: int) -> int:
-    """The least power of two that is not less: with it, `grid_sample`'s coordinates of pixels are exact.
-
-    With another size they are rounded, and a point on a pixel may fall into the cell to the left, whose derivative differs.
-    Sizes that are symbolic, or that Dynamo is about to make so, stay what they are: what is exported with them gives the
-    same values, but possibly that derivative.
-    """
-    if type(size) is not int or torch.compiler.is_dynamo_compiling():
-        return size
-    return 1 << (size - 1).bit_length()
-
-
-def _sample(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Bilinear samples of maps, zero outside, by `grid_sample`.
-
-    Args:
-        value: (maps, channels, height, width).
-        x, y: (maps, rows, columns), in pixels.
-
-    Returns:
-        (maps, channels, rows, columns)
-    """
-    height, width = value.shape[2:]
-    sampling_height, sampling_width = _sampling_size(height), _sampling_size(width)
-    if sampling_height is not height or sampling_width is not width:
-        value = F.pad(value, (0, sampling_width - width, 0, sampling_height - height))
-    grid = torch.stack(((2 * x + 1) / sampling_width - 1, (2 * y + 1) / sampling_height - 1), -1)
-    return F.grid_sample(value, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-
-
-def _sample_by_gathering(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """`_sample`, corner by corner: what a compiler fuses, for sizes that are symbolic too."""
-    height, width = value.shape[2:]
-    pixels, total = value.flatten(2), 0
-    left, upper = x.floor(), y.floor()
-    for row, by_row in ((upper, 1 - (y - upper)), (upper + 1, y - upper)):
-        for column, by_column in ((left, 1 - (x - left)), (left + 1, x - left)):
-            there = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = torch.where(there, row, 0).long() * width + torch.where(there, column, 0).long()
-            index = index.flatten(1).unsqueeze(1).expand(-1, value.shape[1], -1)
-            corner = pixels.gather(2, index).unflatten(-1, x.shape[1:])
-            total = total + torch.where(there.unsqueeze(1), corner, 0) * (by_row * by_column).unsqueeze(1)
-    return total
-
-
-def dcnv3_plain(
-    input: torch.Tensor,
-    offset: torch.Tensor,
-    mask: torch.Tensor,
-    geometry: Geometry,
-    softmax: bool,
-    by_gathering: bool = False,
-) -> torch.Tensor:
-    """DCNv3 by sampling all points at once. Shapes as for `dcnv3`.
-
-    Args:
-        by_gathering: for compilers; takes several times the memory otherwise.
-    """
-    groups, points = geometry.groups, geometry.points
-    height, width = input.shape[1:3]
-    height_out, width_out = offset.shape[1:3]
-    dtype = compute_dtype(input.dtype)
-
-    kernel_rows, kernel_columns = geometry.kernel_positions(input.device)
-    offset = (
-        offset.to(dtype).unflatten(-1, (groups, points, 2)).permute(0, 3, 1, 2, 4, 5)
-    )  # (N, G, H_out, W_out, P, 2)
-    x = geometry.base_positions(1, width_out, kernel_columns, dtype) + offset[..., 0] * geometry.offset_scale
-    y = geometry.base_positions(0, height_out, kernel_rows, dtype)[:, None] + offset[..., 1] * geometry.offset_scale
-    # What does not lie inside (NaN does not) goes where nothing is sampled, and out of reach of an integer overflow.
-    inside = (x > -1) & (x < width) & (y > -1) & (y < height)
-    x, y = torch.where(inside, x, -2), torch.where(inside, y, -2)
-
-    mask = mask.to(dtype).unflatten(-1, (groups, points))
-    mask = (softmax_over_points(mask) if softmax else mask).permute(0, 3, 1, 2, 4)  # (N, G, H_out, W_out, P)
-    mask = torch.where(inside, mask, 0)  # 0 * inf is not 0: one that does not count may be anything
-    value = input.to(dtype).unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2)  # (N, G, C/G, H, W)
-    sample = _sample_by_gathering if by_gathering else _sample
-    # (N*G, C/G, H_out, W_out*P)
-    sampled = sample(value.flatten(0, 1), *(position.flatten(0, 1).flatten(2, 3) for position in (x, y)))
-    sampled = sampled.unflatten(-1, (width_out, points)).unflatten(0, (-1, groups))
-    output = (sampled * mask.unsqueeze(2)).sum(-1)  # (N, G, C/G, H_out, W_out)
-    return output.permute(0, 3, 4, 1, 2).flatten(-2).to(input.dtype)
+from .dcnv3_reference import Geometry, compute_dtype, exponentials_over_points, unpack_geometry
 
 
 # Sampling points of one chunk. Each needs about 60 bytes, and the buffers of two threads are to stay in the cache; fewer
@@ -177,7 +28,7 @@ _CHUNK_POINTS = 65536
 _RING = 2
 
 
-class _CpuOp:
+class _Chunks:
     """What all chunks of a call share."""
 
     def __init__(
@@ -242,7 +93,7 @@ class _CpuOp:
         mask = self._chunk(self.mask, images, rows, self.geometry.points)
         if not self.softmax:
             return mask.flatten(2), math.isfinite(mask.sum())
-        exponentials, total = _exponentials_over_points(mask)
+        exponentials, total = exponentials_over_points(mask)
         return exponentials.div_(total).flatten(2), math.isfinite(total.sum())
 
     def _outside(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -370,49 +221,22 @@ class _CpuOp:
         return by_x, by_y, by_mask
 
 
-class _DCNv3Cpu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, input, offset, mask, geometry, softmax):
-        ctx.save_for_backward(input, offset, mask)
-        ctx.geometry, ctx.softmax = geometry, softmax
-        return _CpuOp(input, offset, mask, geometry, softmax).forward()
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        # An operator, so that differentiating again meets it, also where the output's gradient is a constant.
-        options = (_packed(ctx.geometry), ctx.geometry.offset_scale, ctx.softmax)
-        return *_compiled_backward(grad_output, *ctx.saved_tensors, *options), None, None
-
-
-def dcnv3_cpu(
-    input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, geometry: Geometry, softmax: bool
-) -> torch.Tensor:
-    """DCNv3 on CPU tensors by chunks, with a backward pass that recomputes. Shapes as for `dcnv3`."""
-    if input.numel() == 0 or offset.numel() == 0:
-        return dcnv3_plain(input, offset, mask, geometry, softmax)
-    return _DCNv3Cpu.apply(input, offset, mask, geometry, softmax)
-
-
-# The same for torch.compile, which cannot look into an operator of ours. It would take `dcnv3_plain` apart instead: into
-# more memory and time than the chunks take, after minutes of compilation for symbolic sizes. (A loop of `grid_sample`s,
-# which it also could take apart, is compiled into code that corrupts the heap when training, torch 2.13 and 2.15.)
-
-
 @torch.library.custom_op("internimage_hf::dcnv3_cpu", mutates_args=(), device_types="cpu")
-def _compiled_forward(
+def _forward(
     input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, sizes: list[int], offset_scale: float, softmax: bool
 ) -> torch.Tensor:
-    with torch.no_grad():
-        return dcnv3_cpu(input, offset, mask, unpack_geometry(sizes, offset_scale), softmax)
+    if input.numel() == 0:
+        return input.new_empty(*offset.shape[:3], input.shape[3])
+    return _Chunks(input, offset, mask, unpack_geometry(sizes, offset_scale), softmax).forward()
 
 
-@_compiled_forward.register_fake
+@_forward.register_fake
 def _(input, offset, mask, sizes, offset_scale, softmax):
     return input.new_empty(*offset.shape[:3], input.shape[3])
 
 
 @torch.library.custom_op("internimage_hf::dcnv3_cpu_backward", mutates_args=(), device_types="cpu")
-def _compiled_backward(
+def _backward(
     grad_output: torch.Tensor,
     input: torch.Tensor,
     offset: torch.Tensor,
@@ -421,12 +245,12 @@ def _compiled_backward(
     offset_scale: float,
     softmax: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if input.numel() == 0 or offset.numel() == 0:
+    if input.numel() == 0:
         return torch.zeros_like(input), torch.zeros_like(offset), torch.zeros_like(mask)
-    return _CpuOp(input, offset, mask, unpack_geometry(sizes, offset_scale), softmax).backward(grad_output)
+    return _Chunks(input, offset, mask, unpack_geometry(sizes, offset_scale), softmax).backward(grad_output)
 
 
-@_compiled_backward.register_fake
+@_backward.register_fake
 def _(grad_output, input, offset, mask, sizes, offset_scale, softmax):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (input, offset, mask))
 
@@ -436,42 +260,23 @@ def _save_for_backward(ctx, inputs, output):
     ctx.options = inputs[3:]
 
 
+def _differentiate(ctx, grad_output):
+    return *_backward(grad_output, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
 def _refuse_second_derivative(*_):
     raise RuntimeError("dcnv3 cannot be differentiated twice")
 
 
-def _backward(ctx, grad_output):
-    return *_compiled_backward(grad_output, *ctx.saved_tensors, *ctx.options), None, None, None
+_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+_backward.register_autograd(_refuse_second_derivative)
 
 
-_compiled_forward.register_autograd(_backward, setup_context=_save_for_backward)
-_compiled_backward.register_autograd(_refuse_second_derivative)
-
-
-def _packed(geometry: Geometry) -> list[int]:
-    pairs = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)
-    return [*(size for pair in pairs for size in pair), geometry.groups, int(geometry.remove_center)]
-
-
-def unpack_geometry(sizes: list[int], offset_scale: float) -> Geometry:
-    """The hyper-parameters of a call of the operator `internimage_hf::dcnv3_cpu`, whose arguments these are."""
-    pairs = [(sizes[i], sizes[i + 1]) for i in range(0, 8, 2)]
-    return Geometry(*pairs, groups=sizes[8], offset_scale=offset_scale, remove_center=bool(sizes[9]))
-
-
-def dcnv3_cpu_compiled(
+def dcnv3_cpu(
     input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, geometry: Geometry, softmax: bool
 ) -> torch.Tensor:
-    """`dcnv3_cpu` as one operator that torch.compile leaves alone. Shapes as for `dcnv3`."""
-    return _compiled_forward(input, offset, mask, _packed(geometry), geometry.offset_scale, softmax)
+    """DCNv3 on CPU tensors by chunks. Shapes as for `dcnv3`."""
+    return _forward(input, offset, mask, geometry.packed(), geometry.offset_scale, softmax)
 
 
-__all__ = [
-    "Geometry",
-    "compute_dtype",
-    "dcnv3_cpu",
-    "dcnv3_cpu_compiled",
-    "dcnv3_plain",
-    "softmax_over_points",
-    "unpack_geometry",
-]
+__all__ = ["dcnv3_cpu"]
