@@ -11,8 +11,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, TINY
-from test_package import bare_environment, run_python
+from utils import ROOT, TINY, bare_environment, run_python
 
 from internimage_hf import InternImageConfig, InternImageForImageClassification, dcnv3_backend_report, kernel_loader
 from internimage_hf.dcnv3 import dcnv3, use_dcnv3_backend
