@@ -21,15 +21,15 @@ import torch.nn.functional as F
 from .dcnv3_reference import Geometry, compute_dtype, exponentials_over_points, unpack_geometry
 
 
-# Sampling points of one chunk. Each needs about 60 bytes, and the buffers of two threads are to stay in the cache; fewer
-# points spend their time in the overhead of PyTorch's calls.
+# Sampling points of one chunk, about 60 bytes each. With more points, the buffers of two threads leave the cache; with fewer,
+# the overhead of PyTorch's calls dominates.
 _CHUNK_POINTS = 65536
-# Zeros around the image: a point that lies outside is moved to two pixels of them, and reads nothing else.
+# Rows and columns of zeros around the image. A point outside the image is moved there: its four corners are zeros.
 _RING = 2
 
 
 class _Chunks:
-    """What all chunks of a call share."""
+    """One call: its tensors, and what all chunks share."""
 
     def __init__(
         self, input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, geometry: Geometry, softmax: bool
@@ -49,7 +49,7 @@ class _Chunks:
         table_rows = self.images_per_chunk * self.table_height * self.table_width * groups
         self.index_dtype = torch.int32 if table_rows < 2**31 else torch.int64
 
-        # Everything over (W_out, G, P) in full: a broadcast nine values long would keep PyTorch from vectorising.
+        # Expand everything over (W_out, G, P): PyTorch does not vectorise broadcasts of nine values.
         kernel_rows, kernel_columns = geometry.kernel_positions(input.device)
         base_x = geometry.base_positions(1, self.width_out, kernel_columns, self.dtype)
         self.base_x = base_x[:, None].expand(-1, groups, -1).reshape(-1)
@@ -61,7 +61,7 @@ class _Chunks:
         self.corner_steps = (0, groups, self.table_width * groups - groups, groups)
 
     def _image_chunks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Some images after others, and their pixels with the ring, (-1, C / G) in the dtype of the arithmetic."""
+        """Slices of the batch, each with its pixels and the ring of zeros: (-1, C / G) in the dtype of the arithmetic."""
         for first in range(0, self.batch, self.images_per_chunk):
             images = slice(first, min(first + self.images_per_chunk, self.batch))
             table = F.pad(self.input[images].to(self.dtype), (0, 0, _RING, _RING, _RING, _RING))
@@ -77,9 +77,9 @@ class _Chunks:
         return chunk.reshape(*chunk.shape[:2], -1, last).to(self.dtype).contiguous()
 
     def _positions(self, images: slice, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the points of some output rows of some images lie, in input pixels: x and y, (n, rows, W_out * G * P).
+        """Positions of the sampling points of a chunk, in input pixels: x and y, (n, rows, W_out * G * P).
 
-        Inside means strictly inside (-1, size): everything else, NaN included, is moved to the ring of zeros.
+        A point that is not strictly inside (-1, size), NaN included, is moved to the ring of zeros.
         """
         offset = self._chunk(self.offset, images, rows, 2)
         x = torch.add(self.base_x, offset[..., 0], alpha=self.geometry.offset_scale)
@@ -89,7 +89,7 @@ class _Chunks:
         return x, y
 
     def _modulations(self, images: slice, rows: slice) -> tuple[torch.Tensor, bool]:
-        """The mask of a chunk, normalised if this op does that: (n, rows, W_out * G * P); and whether it is finite."""
+        """The mask of a chunk, after the softmax if there is one, (n, rows, W_out * G * P); and whether it is finite."""
         mask = self._chunk(self.mask, images, rows, self.geometry.points)
         if not self.softmax:
             return mask.flatten(2), math.isfinite(mask.sum())
@@ -97,11 +97,11 @@ class _Chunks:
         return exponentials.div_(total).flatten(2), math.isfinite(total.sum())
 
     def _outside(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Which of the points that `_positions` returned do not count."""
+        """A boolean for each point of `_positions`: whether it lies outside the image and adds nothing."""
         return (x <= -1) | (x >= self.width) | (y <= -1) | (y >= self.height)
 
     def _split_positions(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Leaves the fractional parts in `x` and `y`; returns the table's row of each point's upper left corner."""
+        """Returns the table's row of each point's upper left corner. `x` and `y` keep their fractional parts."""
         groups = self.geometry.groups
         y0 = y.floor()
         y.sub_(y0)
@@ -116,7 +116,7 @@ class _Chunks:
 
     @staticmethod
     def _weights(fx: torch.Tensor, fy: torch.Tensor, modulations: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Of the four corners: upper left, upper right, lower left, lower right. Uses up `fx` and `fy`."""
+        """Weights of the corners: upper left, upper right, lower left, lower right. Overwrites `fx` and `fy`."""
         lower = fy.mul_(modulations)
         upper = modulations - lower
         upper_right = upper * fx

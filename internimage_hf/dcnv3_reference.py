@@ -10,8 +10,8 @@ the sum over k is its last but one line. The weights w_g are the model's output 
 torch.func see this code, and device types other than the CPU run it where there is no compiled kernel. It materialises every
 sampled point, as `dcnv3_core_pytorch` of OpenGVLab/InternImage does; `dcnv3_chunked.py` does not.
 
-A point on a pixel, as all are before training, belongs to the cell to the right and below: there the derivatives by the
-position, which differ from those of the cell to the left and above, are taken. All implementations do so.
+A sampling point exactly on a pixel (all are, before training) belongs to the cell to the right and below. Its derivatives by
+the position are those of that cell; those of the cell to the left and above differ. All implementations follow this rule.
 """
 
 from typing import NamedTuple
@@ -62,7 +62,7 @@ class Geometry(NamedTuple):
     ) -> torch.Tensor:
         """Where the points lie without offsets along an axis (0 vertical), in input pixels: (outputs, P).
 
-        Relative to the kernel's centre, a point on a pixel is there exactly, whatever the offset scale.
+        Positions are computed from the kernel's centre: so a point on a pixel is exact for every offset scale.
         """
         half = (self.dilation[axis] * (self.kernel_size[axis] - 1)) // 2
         centers = torch.arange(outputs, device=kernel_positions.device, dtype=dtype) * self.stride[axis]
@@ -83,23 +83,23 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def exponentials_over_points(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a softmax over the last dimension divides, and what by: its sum, NaN if one of the quotients is."""
+    """Numerator and denominator of a softmax over the last dimension. A quotient is NaN only where the denominator is."""
     exponentials = (logits - logits.amax(-1, keepdim=True)).exp()
     return exponentials, exponentials.sum(-1, keepdim=True)
 
 
 def softmax_over_points(logits: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last dimension. `torch.softmax` takes several times as long on the CPU for nine values."""
+    """Softmax over the last dimension; for nine values on the CPU several times faster than `torch.softmax`."""
     exponentials, total = exponentials_over_points(logits)
     return exponentials / total
 
 
 def _sampling_size(size: int) -> int:
-    """The least power of two that is not less: with it, `grid_sample`'s coordinates of pixels are exact.
+    """The next power of two: `grid_sample` then computes the coordinates of pixels without rounding.
 
-    With another size they are rounded, and a point on a pixel may fall into the cell to the left, whose derivative differs.
-    Sizes that are symbolic, or that Dynamo is about to make so, stay what they are: what is exported with them gives the
-    same values, but possibly that derivative.
+    With another size it rounds, and a point on a pixel may fall into the cell to the left, whose derivative differs.
+    Symbolic sizes, and sizes that Dynamo may make symbolic, are returned unchanged: exported programs give the same values,
+    but possibly the other derivative.
     """
     if type(size) is not int or torch.compiler.is_dynamo_compiling():
         return size
@@ -125,7 +125,7 @@ def _sample(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tens
 
 
 def _sample_by_gathering(value: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """`_sample`, corner by corner: what a compiler fuses, for sizes that are symbolic too."""
+    """`_sample`, corner by corner: a compiler fuses this code, also for symbolic sizes."""
     height, width = value.shape[2:]
     pixels, total = value.flatten(2), 0
     left, upper = x.floor(), y.floor()
@@ -150,7 +150,8 @@ def dcnv3_plain(
     """DCNv3 by sampling all points at once. Shapes as for `dcnv3`.
 
     Args:
-        by_gathering: for compilers; takes several times the memory otherwise.
+        by_gathering: sample by `gather` instead of `grid_sample`; for compiled code, since eager code takes several times
+            the memory.
     """
     groups, points = geometry.groups, geometry.points
     height, width = input.shape[1:3]
@@ -163,13 +164,13 @@ def dcnv3_plain(
     )  # (N, G, H_out, W_out, P, 2)
     x = geometry.base_positions(1, width_out, kernel_columns, dtype) + offset[..., 0] * geometry.offset_scale
     y = geometry.base_positions(0, height_out, kernel_rows, dtype)[:, None] + offset[..., 1] * geometry.offset_scale
-    # What does not lie inside (NaN does not) goes where nothing is sampled, and out of reach of an integer overflow.
+    # Move points outside the image (NaN included) to -2, where nothing is sampled and no integer overflows.
     inside = (x > -1) & (x < width) & (y > -1) & (y < height)
     x, y = torch.where(inside, x, -2), torch.where(inside, y, -2)
 
     mask = mask.to(dtype).unflatten(-1, (groups, points))
     mask = (softmax_over_points(mask) if softmax else mask).permute(0, 3, 1, 2, 4)  # (N, G, H_out, W_out, P)
-    mask = torch.where(inside, mask, 0)  # 0 * inf is not 0: one that does not count may be anything
+    mask = torch.where(inside, mask, 0)  # points outside sample zero, but 0 x inf would be NaN
     value = input.to(dtype).unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2)  # (N, G, C/G, H, W)
     sample = _sample_by_gathering if by_gathering else _sample
     # (N*G, C/G, H_out, W_out*P)
