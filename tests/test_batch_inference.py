@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ConvNextV2Config, DetrConfig, pipeline
+from utils import FIXTURES, ROOT, run_command, run_python
 
 import internimage_hf  # noqa: F401
 
@@ -41,9 +41,7 @@ def command(*flags: object) -> list[str]:
 
 
 def run(*flags: object, expect: int = 0) -> str:
-    result = subprocess.run(command(*flags), capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert result.returncode == expect, result.stderr[-3000:]
-    return result.stdout if expect == 0 else result.stderr
+    return run_command(*command(*flags), expect=expect, **ENVIRONMENT)
 
 
 @pytest.fixture
@@ -756,10 +754,7 @@ def test_workers_need_no_file_of_the_program(tmp_path, module):
         "import pickle, sys; sys.modules['datasets'] = None; kind, arguments, shard = pickle.load(open('work.pickle', 'rb')); "
         "print(kind(arguments)(shard)['errors'])"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
-    assert result.stdout == "['']\n", result.stderr[-3000:]
+    assert run_python(code, cwd=tmp_path, **ENVIRONMENT) == "['']\n"
 
 
 # -------------------------------------------------------------------------------------------------- killed processes

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 from torch import nn
+from utils import ROOT
 
 from internimage_hf import InternImageConfig, InternImageForImageClassification
 from internimage_hf.dcnv3 import dcnv3_softmax

@@ -6,9 +6,9 @@ import logging
 
 import pytest
 import torch
-from conftest import FIXTURES, TINY, load_case
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification
+from utils import FIXTURES, TINY, load_case
 
 from internimage_hf import InternImageBackbone, InternImageConfig, InternImageForImageClassification
 from internimage_hf.checkpoint import translate_config, translate_key, translate_state_dict

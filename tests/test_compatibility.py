@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import ROOT
+from utils import ROOT
 
 from internimage_hf import compatibility
 

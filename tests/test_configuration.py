@@ -4,8 +4,8 @@ import copy
 import json
 
 import pytest
-from conftest import FIXTURES, TINY
 from transformers import AutoConfig
+from utils import FIXTURES, TINY
 
 from internimage_hf import InternImageConfig
 

@@ -18,11 +18,10 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, MODEL_CASES, ROOT, load_case
 from huggingface_hub.utils import httpx
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_package import bare_environment, run_python
+from utils import FIXTURES, MODEL_CASES, ROOT, bare_environment, load_case, run_python
 
 from convert import all as convert_all
 from convert import backbone, classification, cli, conversion, mask2former, upernet

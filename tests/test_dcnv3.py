@@ -12,8 +12,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, TINY, TINY_VARIANTS
 from safetensors.torch import load_file
+from utils import FIXTURES, ROOT, TINY, TINY_VARIANTS
 
 from internimage_hf import InternImageConfig, InternImageForImageClassification
 from internimage_hf.dcnv3 import dcnv3, dcnv3_backend_report, dcnv3_softmax, use_dcnv3_backend

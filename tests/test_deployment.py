@@ -1,18 +1,14 @@
 """Export to ONNX and AOTInductor, int8 weights, LoRA: what leaves PyTorch computes what the model does."""
 
 import json
-import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, TINY_VARIANTS
 from PIL import Image
-from test_package import run_python
+from utils import FIXTURES, ROOT, TINY_VARIANTS, run_example, run_python
 
 from internimage_hf import (
     InternImageBackbone,
@@ -177,19 +173,6 @@ def test_bad_arguments_are_named():
 # ----------------------------------------------------------------------------------------------------------- the program
 
 
-def run_export(*flags: object, cwd, expect: int = 0) -> str:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "export.py"), *map(str, flags)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        cwd=cwd,
-        check=False,
-    )
-    assert result.returncode == expect, result.stderr[-3000:]
-    return result.stdout if expect == 0 else result.stderr
-
-
 def save(model, folder) -> None:
     model.save_pretrained(folder)
     size = model.config.image_size
@@ -202,8 +185,18 @@ def save(model, folder) -> None:
 
 def test_the_program_writes_a_backbone(tmp_path):
     save(random_model(image_size=(64, 96)), tmp_path / "model")
-    output = run_export(
-        "--model", "model", "--task", "backbone", "--out_features", "stage2", "stage4", "--output", "out", cwd=tmp_path
+    output = run_example(
+        "export.py",
+        "--model",
+        "model",
+        "--task",
+        "backbone",
+        "--out_features",
+        "stage2",
+        "stage4",
+        "--output",
+        "out",
+        cwd=tmp_path,
     )
     assert "pixel_values -> stage2, stage4" in output and "on images 1x3x64x96" in output
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
@@ -304,11 +297,13 @@ def test_the_program_static_custom_and_int8(tmp_path):
     model = random_model(image_size=64)
     save(model, tmp_path / "model")
     common = ["--model", "model", "--no_dynamic"]
-    run_export(*common, "--dcnv3_op", "custom", "--output", "out/custom.onnx", cwd=tmp_path)
+    run_example("export.py", *common, "--dcnv3_op", "custom", "--output", "out/custom.onnx", cwd=tmp_path)
     nodes = [node for node in onnx.load(tmp_path / "out" / "custom.onnx").graph.node if node.op_type == "DCNv3"]
     assert len(nodes) == 4 and [file.name for file in (tmp_path / "out").iterdir()] == ["custom.onnx"]
 
-    output = run_export(*common, "--quantize", "int8", "--opset", 20, "--output", "out/int8.onnx", cwd=tmp_path)
+    output = run_example(
+        "export.py", *common, "--quantize", "int8", "--opset", 20, "--output", "out/int8.onnx", cwd=tmp_path
+    )
     assert "int8 weights" in output
     proto = onnx.load(tmp_path / "out" / "int8.onnx")
     # the exporter makes constants of up to 8192 bytes float again
@@ -323,10 +318,10 @@ def test_the_program_float16_and_a_failure(tmp_path):
     model = random_model(image_size=64)
     save(model, tmp_path / "model")
     common = ["--model", "model", "--no_dynamic"]
-    run_export(*common, "--dtype", "float16", "--output", "out/half.onnx", cwd=tmp_path)
+    run_example("export.py", *common, "--dtype", "float16", "--output", "out/half.onnx", cwd=tmp_path)
     check(model.half(), session(str(tmp_path / "out" / "half.onnx")), [(1, 3, 64, 64)], atol=2e-2)
 
-    error = run_export(*common, "--tolerance", 1e-12, "--output", "bad", cwd=tmp_path, expect=1)
+    error = run_example("export.py", *common, "--tolerance", 1e-12, "--output", "bad", cwd=tmp_path, expect=1)
     assert "was not written" in error and list((tmp_path / "bad").iterdir()) == []
 
 
@@ -334,7 +329,7 @@ def test_the_program_float16_and_a_failure(tmp_path):
 def test_internimage_t_exports_in_two_minutes(tmp_path):
     save(random_model(config=InternImageConfig.from_variant("t")), tmp_path / "t")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    output = run_export("--model", "t", "--output", "out", cwd=tmp_path)
+    output = run_example("export.py", "--model", "t", "--output", "out", cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "differ by up to" in output
     # of the CPU, so that other programs beside it do not count; the import and the check included
@@ -346,7 +341,7 @@ def test_internimage_t_exports_in_two_minutes(tmp_path):
 def test_aotinductor_package(tmp_path, flags):
     model = random_model(image_size=64)
     save(model, tmp_path / "model")
-    run_export("--model", "model", "--format", "aoti", "--output", "out", *flags, cwd=tmp_path)
+    run_example("export.py", "--model", "model", "--format", "aoti", "--output", "out", *flags, cwd=tmp_path)
     package = torch._inductor.aoti_load_package(str(tmp_path / "out" / "model.pt2"))
     for batch in (1, 2, 5) if not flags else (1,):
         pixel_values = torch.randn(batch, 3, 64, 64)
@@ -358,7 +353,7 @@ def test_aotinductor_package(tmp_path, flags):
 @pytest.mark.slow
 def test_the_demo_in_int8(tmp_path):
     """Without arguments: trains, exports, and says what int8 weights cost in accuracy."""
-    output = run_export("--quantize", "int8", cwd=tmp_path)
+    output = run_example("export.py", "--quantize", "int8", cwd=tmp_path)
     before, after = (
         float(line.split("accuracy of the ")[1].split("%")[0].split()[1])
         for line in output.splitlines()

@@ -9,8 +9,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
+from utils import ROOT
 
 
 SIZE = (48, 32)  # width, height of the images below

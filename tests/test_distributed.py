@@ -1,28 +1,22 @@
 """Training in several processes, on CPUs by gloo, and after a crash: the same as in one go in one process."""
 
-import contextlib
 import itertools
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT
 from distributed_worker import GLOBAL_BATCH, IMAGES, make_stream, train
 from PIL import Image
 from safetensors.torch import load_file
-from test_examples import FEW_STEPS, SMALL_HEADS
+from utils import CONFIGURATIONS, FEW_STEPS, FIXTURES, LAUNCH_ENVIRONMENT, ROOT, SMALL_HEADS, launch
 
 from internimage_hf import InternImageForImageClassification, InternImageImageProcessor
 from internimage_hf.training import EMA_FILE, last_checkpoint
@@ -30,90 +24,10 @@ from internimage_hf.training import EMA_FILE, last_checkpoint
 
 pytest.importorskip("accelerate")
 
-CONFIGURATIONS = ROOT / "examples" / "accelerate"
 TESTS = Path(__file__).parent
-ENVIRONMENT = {
-    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    "OMP_NUM_THREADS": "1",
-    "PYTHONFAULTHANDLER": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "DS_ACCELERATOR": "cpu",
-}
 STEPS = 9
 CHECKPOINT = 4
 STREAM_STEPS = 8
-
-
-def launch(engine: str, program: Path, *arguments: object, processes: int = 2, check: bool = True) -> str:
-    """`accelerate launch` with a configuration of the examples; whatever happens, none of its processes is left.
-
-    Returns what all of them wrote. After a failure it stays in a folder that the message names.
-    """
-    logs = Path(tempfile.mkdtemp(prefix=f"launch-{engine}-"))
-    shim = [TESTS / "fsdp_on_cpu.py"] if engine == "fsdp2" else []
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGURATIONS / f"{engine}.yaml",
-        "--num_processes", processes, "--main_process_port", _free_port(), "--tee", 3, "--log_dir", logs,
-        *shim, program, *arguments,
-    ]  # fmt: skip
-    with (logs / "output").open("w") as output:
-        process = subprocess.Popen(
-            [*map(str, command)], stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT}
-        )
-        try:
-            status = process.wait(timeout=600)
-        except subprocess.TimeoutExpired:
-            status = "not there after 600 s, where it was waiting is below"
-        finally:
-            if process.poll() is None:
-                _end(process.pid)
-                process.wait()
-    if status != 0 and (check or isinstance(status, str)):
-        raise AssertionError(f"the exit status is {status}; all output is in {logs}\n{_what_was_written(logs)}")
-    written = (logs / "output").read_text(errors="replace")
-    shutil.rmtree(logs)
-    return written
-
-
-def _what_was_written(logs: Path, characters: int = 5000) -> str:
-    """The end of what each process wrote to its standard error, and the launcher to its output."""
-    ends = []
-    for file in [*sorted(logs.glob("*/attempt_*/*/stderr.log")), logs / "output"]:
-        # faulthandler's list of the loaded extension modules is longer than all the rest
-        lines = [line for line in file.read_text(errors="replace").splitlines() if "Extension modules: " not in line]
-        ends.append("\n".join(["", f"=== {file.relative_to(logs)}", "\n".join(lines)[-characters:]]))
-    return "\n".join(ends)
-
-
-def _free_port() -> int:
-    """One that the system gives nobody by itself: those are taken by whoever connects, before a launch comes to use its own."""
-    while True:
-        port = random.SystemRandom().randrange(15000, 30000)
-        with contextlib.suppress(OSError), socket.socket() as free:
-            free.bind(("127.0.0.1", port))
-            return port
-
-
-def _end(root: int) -> None:
-    """Ends a process and those that it started, and they, each of which may write its stack before.
-
-    torchrun gives its workers sessions of their own.
-    """
-    children = defaultdict(list)
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it ended meanwhile
-            continue
-        children[parent].append(int(stat.parent.name))
-    found = [root]
-    for pid in found:
-        found += children[pid]
-    for what in (signal.SIGABRT, signal.SIGKILL):  # on the first, faulthandler writes the stacks
-        for pid in reversed(found):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, what)
-        time.sleep(2)
 
 
 def run(engine: str, *runs: dict, processes: int = 2, check: bool = True) -> str:
@@ -257,7 +171,7 @@ def test_a_program_ends_well_before_the_threads_of_its_process_group(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-c", LAST_COLLECTIVE, tmp_path / "rendezvous"],
         capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT / "examples")},
+        env={**os.environ, **LAUNCH_ENVIRONMENT, "PYTHONPATH": str(ROOT / "examples")},
     )  # fmt: skip
     assert (ended.returncode, ended.stdout) == (0, "the last function\n"), ended.stderr
 
@@ -409,7 +323,7 @@ def test_killed_and_resumed(stream, tmp_path):
         json.dumps([{"folder": str(parts), "kill_at": 11, **options}]),
     ]
     killed = subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}, check=False
+        [*map(str, command)], capture_output=True, text=True, env={**os.environ, **LAUNCH_ENVIRONMENT}, check=False
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     assert sorted(f.name for f in parts.iterdir()) == ["checkpoint-4", "checkpoint-8"]

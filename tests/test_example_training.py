@@ -7,10 +7,9 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, TINY
 from safetensors.torch import load_file, save_file
-from test_image_classification import FEW, checkpoint, run, write_images  # noqa: F401 (a fixture)
 from transformers import TrainingArguments
+from utils import FIXTURES, ONE_EPOCH, ROOT, TINY, run_main, write_images
 
 from internimage_hf import InternImageConfig, InternImageForImageClassification
 
@@ -19,6 +18,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import common
 import data
+import image_classification
 from common import ExampleTrainer, ExampleTrainingArguments
 from data import InputError
 from flags import parse_flags
@@ -206,17 +206,17 @@ def test_an_epoch_that_repeats_an_image_is_resumed_as_it_was(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, checkpoint):  # noqa: F811
+def trained(tmp_path_factory, small_checkpoint):
     """A finished run on two classes: its folder of images and its output folder, with the checkpoints 2, 4 and 5."""
     root = tmp_path_factory.mktemp("trained")
     write_images(root / "photos", [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(10)])
-    run(*resume_flags(root / "photos", root / "out", checkpoint, 5))
+    run_main(image_classification, *resume_flags(root / "photos", root / "out", small_checkpoint, 5))
     return root
 
 
 def resume_flags(photos, out, model, steps, *more):
     return [
-        "--dataset", photos, "--output_dir", out, "--model", model, *FEW, "--eval_strategy", "steps", "--eval_steps", 2,
+        "--dataset", photos, "--output_dir", out, "--model", model, *ONE_EPOCH, "--eval_strategy", "steps", "--eval_steps", 2,
         "--save_strategy", "steps", "--save_steps", 2, "--max_steps", steps, *more,
     ]  # fmt: skip
 
@@ -230,25 +230,25 @@ def out(trained, tmp_path):
 LAST = ("--resume_from_checkpoint", "last")
 
 
-def test_a_checkpoint_of_other_classes_is_refused(tmp_path, out, checkpoint):  # noqa: F811
+def test_a_checkpoint_of_other_classes_is_refused(tmp_path, out, small_checkpoint):
     write_images(tmp_path / "photos", [f"{name}/{i}.png" for name in ("rose", "tulip") for i in range(10)])
     before = load_file(out / "model.safetensors")
     with pytest.raises(InputError, match=r"checkpoint-\d was trained on the 2 classes cat, dog, .* rose, tulip"):
-        run(*resume_flags(tmp_path / "photos", out, checkpoint, 5, *LAST))
+        run_main(image_classification, *resume_flags(tmp_path / "photos", out, small_checkpoint, 5, *LAST))
     after = load_file(out / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert "cat" in (out / "data.json").read_text()
 
 
-def test_a_checkpoint_of_another_data_set_of_the_same_classes_is_refused(tmp_path, out, checkpoint):  # noqa: F811
+def test_a_checkpoint_of_another_data_set_of_the_same_classes_is_refused(tmp_path, out, small_checkpoint):
     write_images(tmp_path / "photos", [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(15)])
     with pytest.raises(InputError, match="was trained on another data set"):
-        run(*resume_flags(tmp_path / "photos", out, checkpoint, 5, *LAST))
+        run_main(image_classification, *resume_flags(tmp_path / "photos", out, small_checkpoint, 5, *LAST))
 
 
-def test_the_same_data_set_may_have_moved_and_nothing_left_is_said(tmp_path, trained, out, checkpoint, capsys):  # noqa: F811
+def test_the_same_data_set_may_have_moved_and_nothing_left_is_said(tmp_path, trained, out, small_checkpoint, capsys):
     shutil.copytree(trained / "photos", tmp_path / "moved")
-    run(*resume_flags(tmp_path / "moved", out, checkpoint, 5, *LAST))
+    run_main(image_classification, *resume_flags(tmp_path / "moved", out, small_checkpoint, 5, *LAST))
     output = capsys.readouterr().out
     assert "is taken for the same" in output
     assert "checkpoint-5 is at step 5 of 5: nothing was left to train" in output
@@ -274,7 +274,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, trained, out,
     with pytest.raises(
         InputError, match=r"checkpoint-5 is another InternImageForImageClassification .*`\w+\.[\w.]+` is"
     ):
-        run(*resume_flags(trained / "photos", out, tmp_path / "model", 9, *LAST))
+        run_main(image_classification, *resume_flags(trained / "photos", out, tmp_path / "model", 9, *LAST))
 
 
 def test_a_checkpoint_of_another_class_names_both(tmp_path):
@@ -294,10 +294,10 @@ def test_tied_weights_are_the_same_model(tmp_path):
         common.check_same_model(model, tmp_path)
 
 
-def test_a_new_run_moves_checkpoints_of_another_away(trained, out, checkpoint, capsys):  # noqa: F811
+def test_a_new_run_moves_checkpoints_of_another_away(trained, out, small_checkpoint, capsys):
     """`Trainer` would delete the new run's, of lower numbers, and `last` would go on with the old run's."""
     old = {file.name: (file / "trainer_state.json").read_bytes() for file in out.glob("checkpoint-*")}
-    run(*resume_flags(trained / "photos", out, checkpoint, 2))
+    run_main(image_classification, *resume_flags(trained / "photos", out, small_checkpoint, 2))
     assert {file.name for file in out.glob("checkpoint-*")} == {"checkpoint-2"}
     aside = out / "_earlier_run_1"
     assert {file.name: (file / "trainer_state.json").read_bytes() for file in aside.iterdir()} == old

@@ -1,32 +1,17 @@
 """The example programs, on small inputs."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import jaccard_score
-
-
-def run_example(name: str, *arguments: object, expect: int = 0) -> str:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        check=False,
-    )
-    assert result.returncode == expect, result.stderr[-3000:]
-    return result.stdout if expect == 0 else result.stderr
+from utils import FEW_STEPS, FIXTURES, SMALL_HEADS, run_example, run_main
 
 
 def test_classification_on_a_folder_from_a_checkpoint_and_resume(programs, photos, tmp_path, capsys):
@@ -70,25 +55,6 @@ def test_classification_recipe_file_and_bad_flags(programs, photos, tmp_path):
 
 
 # --- detection and segmentation: in this process, which has loaded the libraries once
-
-
-SMALL_DETECTOR = {"decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16}
-SMALL_HEADS = {
-    "rt_detr": {**SMALL_DETECTOR, "encoder_hidden_dim": 16, "decoder_in_channels": [16] * 3, "num_queries": 10},
-    "deformable_detr": {**SMALL_DETECTOR, "d_model": 32, "two_stage_num_proposals": 10},
-    "detr": SMALL_DETECTOR,
-    "upernet": {"hidden_size": 16, "auxiliary_channels": 8},
-    "mask2former": {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "decoder_layers": 2, "train_num_points": 64},
-}  # fmt: skip
-FEW_STEPS = [
-    "--per_device_train_batch_size", 4, "--per_device_eval_batch_size", 2, "--max_steps", 4, "--warmup_steps", 0,
-    "--eval_strategy", "steps", "--eval_steps", 2, "--save_strategy", "steps", "--save_steps", 2, "--use_cpu",
-    "--disable_tqdm", "true", "--picture_samples", 2, "--logging_strategy", "no",
-]  # fmt: skip
-
-
-def run_main(program, *arguments: object) -> dict[str, float]:
-    return program.main([str(argument) for argument in arguments])
 
 
 def saved_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -8,14 +8,15 @@ InternImage.
 import dataclasses
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import transformers
-from conftest import TINY, TINY_VARIANTS
 from transformers import ConvNextV2Config, PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
+from utils import ROOT, TINY, TINY_VARIANTS
 
 from internimage_hf import InternImageBackbone, InternImageConfig
 
@@ -696,6 +697,14 @@ def test_heads_for_other_backbones(name):
         errors.append(caught)
     assert errors[0].type is errors[1].type
     assert errors[0].traceback[-1].lineno == errors[1].traceback[-1].lineno
+
+
+def test_readme_counts_the_heads_that_are_tested():
+    (number,) = re.findall(
+        r"`tests/test_heads.py` has a working configuration for (\d+)",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+    )
+    assert int(number) == len({head.model for head in HEADS.values()})
 
 
 def test_every_head_is_known():

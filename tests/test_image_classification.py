@@ -7,11 +7,8 @@ from collections import Counter
 import datasets
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, TINY
 from PIL import Image
-
-from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageImageProcessor
+from utils import ONE_EPOCH, ROOT, run_main, write_images
 
 
 EXAMPLES = ROOT / "examples"
@@ -21,16 +18,6 @@ import image_classification as program  # noqa: E402
 from data import Data, InputError, run_program, undecoded  # noqa: E402
 
 
-def write_images(root, names, size=(16, 12)):
-    """Images by name; the shade of each tells its folder."""
-    folders = sorted({str(name).rpartition("/")[0] for name in names})
-    for name in names:
-        shade = 40 + 180 * folders.index(name.rpartition("/")[0]) // len(folders)
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size, (shade, 255 - shade, shade)).save(root / name)
-    return root
-
-
 def load(dataset, **flags):
     return program.load_splits(program.DataArguments(dataset=str(dataset), **flags), seed=0)
 
@@ -38,29 +25,6 @@ def load(dataset, **flags):
 def counts(account):
     """Images of each class, over training and evaluation."""
     return sum((Counter(part.counts) for part in account.parts.values()), Counter())
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A small classifier of images of 32 x 32."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    config = InternImageConfig(**{**TINY, "depths": [1, 1, 1, 1], "image_size": 32})
-    InternImageForImageClassification(config).save_pretrained(folder)
-    InternImageImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
-        folder
-    )
-    return folder
-
-
-FEW = [
-    "--use_cpu", "--disable_tqdm", "true", "--logging_strategy", "no", "--num_train_epochs", "1", "--warmup_steps", "0",
-    "--per_device_train_batch_size", "4", "--learning_rate", "1e-3",
-]  # fmt: skip
-
-
-def run(*flags):
-    return program.main([*map(str, flags)])
 
 
 # ------------------------------------------------------------------------------------------------- folders and their names
@@ -208,7 +172,7 @@ def test_a_class_without_training_images_is_said(tmp_path):
 def test_one_class_is_an_error(tmp_path):
     write_images(tmp_path / "photos", [f"only/{i}.png" for i in range(4)])
     with pytest.raises(InputError, match="has images of one class, only; at least two"):
-        run("--dataset", tmp_path / "photos", "--output_dir", tmp_path / "out", *FEW)
+        run_main(program, "--dataset", tmp_path / "photos", "--output_dir", tmp_path / "out", *ONE_EPOCH)
     assert not (tmp_path / "out").exists()
 
 
@@ -255,31 +219,33 @@ def test_a_streamed_folder_is_counted(tmp_path):
     assert Counter(row["label"] for row in parts["train"]) == {0: 3, 1: 3}
 
 
-def test_a_broken_or_unlabelled_image_of_a_stream_is_named(tmp_path, checkpoint, monkeypatch):
+def test_a_broken_or_unlabelled_image_of_a_stream_is_named(tmp_path, small_checkpoint, monkeypatch):
     names = [f"{split}/{name}/{i}.png" for split in ("train", "test") for name in "ab" for i in range(4)]
     write_images(tmp_path / "photos", names)
     file = tmp_path / "photos" / "train" / "b" / "1.png"
     file.write_bytes(file.read_bytes()[:20])
-    flags = ["--model", checkpoint, "--output_dir", tmp_path / "out", *FEW, "--streaming", "--max_steps", 3]
+    flags = ["--model", small_checkpoint, "--output_dir", tmp_path / "out", *ONE_EPOCH]
+    flags += ["--streaming", "--max_steps", 3]
     with pytest.raises(InputError, match=r"train/b/1\.png cannot be read as an image"):
-        run("--dataset", tmp_path / "photos", *flags, "--eval_strategy", "no")
+        run_main(program, "--dataset", tmp_path / "photos", *flags, "--eval_strategy", "no")
     streamed(monkeypatch, train=labelled(["a", "b"], [0, 1, -1, 1]), test=labelled(["a", "b"], [0, 1]))
     with pytest.raises(InputError, match="has no label"):
-        run("--dataset", "me/photos", *flags, "--eval_strategy", "no")
+        run_main(program, "--dataset", "me/photos", *flags, "--eval_strategy", "no")
 
 
 # ----------------------------------------------------------------------------------------------------------- images, model
 
 
-def test_a_truncated_jpeg_is_one_line_with_its_name_also_from_a_worker(tmp_path, checkpoint):
+def test_a_truncated_jpeg_is_one_line_with_its_name_also_from_a_worker(tmp_path, small_checkpoint):
     names = [f"{name}/{i}.jpg" for name in "ab" for i in range(6)]
     write_images(tmp_path / "photos", names, size=(60, 60))
     for name in names[::2]:
         file = tmp_path / "photos" / name
         file.write_bytes(file.read_bytes()[:-60])
-    flags = ["--dataset", tmp_path / "photos", "--model", checkpoint, "--output_dir", tmp_path / "out", *FEW]
+    flags = ["--dataset", tmp_path / "photos", "--model", small_checkpoint]
+    flags += ["--output_dir", tmp_path / "out", *ONE_EPOCH]
     with pytest.raises(SystemExit, match=r"\Aerror: .*/[ab]/\d\.jpg cannot be read as an image: [^\n]*\Z"):
-        run_program(lambda: run(*flags, "--dataloader_num_workers", 2))
+        run_program(lambda: run_main(program, *flags, "--dataloader_num_workers", 2))
 
 
 def test_an_image_without_a_file_is_named_by_its_row(tmp_path):
@@ -328,7 +294,7 @@ def test_sizes_of_an_image_processor():
 )
 def test_bad_flags_are_one_line(tmp_path, photos, flags, message):
     with pytest.raises(InputError, match=message) as error:
-        run("--dataset", photos, "--output_dir", tmp_path / "out", *FEW, *flags)
+        run_main(program, "--dataset", photos, "--output_dir", tmp_path / "out", *ONE_EPOCH, *flags)
     assert "\n" not in str(error.value)
 
 
@@ -336,15 +302,17 @@ def test_a_detector_is_no_model_for_it(tmp_path, photos):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "detr"}))
     with pytest.raises(InputError, match=r"--model .* cannot be used"):
-        run("--dataset", photos, "--model", tmp_path / "model", "--output_dir", tmp_path / "out", *FEW)
+        run_main(
+            program, "--dataset", photos, "--model", tmp_path / "model", "--output_dir", tmp_path / "out", *ONE_EPOCH
+        )
 
 
-def test_the_program_trains_on_all_classes_and_keeps_the_account(tmp_path, checkpoint, capsys):
+def test_the_program_trains_on_all_classes_and_keeps_the_account(tmp_path, small_checkpoint, capsys):
     """33 images in batches of 4: the last one would be alone, and its map has one pixel."""
     names = [f"{name}/train-{i}.png" for name in ("test_tube", "bus", "freight_train") for i in range(14)]
     write_images(tmp_path / "photos", names)
-    metrics = run(
-        "--dataset", tmp_path / "photos", "--model", checkpoint, "--output_dir", tmp_path / "out", *FEW,
+    metrics = run_main(
+        program, "--dataset", tmp_path / "photos", "--model", small_checkpoint, "--output_dir", tmp_path / "out", *ONE_EPOCH,
         "--eval_strategy", "no", "--random_crop_scale", 1,
     )  # fmt: skip
     output = capsys.readouterr().out

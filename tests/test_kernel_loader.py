@@ -10,8 +10,7 @@ import textwrap
 
 import pytest
 import torch
-from conftest import ROOT, TINY
-from test_package import bare_environment, run_python
+from utils import ROOT, TINY, bare_environment, run_python
 
 from internimage_hf import InternImageConfig, InternImageForImageClassification, dcnv3_backend_report, kernel_loader
 from internimage_hf.dcnv3 import dcnv3, use_dcnv3_backend

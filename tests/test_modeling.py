@@ -6,11 +6,11 @@ import logging
 
 import pytest
 import torch
-from conftest import FIXTURES, MODEL_CASES, TINY, TINY_VARIANTS, load_case
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
+from utils import FIXTURES, MODEL_CASES, TINY, TINY_VARIANTS, load_case
 
 from internimage_hf import (
     InternImageBackbone,

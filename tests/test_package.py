@@ -3,34 +3,16 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, TINY, TINY_VARIANTS
 from PIL import Image
+from utils import FIXTURES, ROOT, TINY, TINY_VARIANTS, bare_environment, run_python
 
 import internimage_hf
 from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageImageProcessor
-
-
-def run_python(program: str, *arguments: str, cwd=ROOT, flags: tuple[str, ...] = (), **environment: str) -> str:
-    """Runs a program in a fresh interpreter and returns what it printed."""
-    import os
-
-    result = subprocess.run(
-        [sys.executable, *flags, "-c", textwrap.dedent(program), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, **environment},
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 # ------------------------------------------------------------------------------------------------------------- import
@@ -181,21 +163,6 @@ LOAD_WITHOUT_THE_PACKAGE = """
     assert len(AutoBackbone.from_config(config, trust_remote_code=True)(expected["pixel_values"]).feature_maps) == 2
     print("equal", type(model).__module__.split(".")[0])
 """
-
-
-def bare_environment(tmp_path, without=()):
-    """A folder of links to the installed packages without this one, and what makes Python use it, and it alone."""
-    import internimage_hf
-
-    site = tmp_path / "site-packages"
-    site.mkdir()
-    installed = next(p for p in map(type(tmp_path), sys.path) if (p / "transformers").is_dir())
-    for entry in installed.iterdir():
-        if "internimage" not in entry.name and entry.suffix != ".pth" and entry.name not in without:
-            (site / entry.name).symlink_to(entry)
-    assert not (site / "internimage_hf").exists() and internimage_hf
-    # -S keeps the environment's own folder of packages out, and with it an editable installation of this package
-    return {"flags": ("-S",), "PYTHONPATH": str(site), "HF_MODULES_CACHE": str(tmp_path / "modules")}
 
 
 @pytest.mark.parametrize(

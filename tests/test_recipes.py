@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import FIXTURES, ROOT
 from PIL import Image
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import TrainingArguments, get_scheduler
+from utils import FIXTURES, ROOT
 
 
 EXAMPLES = ROOT / "examples"

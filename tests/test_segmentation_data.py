@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
+from utils import ROOT
 
 
 sys.path.insert(0, str(ROOT / "examples"))

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import TINY
 from torch import nn
 from transformers import DetrConfig, DetrForObjectDetection, Trainer, TrainingArguments
+from utils import TINY
 
 from internimage_hf import InternImageConfig, InternImageForImageClassification
 from internimage_hf.training import (

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from utils import ROOT
 
 
 def run_suite(*options: str) -> None:
