@@ -23,7 +23,7 @@ class LoadsOfficialNames:
     Fault: a renaming that is registered by `register_checkpoint_conversion_mapping` is undone on saving, so that a fine-tuned
     model would go back to names that the official code alone can read.
     Versions: transformers 5.17 to 5.22 (`transformers/conversion_mapping.py`, `core_model_loading.py`).
-    Test: `tests/test_checkpoint.py::test_what_was_published_is_saved_under_our_names`.
+    Test: `tests/test_checkpoint.py::test_published_checkpoint_is_saved_under_new_names`.
     Delete when: a mapping can be registered for loading alone.
     """
 
@@ -41,7 +41,7 @@ def none_is_unset(forward: Callable) -> Callable:
     Fault: `capture_outputs` takes a given `output_hidden_states=None` for False, whatever the configuration says; heads pass
     on None where their caller gave nothing.
     Versions: transformers 5.17 to 5.22 (`transformers/utils/output_capturing.py`); its own models have it as well.
-    Test: `tests/test_modeling.py::test_return_dict_and_hidden_states`.
+    Test: `tests/test_modeling.py::test_return_dict_and_output_hidden_states_follow_config`.
     Delete when: `ConvNextV2Model` with `config.output_hidden_states` returns hidden states for `output_hidden_states=None`.
     """
 
@@ -61,7 +61,7 @@ def is_sharded_away(module: nn.Module) -> bool:
     Fault: transformers initialises a head's modules under ZeRO-3 after the backbone's parameters were sharded, and hands
     `_init_weights` modules of empty tensors, which it cannot fill. The backbone was initialised when it was made.
     Versions: transformers 5.17 to 5.22 with DeepSpeed 0.17 and 0.18 (`PreTrainedModel.initialize_weights`).
-    Test: `tests/test_distributed.py::test_heads_on_a_checkpoint_under_deepspeed`.
+    Test: `tests/test_distributed.py::test_heads_load_backbone_under_deepspeed`.
     Delete when: `initialize_weights` gathers what it initialises.
     """
     return any(hasattr(p, "ds_id") and p.numel() == 0 for p in module.parameters(recurse=False))
@@ -72,7 +72,7 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
 
     Fault: a parameter that ZeRO-3 has sharded has the shape (0,), from which its kind (matrix or bias) cannot be told.
     Versions: DeepSpeed 0.17 and 0.18 (`deepspeed/runtime/zero/partition_parameters.py`).
-    Test: `tests/test_training.py::test_parameters_that_deepspeed_has_sharded`.
+    Test: `tests/test_training.py::test_sharded_parameters_keep_their_weight_decay`.
     Delete when: DeepSpeed's parameters keep their shapes, as FSDP2's do.
     """
     return getattr(parameter, "ds_shape", parameter.shape)
@@ -83,7 +83,7 @@ def answer_for_input_embeddings(model: PreTrainedModel) -> None:
 
     Fault: under FSDP2, accelerate asks every model for its input embeddings; many heads of transformers have none and raise.
     Versions: accelerate 1.10 to 1.15 (`accelerate/utils/fsdp_utils.py`), transformers 5.17 to 5.22.
-    Test: `tests/test_distributed.py::test_the_segmentation_example_in_two_processes`.
+    Test: `tests/test_distributed.py::test_segmentation_example_runs_in_two_processes`.
     Delete when: accelerate takes the exception for an answer.
     """
     try:
@@ -99,7 +99,7 @@ def saved_under_own_names(model: nn.Module) -> Iterator[None]:
     Fault: `save_pretrained` gives parameters of DETR-like heads older names, which `from_pretrained` translates back, but
     `Trainer` does not when it resumes or loads its best model: it goes on without the backbone's weights.
     Versions: transformers 5.17 to 5.22 (`Trainer._load_from_checkpoint`, `_load_best_model`).
-    Test: `tests/test_training.py::test_a_detector_keeps_its_backbone`.
+    Test: `tests/test_training.py::test_resumed_detector_keeps_backbone`.
     Delete when: `Trainer` loads weights the way that `from_pretrained` does.
     """
     if not isinstance(model, PreTrainedModel):
@@ -131,7 +131,7 @@ def mean_number_of_targets(processes: int) -> Iterator[None]:
     Fault: transformers divides the mean of `accelerate.utils.reduce` by the number of processes once more, which makes the
     losses of DETR, MaskFormer and their like that many times too large.
     Versions: transformers 5.17 to 5.22 (`loss_for_object_detection.py` and three modeling files).
-    Test: `tests/test_distributed.py::test_the_detection_example_in_two_processes`.
+    Test: `tests/test_distributed.py::test_detection_example_runs_in_two_processes`.
     Delete when: these modules call `reduce(..., reduction="sum")`, or no longer divide.
     """
     if processes == 1:

@@ -90,7 +90,7 @@ def expected_outputs(files: list[Path]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(probabilities), torch.stack(embeddings)
 
 
-def test_a_folder_on_ray_and_a_second_start(tmp_path, module):
+def test_folder_is_classified_and_second_run_finds_it_done(tmp_path, module):
     files = write_photos(tmp_path / "photos", 13)
     (tmp_path / "photos" / "a" / "broken.jpg").write_bytes(files[0].read_bytes()[:200])
     (tmp_path / "photos" / "empty.png").write_bytes(b"")
@@ -131,7 +131,7 @@ def test_a_folder_on_ray_and_a_second_start(tmp_path, module):
         module.main([*argv, "--task", "embed"])
 
 
-def test_parquet_embeddings_and_kept_columns(tmp_path, module):
+def test_parquet_is_embedded_with_kept_columns(tmp_path, module):
     """The workers' code without Ray: row groups, two layouts of images, a null, 16-bit."""
     files = write_photos(tmp_path / "photos", 7)
     images = [{"bytes": file.read_bytes(), "path": None} for file in files]
@@ -159,7 +159,7 @@ def test_parquet_embeddings_and_kept_columns(tmp_path, module):
     torch.testing.assert_close(actual, embeddings, atol=1e-4, rtol=1e-4)
 
 
-def test_bad_input_is_named(tmp_path, module):
+def test_bad_input_is_one_line_that_names_it(tmp_path, module):
     arguments = module.BatchArguments(input=str(tmp_path / "nothing"), output=str(tmp_path / "out"))
     with pytest.raises(ValueError, match="does not exist"):
         module.find_shards(arguments)
@@ -212,7 +212,7 @@ def gradient(width: int, height: int) -> np.ndarray:
     return np.stack([255 * x, 255 * y**2, 255 * x * (1 - y)], -1).astype(np.uint8)
 
 
-def test_scores_are_those_of_the_pipeline_for_every_kind_of_image(tmp_path, module):
+def test_scores_equal_pipeline_for_every_image_mode(tmp_path, module):
     photos = tmp_path / "photos"
     photos.mkdir()
     image = Image.fromarray(gradient(120, 70))
@@ -265,7 +265,7 @@ PROCESSORS = {
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
-def test_any_image_processor_gives_the_scores_of_the_pipeline(tmp_path, module, processor):
+def test_scores_equal_pipeline_for_any_image_processor(tmp_path, module, processor):
     photos = tmp_path / "photos"
     photos.mkdir()
     for width, height in ((64, 64), (90, 70), (70, 90), (40, 120), (90, 70)):
@@ -280,7 +280,7 @@ def test_any_image_processor_gives_the_scores_of_the_pipeline(tmp_path, module, 
     assert module.Decoder(arguments).in_bytes == ("EfficientNet" not in processor)
 
 
-def test_several_labels_per_image_have_scores_by_the_sigmoid(tmp_path, module):
+def test_multi_label_scores_are_sigmoids(tmp_path, module):
     processor = json.loads((MODEL / "preprocessor_config.json").read_text())
     model = model_with(tmp_path / "model", processor, problem_type="multi_label_classification")
     (file,) = write_photos(tmp_path / "photos", 1)
@@ -288,7 +288,7 @@ def test_several_labels_per_image_have_scores_by_the_sigmoid(tmp_path, module):
     assert_scores_equal(found[str(file)], pipeline("image-classification", str(model))(str(file), top_k=10))
 
 
-def test_an_odd_image_is_a_row_with_an_error_and_the_others_have_theirs(tmp_path, module, monkeypatch):
+def test_failing_image_is_row_with_error_and_others_keep_results(tmp_path, module, monkeypatch):
     photos = tmp_path / "photos"
     (good,) = write_photos(photos, 1)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
@@ -314,7 +314,7 @@ def test_an_odd_image_is_a_row_with_an_error_and_the_others_have_theirs(tmp_path
         assert message in errors[name] and str(photos / name) in errors[name]
 
 
-def test_an_output_that_is_not_finite_is_an_error(tmp_path, module):
+def test_output_that_is_not_finite_is_row_with_error(tmp_path, module):
     files = write_photos(tmp_path / "photos", 2)
     arguments = module.BatchArguments(input=str(tmp_path / "photos"), output=str(tmp_path / "out"), model=str(MODEL))
     (shard,) = module.unfinished_shards(module.find_shards(arguments), arguments)
@@ -351,7 +351,7 @@ NO_CAMERA = {
 
 
 @pytest.mark.parametrize("storage", ["folder", "object storage"])
-def test_every_file_is_read_or_counted(tmp_path, module, storage):
+def test_every_file_is_read_or_counted_as_skipped(tmp_path, module, storage):
     if storage == "folder":
         url, write = f"{tmp_path}/photos #1", lambda path, content: Path(path).write_bytes(content)
     else:
@@ -370,7 +370,7 @@ def test_every_file_is_read_or_counted(tmp_path, module, storage):
     assert module.Decoder(arguments)(shard)["errors"] == [""] * len(CAMERA)
 
 
-def test_a_name_that_is_not_utf8_a_pipe_and_a_loop_are_counted(tmp_path, module):
+def test_unreadable_names_pipes_and_link_loops_are_counted(tmp_path, module):
     (file,) = write_photos(tmp_path / "photos", 1)
     (tmp_path / "photos" / os.fsdecode(b"caf\xe9.png")).write_bytes(png())
     os.mkfifo(tmp_path / "photos" / "pipe.png")
@@ -382,7 +382,7 @@ def test_a_name_that_is_not_utf8_a_pipe_and_a_loop_are_counted(tmp_path, module)
     }  # fmt: skip
 
 
-def test_parquet_files_that_are_none_are_counted_and_damaged_rows_have_an_error(tmp_path, module):
+def test_invalid_parquet_files_are_counted_and_damaged_rows_have_errors(tmp_path, module):
     folder = tmp_path / "tables"
     folder.mkdir()
     table = pa.table({"image": [png()] * 6, "id": list(range(6))})
@@ -409,7 +409,7 @@ def test_parquet_files_that_are_none_are_counted_and_damaged_rows_have_an_error(
 @pytest.mark.parametrize(
     "layout", ["output in input", "input is output", "input in output", "link to output", "two outputs"]
 )
-def test_results_are_never_input(tmp_path, module, layout):
+def test_own_results_are_not_read_as_input(tmp_path, module, layout):
     photos = tmp_path / "photos"
     out = {"output in input": photos / "out", "two outputs": photos / "out", "input is output": photos}.get(
         layout, tmp_path / "out" if layout == "link to output" else tmp_path
@@ -436,7 +436,7 @@ def test_results_are_never_input(tmp_path, module, layout):
 # --------------------------------------------------------------------------------------- one run at a time, nothing twice
 
 
-def test_a_second_run_leaves_alone_what_the_first_is_writing(tmp_path, module):
+def test_second_concurrent_run_is_refused(tmp_path, module):
     write_photos(tmp_path / "photos", 2)
     arguments = module.BatchArguments(input=str(tmp_path / "photos"), output=str(tmp_path / "out"), model=str(MODEL))
     with module.sole_writer(arguments):
@@ -452,7 +452,7 @@ def test_a_second_run_leaves_alone_what_the_first_is_writing(tmp_path, module):
         assert not writing.exists()
 
 
-def test_a_lock_ends_with_its_process(tmp_path, module):
+def test_lock_is_released_when_its_process_dies(tmp_path, module):
     code = "import sys, batch_inference as b; h = b.sole_writer(b.BatchArguments(output=sys.argv[1])); h.__enter__(); print('x', flush=True); input()"
     environment = ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"}
     process = subprocess.Popen(
@@ -477,7 +477,7 @@ def claims(module, monkeypatch, tmp_path):
     return module.BatchArguments(output=f"memory://{tmp_path.name}/out", model=str(MODEL))
 
 
-def test_of_two_runs_on_object_storage_one_gives_way(module, claims):
+def test_second_run_on_object_storage_is_refused(module, claims):
     barrier, results = threading.Barrier(2), []
 
     def work():
@@ -502,7 +502,7 @@ def test_of_two_runs_on_object_storage_one_gives_way(module, claims):
         pass
 
 
-def test_a_claim_is_renewed_and_that_of_a_dead_run_is_taken_over(module, claims, monkeypatch):
+def test_claim_is_renewed_and_stale_claim_is_taken_over(module, claims, monkeypatch):
     filesystem, root = module.open_filesystem(claims.output)
     filesystem.create_dir(root)
 
@@ -538,7 +538,7 @@ def test_a_claim_is_renewed_and_that_of_a_dead_run_is_taken_over(module, claims,
     assert names() == [f"{module.CLAIM}2.json"]
 
 
-def test_shards_of_another_size_or_input_repeat_no_row(tmp_path, module):
+def test_changed_shard_size_or_input_repeats_no_row(tmp_path, module):
     photos = tmp_path / "photos"
     write_photos(photos, 5)
     assert len(compute(module, tmp_path, input=str(photos), shard_size=2)) == 5
@@ -548,7 +548,7 @@ def test_shards_of_another_size_or_input_repeat_no_row(tmp_path, module):
     assert len(found) == 9 and before.items() <= stamps(tmp_path / "out").items()
 
 
-def test_the_account_tells_of_errors_earlier_rows_and_rows_that_are_missing_or_double(tmp_path, module):
+def test_summary_counts_errors_earlier_missing_and_repeated_rows(tmp_path, module):
     photos, out = tmp_path / "photos", tmp_path / "out"
     files = write_photos(photos, 4)
     for name in ("x.png", "y.png"):
@@ -580,7 +580,7 @@ def test_the_account_tells_of_errors_earlier_rows_and_rows_that_are_missing_or_d
             check()
 
 
-def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path, module):
+def test_failed_shard_write_leaves_no_file(tmp_path, module):
     filesystem, root = module.open_filesystem(str(tmp_path))
 
     def write(stream):
@@ -596,7 +596,7 @@ def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path, module):
     "change",
     [{"task": "embed"}, {"top_k": 3}, {"dtype": "bfloat16"}, {"image_column": "photo"}, {"model": "retrained"}],
 )
-def test_results_of_other_settings_are_refused(tmp_path, module, change):
+def test_resume_with_changed_settings_is_refused(tmp_path, module, change):
     arguments = module.BatchArguments(output=str(tmp_path / "out"), model=str(tmp_path / "model"))
     processor = {"image_processor_type": "CLIPImageProcessor"}
     model_with(tmp_path / "model", processor)
@@ -642,7 +642,7 @@ def test_results_of_other_settings_are_refused(tmp_path, module, change):
         (["--address", "nonsense"], "--address nonsense does not answer .*; host:port of a Ray cluster, or auto"),
     ],
 )  # fmt: skip
-def test_flags_that_cannot_be_used_are_one_line(tmp_path, module, monkeypatch, flags, message):
+def test_bad_flags_are_one_line(tmp_path, module, monkeypatch, flags, message):
     monkeypatch.setattr(module.os, "cpu_count", lambda: 1)
     write_photos(tmp_path / "photos", 1)
     (tmp_path / "empty").mkdir()
@@ -668,13 +668,13 @@ def test_flags_that_cannot_be_used_are_one_line(tmp_path, module, monkeypatch, f
         (pa.struct({"path": pa.string()}), [{"path": "a"}], "has the type struct<path: string>"),
     ],
 )
-def test_a_column_that_holds_no_images_is_refused(tmp_path, module, type, values, message):
+def test_column_without_images_is_refused(tmp_path, module, type, values, message):
     pq.write_table(pa.table({"image": pa.array(values, type)}), tmp_path / "x.parquet")
     with pytest.raises(module.InputError, match=message):
         module.find_shards(module.BatchArguments(input=str(tmp_path)))
 
 
-def test_a_row_without_bytes_is_an_error_and_dictionaries_of_bytes_are_read(tmp_path, module):
+def test_row_without_bytes_has_error_and_bytes_in_dictionaries_are_read(tmp_path, module):
     values = [{"bytes": None, "path": "a.jpg"}, {"bytes": png(), "path": None}, None, {"bytes": None, "path": None}]
     kind = pa.struct({"bytes": pa.large_binary(), "path": pa.string()})
     pq.write_table(pa.table({"image": pa.array(values, kind)}), tmp_path / "x.parquet")
@@ -698,7 +698,7 @@ def test_a_row_without_bytes_is_an_error_and_dictionaries_of_bytes_are_read(tmp_
         ([{"CPU": 4.0}], {"gpus_per_actor": 1.0, "num_actors": 8, "autoscaling": True}, (8, 1.0, 0.0, 4, 1.0)),
     ],
 )
-def test_actors_fit_the_machines(module, machines, flags, expected):
+def test_number_of_actors_fits_machines(module, machines, flags, expected):
     work = module.plan(module.BatchArguments(**flags), machines)
     assert (work.actors, work.gpus, work.actor_cpus, work.decoders, work.decoder_cpus) == expected
 
@@ -706,13 +706,13 @@ def test_actors_fit_the_machines(module, machines, flags, expected):
 @pytest.mark.parametrize(
     "flags", [{"num_actors": 5, "gpus_per_actor": 0.4}, {"gpus_per_actor": 2.0}, {"num_actors": 3}]
 )
-def test_more_than_each_machine_has_is_refused(module, flags):
+def test_resources_beyond_every_machine_are_refused(module, flags):
     machines = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}]
     with pytest.raises(module.InputError, match="there is no room for"):
         module.plan(module.BatchArguments(**flags), machines)
 
 
-def test_a_model_that_does_not_suit_the_task_is_refused(tmp_path, module):
+def test_model_without_task_is_refused(tmp_path, module):
     model = AutoModelForImageClassification.from_pretrained(MODEL)
     processor = AutoImageProcessor.from_pretrained(MODEL)
     model.internimage.save_pretrained(tmp_path / "headless")
@@ -741,7 +741,7 @@ def test_a_model_that_does_not_suit_the_task_is_refused(tmp_path, module):
         module.check_model(module.BatchArguments(model=str(tmp_path / "no classes")))
 
 
-def test_workers_need_no_file_of_the_program(tmp_path, module):
+def test_workers_run_without_program_files_and_datasets(tmp_path, module):
     """Nor `datasets`, which `[batch]` does not install."""
     from ray import cloudpickle
 
@@ -774,7 +774,7 @@ def start(tmp_path: Path, out: Path) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_an_error_of_a_worker_is_one_line(tmp_path):
+def test_worker_error_is_one_line(tmp_path):
     write_photos(tmp_path / "photos", 2)
     headless = tmp_path / "headless"
     AutoModelForImageClassification.from_pretrained(MODEL).internimage.save_pretrained(headless)
@@ -786,7 +786,7 @@ def test_an_error_of_a_worker_is_one_line(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["Model", "Decoder"])
-def test_a_killed_worker_loses_nothing(tmp_path, stage):
+def test_killed_worker_loses_no_row(tmp_path, stage):
     psutil = pytest.importorskip("psutil")
     files = write_photos(tmp_path / "photos", 200)
     out = tmp_path / "out"
@@ -821,7 +821,7 @@ def rows_at(folder: Path, path: str) -> dict:
 
 
 @pytest.mark.slow
-def test_a_killed_driver_is_started_again(tmp_path):
+def test_killed_driver_resumes_without_lost_rows(tmp_path):
     psutil = pytest.importorskip("psutil")
     files = write_photos(tmp_path / "photos", 200)
     out = tmp_path / "out"

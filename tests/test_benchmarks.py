@@ -43,7 +43,7 @@ def results(folder, program: str) -> tuple[dict, str]:
 # ----------------------------------------------------------------------------------------------------------- harness
 
 
-def test_operator_calls_are_those_of_the_models():
+def test_operator_calls_equal_those_of_models():
     assert harness.operator_calls("t", 224) == [(56, 64, 4, 4), (28, 128, 8, 4), (14, 256, 16, 18), (7, 512, 32, 4)]
     assert harness.operator_calls("h", 512)[2] == (32, 1280, 40, 32)
     model = InternImageForImageClassification(InternImageConfig.from_variant("t")).eval()
@@ -71,7 +71,7 @@ def test_other_formulations_agree_with_the_operator(scale):
         torch.testing.assert_close(op_cpu.loop_of_grid_samples(*tensors, 2), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_functions_take_turns():
+def test_timed_functions_alternate():
     order = []
     functions = {name: lambda name=name: order.append(name) or len(order) for name in "abc"}
     assert harness.take_turns(functions, 2) == {"a": [1, 4], "b": [2, 5], "c": [3, 6]}
@@ -89,7 +89,7 @@ def test_peak_memory_counts_temporaries_and_the_result():
     assert harness.peak_memory(call) == 12000
 
 
-def test_results_replace_earlier_ones_of_the_day(tmp_path):
+def test_results_replace_those_of_same_day(tmp_path):
     report = {"environment": {"hardware": "A (R) chip/9, 2 threads", "date": "2026-11-28 10:00 UTC"}}
     for text in ("first", "second"):
         harness.write_results(tmp_path / "new", "op", report, text)
@@ -123,7 +123,7 @@ def test_bad_arguments(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_kernel_of_other_sources_is_stale(tmp_path):
+def test_kernel_built_from_other_sources_is_stale(tmp_path):
     with harness._in_place_of({}, [harness.KERNEL_PROJECT]):
         folder = importlib.import_module("builder").build("triton", tmp_path)[0]
     name = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["id"]
@@ -157,7 +157,7 @@ def test_official_code_is_imported_from_a_checkout(tmp_path, monkeypatch):
         assert sys.modules.get(name) is before.get(name)
 
 
-def test_folder_that_is_no_checkout_is_named(tmp_path):
+def test_folder_without_official_code_is_named(tmp_path):
     with pytest.raises(SystemExit, match=f"--upstream {tmp_path} is not a checkout of OpenGVLab/InternImage"):
         harness.import_official(tmp_path, "ops_dcnv3.functions")
 
@@ -209,7 +209,7 @@ def test_op_gpu_measures_both_passes(tmp_path, reference_for_a_kernel):
     assert "small, bfloat16, backward" in table
 
 
-def test_op_gpu_leaves_out_what_is_wrong_or_absent(tmp_path, reference_for_a_kernel, capsys):
+def test_op_gpu_omits_wrong_or_missing_implementations(tmp_path, reference_for_a_kernel, capsys):
     reference_for_a_kernel.dcnv3_softmax = lambda *tensors, groups: 1.1 * op_gpu.reference(*tensors, groups)
     flags = ["--device", "cpu", "--seconds", "0.001", "--dtypes", "float32", "--dcnv4", str(tmp_path / "absent")]
     assert op_gpu.main([*flags, "--output", str(tmp_path / "out")]) == 1
@@ -269,7 +269,7 @@ def test_model_speed_measures_every_group(tmp_path, tiny_models, capsys):
     assert table in capsys.readouterr().out
 
 
-def test_model_speed_names_what_it_had_no_time_for(tmp_path, tiny_models):
+def test_model_speed_lists_cases_skipped_for_time(tmp_path, tiny_models):
     assert model_speed.main([*SMALL, "--seconds", "1e-9", "--output", str(tmp_path)]) == 0
     report, table = results(tmp_path, "model_speed")
     assert report["measurements"] == []
@@ -289,7 +289,7 @@ def test_model_speed_reports_a_failure(tmp_path, tiny_models, name, status):
     assert f"| {name} " in table
 
 
-def test_models_of_a_size():
+def test_models_are_built_for_given_size():
     with torch.device("meta"):
         models = model_speed.build("t", torch.device("cpu"), None)
         larger = model_speed.build("b", torch.device("cuda"), None)
@@ -302,7 +302,7 @@ def test_models_of_a_size():
     assert {millions[name] for name in ("ConvNeXt-B", "Swin-B")} <= {88, 89}
 
 
-def test_materialising_model_computes_the_same():
+def test_materialising_model_equals_model():
     torch.manual_seed(0)
     config = InternImageConfig(channels=16, depths=[1, 1, 1, 1], groups=[1, 2, 4, 8], num_labels=5, offset_scale=2.0)
     model = InternImageForImageClassification(config).eval()

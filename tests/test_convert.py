@@ -54,7 +54,7 @@ def released_keys(variant: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 @pytest.mark.parametrize("case", MODEL_CASES)
-def test_released_layout(case, tmp_path, capsys):
+def test_released_layout_converts_with_official_outputs(case, tmp_path, capsys):
     folder = FIXTURES / case
     output = tmp_path / "model"
     assert (
@@ -80,7 +80,7 @@ def test_released_layout(case, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("case", ["hf_t_like", "hf_s_like"])
-def test_published_layout(case, tmp_path):
+def test_published_layout_converts_with_official_outputs(case, tmp_path):
     assert convert(classification, FIXTURES / case, "--output", tmp_path / "model") == 0
     expected = load_file(FIXTURES / case / "expected.safetensors")
     model = InternImageForImageClassification.from_pretrained(tmp_path / "model").eval()
@@ -110,7 +110,7 @@ def test_every_released_classification_checkpoint_maps_without_remainder(name):
 
 
 @pytest.mark.parametrize("case", MODEL_CASES)
-def test_back_to_the_official_layout_and_forth(case, tmp_path):
+def test_reverse_conversion_round_trip_is_exact(case, tmp_path):
     folder = FIXTURES / case
     there, back, again = tmp_path / "there", tmp_path / "back.pth", tmp_path / "again"
     assert (
@@ -127,14 +127,14 @@ def test_back_to_the_official_layout_and_forth(case, tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["t", "s", "b", "l", "xl", "h", "g"])
-def test_full_size_names_go_back(variant):
+def test_full_size_names_reverse(variant):
     with torch.device("meta"):
         model = InternImageForImageClassification(InternImageConfig.from_variant(variant))
     official = classification.official_state_dict(model)
     assert {name: tuple(t.shape) for name, t in official.items()} == dict(released_keys(variant))
 
 
-def test_options(tmp_path):
+def test_ema_dtype_and_shard_size_options_take_effect(tmp_path):
     state_dict, _ = load_case("t_like")
     averaged = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in state_dict.items()}
     source = tmp_path / "both.pth"
@@ -155,13 +155,13 @@ def test_options(tmp_path):
     assert "tensors" not in json.loads((tmp_path / "bare" / REPORT).read_text())
 
 
-def test_labels():
+def test_label_files_are_complete():
     assert class_names("imagenet-22k")[0] == "organism, being" and len(set(class_names("imagenet-22k"))) == 21841
     assert class_names("ade20k")[:3] == ["wall", "building", "sky"] and len(class_names("ade20k")) == 150
     assert id2label("ade20k", 3) == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
 
 
-def test_memory_of_a_conversion(tmp_path):
+def test_conversion_memory_is_bounded(tmp_path):
     """Of a model of 200 MB, against the memory that the same imports take."""
     source = tmp_path / "internimage_s_1k_224.pth"
     state_dict = {key: torch.zeros(shape) for key, shape in released_keys("s")}
@@ -232,7 +232,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 @pytest.mark.parametrize("kind", ["truncated", "text", "hostile", "other", "scrap", "short", "shaped", "absent"])
-def test_a_bad_file_is_one_line_and_nothing_is_left(kind, tmp_path, monkeypatch, capsys):
+def test_bad_file_is_one_line_and_leaves_nothing(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     source, message = bad_files(tmp_path)[kind]
     output = tmp_path / "out" / "model"
@@ -243,7 +243,7 @@ def test_a_bad_file_is_one_line_and_nothing_is_left(kind, tmp_path, monkeypatch,
     assert not output.parent.exists() or not list(output.parent.iterdir())
 
 
-def test_bad_arguments(tmp_path, capsys):
+def test_bad_arguments_are_one_line(tmp_path, capsys):
     checkpoint, config = FIXTURES / "t_like" / "checkpoint.pth", FIXTURES / "t_like" / "config.json"
     for arguments, message in (
         ([checkpoint], "--config"),
@@ -260,7 +260,7 @@ def test_bad_arguments(tmp_path, capsys):
     assert "not empty" in capsys.readouterr().err
 
 
-def test_killed_while_writing_and_run_again(tmp_path):
+def test_killed_conversion_leaves_no_folder_and_runs_again(tmp_path):
     checkpoint, config = FIXTURES / "t_like" / "checkpoint.pth", FIXTURES / "t_like" / "config.json"
     output = tmp_path / "model"
     arguments = [str(a) for a in (checkpoint, "--config", config, "--output", output)]
@@ -316,7 +316,7 @@ ODD = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about the formats that are tested
 @pytest.mark.parametrize("kind", ODD)
-def test_an_odd_tensor_is_named_in_one_line(kind, tmp_path, capsys):
+def test_unexpected_tensor_is_named_in_one_line(kind, tmp_path, capsys):
     spoil, message = ODD[kind]
     source = saved(tmp_path / "odd.pth", {"model": official(**{WEIGHT: spoil(official()[WEIGHT])})})
     output = tmp_path / "out" / "model"
@@ -327,14 +327,14 @@ def test_an_odd_tensor_is_named_in_one_line(kind, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("shape", [(), (0, 64), (5, 64, 1)])
-def test_an_odd_classifier_is_named_in_one_line(shape, tmp_path, capsys):
+def test_classifier_of_wrong_shape_is_named_in_one_line(shape, tmp_path, capsys):
     source = saved(tmp_path / "odd.pth", {"model": official(**{"head.weight": torch.zeros(shape)})})
     assert convert(classification, source, *T_LIKE, "--output", tmp_path / "out") == 1
     assert f"odd.pth: classifier.weight has the shape {shape}" in only_error(capsys)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
-def test_values_that_no_model_has_are_named(value, tmp_path, capsys):
+def test_tensors_that_are_not_finite_are_named(value, tmp_path, capsys):
     """Not a number, infinite, or so large that half precision makes it infinite."""
     source = saved(tmp_path / "odd.pth", {"model": official(**{"head.bias": torch.tensor([value] + [0.0] * 9)})})
     options = ["--dtype", "float16"] if value == 1e6 else []
@@ -345,7 +345,7 @@ def test_values_that_no_model_has_are_named(value, tmp_path, capsys):
     assert not list(output.parent.iterdir())
 
 
-def test_counters_that_were_averaged_are_counters_again(tmp_path):
+def test_averaged_counters_become_integers(tmp_path):
     name = "conv_head.1.0.num_batches_tracked"
     source = saved(tmp_path / "ema.pth", {"model": official(**{name: torch.tensor(7.0)})})
     assert convert(classification, source, *T_LIKE, "--output", tmp_path / "model") == 0
@@ -356,7 +356,7 @@ def test_counters_that_were_averaged_are_counters_again(tmp_path):
     assert convert(classification, source, *T_LIKE, "--output", tmp_path / "other") == 1
 
 
-def test_several_dtypes_become_the_smallest_that_holds_all(tmp_path):
+def test_mixed_dtypes_become_smallest_common_dtype(tmp_path):
     """transformers loads a model in one dtype; left as they are, some would be rounded to that of the first."""
     state_dict = {
         k: (t.half() if "mlp" in k else t.bfloat16()) if t.is_floating_point() else t for k, t in official().items()
@@ -370,7 +370,7 @@ def test_several_dtypes_become_the_smallest_that_holds_all(tmp_path):
     assert torch.equal(weight, state_dict[WEIGHT].float())
 
 
-def test_one_memory_under_two_names_is_written_twice(tmp_path):
+def test_tensors_that_share_memory_are_written_separately(tmp_path):
     other = WEIGHT.replace("levels.0", "levels.2").replace("weight", "bias")
     state_dict = official()
     state_dict[other] = state_dict[other.replace("blocks.0", "blocks.1")]
@@ -379,7 +379,7 @@ def test_one_memory_under_two_names_is_written_twice(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["abc", "0", "-1", "5XB", "", "nan"])
-def test_a_shard_size_that_is_none_is_one_line(size, tmp_path, capsys):
+def test_invalid_shard_size_is_one_line(size, tmp_path, capsys):
     source = FIXTURES / "t_like" / "checkpoint.pth"
     for module, arguments in ((classification, [source, *T_LIKE]), (convert_all, [])):
         assert convert(module, *arguments, "--output", tmp_path / "model", f"--max-shard-size={size}") == 1
@@ -424,9 +424,7 @@ def foreign_classes(monkeypatch):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_training_programs_checkpoint_is_read_without_its_classes(
-    zipped, tmp_path, foreign_classes, monkeypatch, capsys
-):
+def test_training_checkpoint_is_read_without_its_classes(zipped, tmp_path, foreign_classes, monkeypatch, capsys):
     source = tmp_path / "ckpt_epoch_ema_best.pth"
     torch.save({"model": official(), **foreign_classes}, source, _use_new_zipfile_serialization=zipped)
     monkeypatch.delitem(sys.modules, "yacs.config")
@@ -453,7 +451,7 @@ class Calls:
         return self.call
 
 
-def test_an_unknown_class_or_a_call_is_one_clear_line(tmp_path, foreign_classes, monkeypatch, capsys):
+def test_unknown_class_or_call_in_pickle_is_one_line(tmp_path, foreign_classes, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = type(foreign_classes["config"])
     for content, name in (
@@ -483,14 +481,14 @@ def test_an_unknown_class_or_a_call_is_one_clear_line(tmp_path, foreign_classes,
         (None, "has neither model.safetensors nor pytorch_model.bin"),
     ],
 )
-def test_a_file_of_another_kind_is_called_by_its_kind(content, message, tmp_path, capsys):
+def test_file_of_other_kind_is_named_by_kind(content, message, tmp_path, capsys):
     source = tmp_path / "file.pth"
     source.mkdir() if content is None else source.write_bytes(content)
     assert convert(classification, source, *T_LIKE, "--output", tmp_path / "out" / "model") == 1
     assert message in (error := only_error(capsys)) and "file.pth" in error
 
 
-def test_a_misspelt_field_of_the_configuration_is_told(tmp_path, capsys):
+def test_misspelt_configuration_field_is_reported(tmp_path, capsys):
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**json.loads(T_LIKE[1].read_text()), "offset_scal": 2.0}))
     source = FIXTURES / "t_like" / "checkpoint.pth"
@@ -501,7 +499,7 @@ def test_a_misspelt_field_of_the_configuration_is_told(tmp_path, capsys):
         assert json.loads((output / REPORT).read_text())["unknown_config_fields"] == ["offset_scal"]
 
 
-def test_a_wrong_configuration_is_one_line(tmp_path, capsys):
+def test_wrong_configuration_is_one_line(tmp_path, capsys):
     config = tmp_path / "config.json"
     good = json.loads(T_LIKE[1].read_text())
     for text in (
@@ -516,7 +514,7 @@ def test_a_wrong_configuration_is_one_line(tmp_path, capsys):
         only_error(capsys)
 
 
-def test_prefixes_nesting_and_cache_links(tmp_path):
+def test_prefixes_nesting_and_cache_links_are_read(tmp_path):
     """`module.` of data-parallel training, a state dict within one, and a file of the cache: a link to a name without suffix."""
     (tmp_path / "blobs").mkdir()
     blob = tmp_path / "blobs" / "0123abc"
@@ -553,7 +551,7 @@ def other_source(folder: Path) -> Path:
     return saved(folder / "other.pth", {"model": official(**{"head.bias": official()["head.bias"] + 1})})
 
 
-def test_a_second_conversion_into_a_folder_that_is_being_written_says_so(tmp_path, capsys, monkeypatch):
+def test_concurrent_conversion_into_same_folder_is_refused(tmp_path, capsys, monkeypatch):
     output, a, b = tmp_path / "out" / "model", FIXTURES / "t_like" / "checkpoint.pth", other_source(tmp_path)
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "out")
@@ -575,7 +573,7 @@ def test_a_second_conversion_into_a_folder_that_is_being_written_says_so(tmp_pat
     assert finished(output) and [path.name for path in output.parent.iterdir()] == ["model"]
 
 
-def test_many_processes_write_one_folder_whole(tmp_path):
+def test_concurrent_processes_write_one_whole_folder(tmp_path):
     """Forked after the imports, all let go at once: each folder is one source's, and who says "wrote" wrote it."""
     sources = [FIXTURES / "t_like" / "checkpoint.pth", other_source(tmp_path)]
     program = """
@@ -606,7 +604,7 @@ def test_many_processes_write_one_folder_whole(tmp_path):
     assert [path.name for path in output.parent.iterdir()] == ["model"]
 
 
-def test_a_folder_that_appears_meanwhile_is_not_written_over(tmp_path, monkeypatch, capsys):
+def test_folder_created_during_conversion_is_kept(tmp_path, monkeypatch, capsys):
     """By a program that knows of no lock."""
     output = tmp_path / "model"
     verify = conversion.verify_tensors
@@ -623,7 +621,7 @@ def test_a_folder_that_appears_meanwhile_is_not_written_over(tmp_path, monkeypat
     assert [path.name for path in output.iterdir()] == ["file"] and os.listdir(tmp_path) == ["model"]
 
 
-def test_folders_of_the_users_own_stay(tmp_path):
+def test_unrelated_folders_are_kept(tmp_path):
     output = tmp_path / "model"
     for name in (".model.unfinished", ".model.unfinished-mine"):
         (tmp_path / name).mkdir()
@@ -673,7 +671,7 @@ def _flip(file: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_folder_is_not_finished(kind, converted, tmp_path, capsys):
+def test_damaged_output_is_refused_and_kept(kind, converted, tmp_path, capsys):
     damage, message = DAMAGES[kind]
     output = shutil.copytree(converted, tmp_path / "model")
     damage(output)
@@ -684,7 +682,7 @@ def test_a_damaged_folder_is_not_finished(kind, converted, tmp_path, capsys):
     assert sorted(os.listdir(output)) == before
 
 
-def test_a_folder_of_another_source_or_of_other_settings_is_not_finished(converted, tmp_path, monkeypatch, capsys):
+def test_output_of_other_source_or_settings_is_refused(converted, tmp_path, monkeypatch, capsys):
     """Nor is it uploaded under the other's name."""
     monkeypatch.setattr(cli, "push", lambda *arguments: pytest.fail("uploaded"))
     converted = shutil.copytree(converted, tmp_path / "model")
@@ -711,7 +709,7 @@ def test_a_folder_of_another_source_or_of_other_settings_is_not_finished(convert
     assert "finished already" in capsys.readouterr().out
 
 
-def test_what_a_killed_conversion_left_beside_a_finished_folder_goes(converted, tmp_path):
+def test_leftovers_of_killed_conversion_are_removed(converted, tmp_path):
     output = shutil.copytree(converted, tmp_path / "model")
     work = tmp_path / ".model.unfinished-abcd1234"
     work.mkdir()
@@ -754,7 +752,7 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_one_line_and_nothing_is_left(converted, tmp_path, capfd, full_disk):
+def test_full_disk_is_one_line_and_leaves_nothing(converted, tmp_path, capfd, full_disk):
     checkpoint = FIXTURES / "t_like" / "checkpoint.pth"
     assert convert(classification, checkpoint, *T_LIKE, "--output", tmp_path / "model") == 1
     assert f"error: cannot write {tmp_path / 'model'}: " in capfd.readouterr().err
@@ -763,7 +761,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(converted, tmp_path, capfd,
     assert not os.listdir(tmp_path)
 
 
-def test_all_go_on_after_any_failure(tmp_path, monkeypatch, capsys):
+def test_convert_all_continues_after_failure(tmp_path, monkeypatch, capsys):
     """An error of the system, one that nobody foresaw, one of memory; a folder and a broken link in a file's place."""
     names = [name for name in RELEASED if RELEASED[name].task == "classification"][:6]
     folder = tmp_path / "pth"
@@ -797,7 +795,7 @@ def test_all_go_on_after_any_failure(tmp_path, monkeypatch, capsys):
     assert "--source-folder" in only_error(capsys)
 
 
-def test_reverse_takes_whole_classifiers_and_no_option_of_the_other_direction(converted, tmp_path, capsys):
+def test_reverse_needs_whole_classifier_and_refuses_forward_options(converted, tmp_path, capsys):
     folder = shutil.copytree(converted, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     del tensors["classifier.bias"]
@@ -841,7 +839,7 @@ def test_every_released_downstream_backbone_maps_without_remainder(name):
     assert RELEASED[name].task in convert_all.PLANS
 
 
-def test_upernet(tmp_path):
+def test_upernet_converts_with_official_outputs(tmp_path):
     from transformers import UperNetForSemanticSegmentation, pipeline
 
     folder = FIXTURES / "upernet_tiny"
@@ -869,7 +867,7 @@ def test_upernet(tmp_path):
     assert masks and all(entry["mask"].size == (70, 50) for entry in masks)
 
 
-def test_backbone_of_a_segmenter_and_of_a_classifier(tmp_path):
+def test_backbone_of_segmenter_and_classifier_converts(tmp_path):
     folder = FIXTURES / "upernet_tiny"
     assert (
         convert(backbone, folder / "checkpoint.pth", "--config", folder / "config.json", "--output", tmp_path / "a")
@@ -948,7 +946,7 @@ def official_mask2former(model) -> dict[str, torch.Tensor]:
     return {f"decode_head.{name}": tensor for name, tensor in heads.items()}
 
 
-def test_mask2former(tmp_path):
+def test_mask2former_converts(tmp_path):
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
     config = json.loads((FIXTURES / "s_like" / "config.json").read_text())
@@ -990,7 +988,7 @@ def test_mask2former(tmp_path):
     ]  # fmt: skip
 
 
-def test_everything_in_the_table_that_lies_here(tmp_path, capsys):
+def test_convert_all_converts_local_files_and_reports_failures(tmp_path, capsys):
     """One file is there, one is broken, the others would be downloaded: offline, they fail one by one."""
     folder = tmp_path / "pth"
     folder.mkdir()
@@ -1028,7 +1026,7 @@ def run_converter(hub, tmp_path, *arguments, token="hf_good", wait=True):
 SOURCE = [FIXTURES / "t_like" / "checkpoint.pth", "--config", FIXTURES / "t_like" / "config.json"]
 
 
-def test_convert_push_and_load(hub, tmp_path):
+def test_converted_model_is_pushed_and_loads(hub, tmp_path):
     hub.fail_next = 1  # the first request meets a server error
     status, out, err = run_converter(
         hub,
@@ -1080,7 +1078,7 @@ def test_convert_push_and_load(hub, tmp_path):
     assert card == "mit image-classification\n"
 
 
-def test_upload_killed_half_way(hub, tmp_path):
+def test_killed_upload_is_completed(hub, tmp_path):
     arguments = [*SOURCE, "--output", tmp_path / "model", "--push-to-hub", "somebody/killed"]
     hub.slow_upload = 30.0
     process = run_converter(hub, tmp_path, *arguments, wait=False)
@@ -1124,7 +1122,7 @@ def hub_here(hub, monkeypatch, tmp_path):
     ("token", "forbid", "message"),
     [(None, False, "HF_TOKEN"), ("hf_bad", False, "HF_TOKEN"), ("hf_good", True, "may not write")],
 )
-def test_missing_token_or_permission(hub_here, converted, monkeypatch, capsys, token, forbid, message):
+def test_missing_token_or_permission_is_one_line(hub_here, converted, monkeypatch, capsys, token, forbid, message):
     hub_here.forbid = forbid
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
     push_it = ["--output", converted, "--push-to-hub", "somebody/refused"]
@@ -1142,7 +1140,7 @@ PASSING = [
 
 
 @pytest.mark.parametrize(("endpoint", "answer", "times"), PASSING)
-def test_a_fault_that_passes_does_not_end_an_upload(endpoint, answer, times, hub_here, converted):
+def test_upload_survives_transient_fault(endpoint, answer, times, hub_here, converted):
     hub_here.fail(endpoint, answer, times)
     assert push(converted, "somebody/model", pause=0).endswith("somebody/model")
     files = hub_here.repositories["somebody/model"]
@@ -1165,7 +1163,7 @@ LASTING = [
 
 
 @pytest.mark.parametrize(("endpoint", "answer", "message"), LASTING)
-def test_a_lasting_fault_of_the_hub_is_one_line(endpoint, answer, message, hub_here, converted, capsys):
+def test_lasting_hub_fault_is_one_line(endpoint, answer, message, hub_here, converted, capsys):
     hub_here.fail(endpoint, answer)
     assert cli.main(lambda: push(converted, "somebody/model", pause=0)) == 1
     lines = capsys.readouterr().err.splitlines()
@@ -1202,7 +1200,7 @@ def raising(error: Exception, monkeypatch) -> None:
         (lambda x: KeyError("url"), 1, "KeyError"),
     ],
 )
-def test_whatever_an_upload_raises_is_one_line(make, attempts, message, hub_here, converted, monkeypatch, capsys):
+def test_any_upload_exception_is_one_line(make, attempts, message, hub_here, converted, monkeypatch, capsys):
     raising(make(httpx), monkeypatch)
     assert cli.main(lambda: push(converted, "somebody/model", pause=0)) == 1
     lines = capsys.readouterr().err.splitlines()
@@ -1210,7 +1208,7 @@ def test_whatever_an_upload_raises_is_one_line(make, attempts, message, hub_here
     assert lines[-1].startswith("error: cannot upload to somebody/model") and message in lines[-1]
 
 
-def test_an_unreadable_endpoint_or_id_is_one_line(hub_here, converted, monkeypatch, capsys):
+def test_invalid_endpoint_or_repository_id_is_one_line(hub_here, converted, monkeypatch, capsys):
     for name in ("a/b/c", "me/mo del", "", "me/" + "x" * 100):
         assert cli.main(lambda name=name: push(converted, name, pause=0)) == 1
         assert "cannot upload to" in only_error(capsys)
@@ -1223,7 +1221,7 @@ def test_an_unreadable_endpoint_or_id_is_one_line(hub_here, converted, monkeypat
     assert "after 5 attempts" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_weights_of_an_earlier_upload_do_not_stay_beside_the_new(hub_here, converted, capsys):
+def test_new_upload_removes_earlier_weights(hub_here, converted, capsys):
     """transformers prefers model.safetensors to shards, whichever is newer."""
     push(converted, "somebody/model", pause=0)
     files = hub_here.repositories["somebody/model"]
@@ -1238,7 +1236,7 @@ def test_weights_of_an_earlier_upload_do_not_stay_beside_the_new(hub_here, conve
     assert "not uploaded: 1 hidden files: .cache/x" in out
 
 
-def test_private_does_not_go_to_a_public_repository(hub_here, converted, capsys):
+def test_private_upload_to_public_repository_is_refused(hub_here, converted, capsys):
     for _ in range(2):
         assert cli.main(lambda: push(converted, "somebody/secret", private=True, pause=0)) == 0
     assert hub_here.private == {"somebody/secret"}
@@ -1247,7 +1245,7 @@ def test_private_does_not_go_to_a_public_repository(hub_here, converted, capsys)
     assert "is public" in only_error(capsys) and not hub_here.repositories["somebody/open"]
 
 
-def test_what_is_finished_is_not_downloaded_again(hub_here, tmp_path, capsys):
+def test_finished_checkpoint_is_not_downloaded_again(hub_here, tmp_path, capsys):
     """By its name on the Hub, with an empty cache: the Hub tells the sum of the file."""
     hub_here.repositories["me/published"] = {
         path.name: path.read_bytes() for path in (FIXTURES / "hf_t_like").iterdir() if path.suffix != ".md"
@@ -1267,7 +1265,7 @@ def test_what_is_finished_is_not_downloaded_again(hub_here, tmp_path, capsys):
     assert "cannot download model.safetensors of me/published: " in (error := only_error(capsys)) and "reset" in error
 
 
-def test_model_cards_of_the_released():
+def test_model_cards_of_released_checkpoints_are_complete():
     from huggingface_hub import ModelCard
 
     from convert.cards import model_card
@@ -1281,6 +1279,6 @@ def test_model_cards_of_the_released():
 
 
 @pytest.mark.parametrize("image_size, crop", [(64, (64, 64)), ([64, 96], (64, 96)), ((96, 64), (96, 64))])
-def test_the_processor_has_the_models_height_and_width(image_size, crop):
+def test_processor_crops_to_model_image_size(image_size, crop):
     pixels = classification.image_processor(image_size)(Image.new("RGB", (200, 150)), return_tensors="pt")
     assert tuple(pixels["pixel_values"].shape[-2:]) == crop

@@ -72,7 +72,7 @@ SIZES = [(1, 3, 64, 96), (3, 3, 75, 50), (2, 3, 33, 130)]
 @pytest.mark.parametrize(
     "variant", ["pre_norm", *(pytest.param(variant, marks=pytest.mark.slow) for variant in SLOW_VARIANTS)]
 )
-def test_onnx_of_a_classifier(variant):
+def test_onnx_classifier_equals_model(variant):
     model = random_model(**VARIANTS[variant])
     program = export_onnx(model, dcnv3_op="custom")
     proto = program.model_proto
@@ -118,7 +118,7 @@ class Op(torch.nn.Module):
         (20, torch.float64, False, {"groups": 6, "kernel_size": (1, 1), "padding": (0, 0), "offset_scale": 0.5}),
     ],
 )  # fmt: skip
-def test_onnx_of_the_operator(opset, dtype, softmax, options):
+def test_onnx_operator_equals_pytorch(opset, dtype, softmax, options):
     """All parameters; points outside, at infinity and nowhere."""
     geometry = Geometry(
         **{
@@ -183,7 +183,7 @@ def save(model, folder) -> None:
     processor.save_pretrained(folder)
 
 
-def test_the_program_writes_a_backbone(tmp_path):
+def test_program_exports_backbone(tmp_path):
     save(random_model(image_size=(64, 96)), tmp_path / "model")
     output = run_example(
         "export.py",
@@ -215,7 +215,7 @@ def export(monkeypatch):
     return export
 
 
-def test_classes_are_matched_by_name(export):
+def test_evaluated_classes_are_matched_by_name(export):
     match = export.matching_classes
     assert match(["a", "b", "c"], ["c", "a"], "d") == ({0: 2, 1: 0}, "2 of 2 classes matched by name")
     assert match(["a", "b"], ["b", "zebra"], "d") == ({0: 1}, "1 of 2 classes matched by name")
@@ -230,7 +230,7 @@ def test_classes_are_matched_by_name(export):
         match(["a", "b"], ["x"], "d")
 
 
-def test_accuracy_counts_the_models_classes_by_name(export, tmp_path):
+def test_accuracy_matches_class_names(export, tmp_path):
     """A model that knows every class, in another order than the data set's; one class of the images is none of its own."""
     shades = {"ant": 20, "bee": 120, "zebra": 220}
     for split in ("train", "test"):
@@ -270,7 +270,7 @@ def test_accuracy_counts_the_models_classes_by_name(export, tmp_path):
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )
-def test_bad_flags_of_the_program_are_one_line(export, tmp_path, monkeypatch, flags, message):
+def test_bad_flags_are_one_line(export, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     save(random_model(image_size=(64, 96)), tmp_path / "model")
     with pytest.raises(ValueError, match=message) as error:
@@ -278,7 +278,7 @@ def test_bad_flags_of_the_program_are_one_line(export, tmp_path, monkeypatch, fl
     assert "\n" not in str(error.value)
 
 
-def test_the_demo_is_not_a_model_of_other_classes(export, tmp_path, monkeypatch):
+def test_demo_data_with_model_of_other_classes_is_refused(export, tmp_path, monkeypatch):
     """The default folder of the classification program may hold anything."""
     import demo_model
 
@@ -293,7 +293,7 @@ def test_the_demo_is_not_a_model_of_other_classes(export, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_the_program_static_custom_and_int8(tmp_path):
+def test_program_exports_static_custom_node_and_int8(tmp_path):
     model = random_model(image_size=64)
     save(model, tmp_path / "model")
     common = ["--model", "model", "--no_dynamic"]
@@ -314,7 +314,7 @@ def test_the_program_static_custom_and_int8(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_program_float16_and_a_failure(tmp_path):
+def test_program_exports_float16_and_reports_failure(tmp_path):
     model = random_model(image_size=64)
     save(model, tmp_path / "model")
     common = ["--model", "model", "--no_dynamic"]
@@ -338,7 +338,7 @@ def test_internimage_t_exports_in_two_minutes(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--no_dynamic", "--quantize", "int8"]])
-def test_aotinductor_package(tmp_path, flags):
+def test_aotinductor_package_equals_model(tmp_path, flags):
     model = random_model(image_size=64)
     save(model, tmp_path / "model")
     run_example("export.py", "--model", "model", "--format", "aoti", "--output", "out", *flags, cwd=tmp_path)
@@ -351,7 +351,7 @@ def test_aotinductor_package(tmp_path, flags):
 
 
 @pytest.mark.slow
-def test_the_demo_in_int8(tmp_path):
+def test_demo_model_keeps_accuracy_in_int8(tmp_path):
     """Without arguments: trains, exports, and says what int8 weights cost in accuracy."""
     output = run_example("export.py", "--quantize", "int8", cwd=tmp_path)
     before, after = (
@@ -366,7 +366,7 @@ def test_the_demo_in_int8(tmp_path):
 # ------------------------------------------------------------------------------------------------------- int8 and LoRA
 
 
-def test_int8_weights():
+def test_int8_weights_stay_close_to_float32():
     torchao = pytest.importorskip("torchao", reason="needs `pip install internimage-hf[export]`")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -395,7 +395,7 @@ def train_with_lora(base, steps=3):
     return model.eval()
 
 
-def test_lora_trains_the_targets_and_what_is_saved():
+def test_lora_trains_targets_and_saved_modules():
     base = InternImageForImageClassification.from_pretrained(FIXTURES / "hf_t_like")
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     model = train_with_lora(base, steps=2)
@@ -419,7 +419,7 @@ def test_lora_trains_the_targets_and_what_is_saved():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_lora_adapter_holds_all_that_training_moved(variant, tmp_path):
+def test_lora_adapter_holds_every_trained_tensor(variant, tmp_path):
     """The statistics of BatchNorm too: the reloaded adapter, and the merged model, give the same logits."""
     peft = pytest.importorskip("peft", reason="needs `pip install internimage-hf[export]`")
     torch.manual_seed(0)
@@ -438,7 +438,7 @@ def test_lora_adapter_holds_all_that_training_moved(variant, tmp_path):
         torch.testing.assert_close(merged(pixel_values).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_lora_adapter_gives_the_same_in_a_fresh_process(tmp_path):
+def test_lora_adapter_reproduces_outputs_in_new_process(tmp_path):
     pytest.importorskip("peft", reason="needs `pip install internimage-hf[export]`")
     torch.manual_seed(0)
     random_model(norm_layer="BN").save_pretrained(tmp_path / "base")

@@ -166,7 +166,7 @@ run_program(lambda: None)
 """
 
 
-def test_a_program_ends_well_before_the_threads_of_its_process_group(tmp_path):
+def test_program_exits_cleanly_with_process_group(tmp_path):
     """Without `leave_process_group` it ends by SIGABRT, also if the group is destroyed."""
     ended = subprocess.run(
         [sys.executable, "-c", LAST_COLLECTIVE, tmp_path / "rendezvous"],
@@ -185,7 +185,7 @@ time.sleep(60)
 """
 
 
-def test_a_launch_that_fails_says_what_each_process_wrote(tmp_path):
+def test_failed_launch_shows_output_of_each_process(tmp_path):
     (tmp_path / "program.py").write_text(FAILING)
     with pytest.raises(AssertionError, match="SIGABRT") as failure:
         launch("ddp", tmp_path / "program.py")
@@ -197,20 +197,20 @@ def test_a_launch_that_fails_says_what_each_process_wrote(tmp_path):
     shutil.rmtree(folder)
 
 
-def test_ddp_is_training_in_one_process(single, ddp):
+def test_ddp_equals_single_process(single, ddp):
     assert result(ddp / "ema")["engine"].endswith("MULTI_CPU")
     check_equal(ddp, single)
     check_stream(ddp / "stream")
 
 
-def test_fsdp2_is_training_in_one_process(single, fsdp2):
+def test_fsdp2_equals_single_process(single, fsdp2):
     assert result(fsdp2 / "ema")["engine"].endswith("FSDP")
     assert "FSDPInternImageLayer" in result(fsdp2 / "ema")["sharded"]  # by `_no_split_modules`
     check_equal(fsdp2, single)
     check_stream(fsdp2 / "stream")
 
 
-def test_what_fsdp2_wrote_loads_into_one_process(single, fsdp2):
+def test_fsdp2_checkpoint_loads_in_single_process(single, fsdp2):
     """The model and every checkpoint, though the state to resume from is sharded."""
     assert list((fsdp2 / "ema" / "checkpoint-4").glob("optimizer_0/*.distcp"))
     pixel_values = torch.randn(2, 3, 32, 32)
@@ -227,7 +227,7 @@ def test_what_fsdp2_wrote_loads_into_one_process(single, fsdp2):
 
 
 @pytest.mark.slow
-def test_fsdp2_resumes_under_another_number_of_processes(single, fsdp2, tmp_path):
+def test_fsdp2_resumes_with_other_number_of_processes(single, fsdp2, tmp_path):
     """2 to 1 and 1 to 2: weights, optimiser, schedule, average and place in the data."""
     one = [
         {"folder": tmp_path / "2to1", "ema_decay": 0.8, "resume": fsdp2 / "ema" / "checkpoint-4"},
@@ -246,7 +246,7 @@ def test_fsdp2_resumes_under_another_number_of_processes(single, fsdp2, tmp_path
 
 
 @pytest.mark.slow
-def test_ddp_resumes_under_another_number_of_processes(single, ddp, tmp_path):
+def test_ddp_resumes_with_other_number_of_processes(single, ddp, tmp_path):
     train(str(tmp_path / "2to1"), ema_decay=0.8, resume=str(ddp / "ema" / "checkpoint-4"))
     run("ddp", {"folder": tmp_path / "1to2", "ema_decay": 0.8, "resume": single / "ema" / "checkpoint-4"})
     for name in ("2to1", "1to2"):
@@ -255,7 +255,7 @@ def test_ddp_resumes_under_another_number_of_processes(single, ddp, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_two_processes_one_of_them_killed(engine, tmp_path):
+def test_run_with_killed_process_resumes(engine, tmp_path):
     options = {"ema_decay": 0.8, "drop_path_rate": 0.3}
     run(engine, {"folder": tmp_path / "parts", "kill_at": 7, **options}, check=False)
     assert last_checkpoint(tmp_path / "parts") == str(tmp_path / "parts" / "checkpoint-4")
@@ -268,7 +268,7 @@ def test_two_processes_one_of_them_killed(engine, tmp_path):
 
 
 @pytest.mark.slow
-def test_deepspeed_is_training_in_one_process(single, tmp_path):
+def test_deepspeed_equals_single_process(single, tmp_path):
     """ZeRO-3, and a checkpoint of two processes resumed by them."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     run("deepspeed_zero3", {"folder": tmp_path / "whole"})
@@ -291,7 +291,7 @@ def test_deepspeed_is_training_in_one_process(single, tmp_path):
         ("upernet", ["--image_size", 64, "--reduce_labels"]),
     ],
 )
-def test_heads_on_a_checkpoint_under_deepspeed(head, flags, coco_folder, mask_folder, tmp_path):
+def test_heads_load_backbone_under_deepspeed(head, flags, coco_folder, mask_folder, tmp_path):
     """Without learning they keep the checkpoint's backbone, though ZeRO-3 shards it before the head is there."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     detects = head.endswith("detr")
@@ -313,7 +313,7 @@ def test_heads_on_a_checkpoint_under_deepspeed(head, flags, coco_folder, mask_fo
 
 
 @pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_killed_and_resumed(stream, tmp_path):
+def test_killed_training_resumes_exactly(stream, tmp_path):
     """Killed within the second epoch; and what it was writing then is passed over."""
     options = {"ema_decay": 0.8, "drop_path_rate": 0.3, "stream": stream, "max_steps": 12}
     parts, whole = tmp_path / "parts", tmp_path / "whole"
@@ -340,7 +340,7 @@ def test_killed_and_resumed(stream, tmp_path):
     assert resumed.state.global_step == 12
 
 
-def test_a_resumed_stream_goes_on_where_it_was(tmp_path):
+def test_resumed_stream_continues_at_same_example(tmp_path):
     """In the third epoch, of which `Trainer` does not know."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = {"stream": True, "max_steps": 15, "save_steps": 13, "drop_path_rate": 0.3}
@@ -350,7 +350,7 @@ def test_a_resumed_stream_goes_on_where_it_was(tmp_path):
     assert difference(parts / "model.safetensors", whole / "model.safetensors") < 1e-6
 
 
-def test_last_checkpoint_of_nothing(tmp_path):
+def test_last_checkpoint_of_empty_folder_is_none(tmp_path):
     assert last_checkpoint(tmp_path / "absent") is None
     (tmp_path / "checkpoint-x").mkdir()
     (tmp_path / "checkpoint-3").mkdir()
@@ -362,7 +362,7 @@ def test_last_checkpoint_of_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
-def test_a_stream_has_each_example_once_per_epoch(processes):
+def test_stream_yields_each_example_once_per_epoch(processes):
     """With as many shards as processes, fewer, more."""
     by_process = [epochs(make_stream().part(process, processes), 3) for process in range(processes)]
     by_epoch = [list(itertools.chain(*parts)) for parts in zip(*by_process, strict=True)]
@@ -379,7 +379,7 @@ def epochs(stream, count: int) -> list[list[int]]:
     return [[example["index"] for example in order] for order in orders]
 
 
-def test_a_stream_in_workers():
+def test_stream_in_workers_yields_every_example():
     loader = torch.utils.data.DataLoader(make_stream(), batch_size=None, num_workers=2)
     iterator = iter(loader)
     indices = [next(iterator)["index"] for _ in range(2 * IMAGES)]
@@ -404,7 +404,7 @@ STEPWISE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine, flags", [("ddp", ["--streaming"]), ("fsdp2", [])])
-def test_the_classification_example_in_two_processes(engine, flags, tmp_path, classification):
+def test_classification_example_runs_in_two_processes(engine, flags, tmp_path, classification):
     folder = tmp_path / "model"
     flags = ["--output_dir", folder, *STEPWISE, "--ema_decay", 0.9, "--layer_decay", 0.95, *flags]
     output = launch(
@@ -430,7 +430,7 @@ def test_the_classification_example_in_two_processes(engine, flags, tmp_path, cl
 
 
 @pytest.mark.slow
-def test_the_detection_example_in_two_processes(coco_folder, tmp_path):
+def test_detection_example_runs_in_two_processes(coco_folder, tmp_path):
     """Deformable DETR counts the boxes of all processes: the weights and COCO's metrics are those of one process."""
     flags = [
         "--dataset", coco_folder, "--head", "deformable_detr", "--image_size", 64,
@@ -459,7 +459,7 @@ def test_the_detection_example_in_two_processes(coco_folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine, head", [("ddp", "upernet"), ("fsdp2", "mask2former")])
-def test_the_segmentation_example_in_two_processes(engine, head, programs, mask_folder, tmp_path):
+def test_segmentation_example_runs_in_two_processes(engine, head, programs, mask_folder, tmp_path):
     """Both evaluate the model that is saved."""
     flags = [
         "--dataset", mask_folder, "--reduce_labels", "--head", head, "--image_size", 64, "--output_dir", tmp_path / "model",
@@ -489,7 +489,7 @@ def test_the_segmentation_example_in_two_processes(engine, head, programs, mask_
         assert metrics[name] == pytest.approx(alone[name], abs=1e-4)
 
 
-def test_the_classification_example_streams_a_folder(tmp_path, classification):
+def test_classification_example_streams_folder(tmp_path, classification):
     photos = tmp_path / "photos"
     for split, count in (("train", 10), ("test", 4)):
         for label, colour in (("dark", 40), ("bright", 200)):
@@ -526,7 +526,7 @@ def launched_with(engine: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("engine", sorted(file.stem for file in CONFIGURATIONS.glob("*.yaml")))
-def test_the_configurations_say_what_they_should(engine, monkeypatch):
+def test_accelerate_configurations_set_expected_values(engine, monkeypatch):
     environment = launched_with(engine)
     assert environment["ACCELERATE_MIXED_PRECISION"] == "no"  # left to `--bf16` of the examples
     expected = {

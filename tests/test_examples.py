@@ -14,7 +14,7 @@ from sklearn.metrics import jaccard_score
 from utils import FEW_STEPS, FIXTURES, SMALL_HEADS, run_example, run_main
 
 
-def test_classification_on_a_folder_from_a_checkpoint_and_resume(programs, photos, tmp_path, capsys):
+def test_classification_fine_tunes_on_folder_and_resumes(programs, photos, tmp_path, capsys):
     flags = [
         "--dataset", photos, "--model", FIXTURES / "hf_t_like", "--eval_fraction", 0.25, "--per_device_train_batch_size", 8,
         "--learning_rate", 1e-3, "--bf16", "--use_cpu", "--gradient_checkpointing", "--logging_strategy", "no", "--save_total_limit", 5,
@@ -42,7 +42,7 @@ def test_classification_on_a_folder_from_a_checkpoint_and_resume(programs, photo
         torch.testing.assert_close(actual[name], tensor, atol=1e-6, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_classification_recipe_file_and_bad_flags(programs, photos, tmp_path):
+def test_classification_reads_recipe_and_refuses_bad_flags(programs, photos, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("num_train_epochs: 1\nlearning_rate: 1e-3\nmax_steps: 1\neval_strategy: no\nsave_strategy: no\n")
     common = ["--output_dir", tmp_path / "out", "--image_size", 32]
@@ -92,7 +92,7 @@ def check_unchanged(folder: Path, again: Path) -> None:
 
 
 @pytest.mark.parametrize("head", ["rt_detr", "deformable_detr", pytest.param("detr", marks=pytest.mark.slow)])
-def test_detection_on_a_coco_folder(programs, coco_folder, tmp_path, capsys, head):
+def test_detection_trains_resumes_and_reloads(programs, coco_folder, tmp_path, capsys, head):
     flags = [
         "--dataset", coco_folder, "--head", head, "--head_config_overrides", json.dumps(SMALL_HEADS[head]),
         "--image_size", 64, "--output_dir", tmp_path, *FEW_STEPS,
@@ -117,7 +117,7 @@ def test_detection_on_a_coco_folder(programs, coco_folder, tmp_path, capsys, hea
     check_unchanged(tmp_path, tmp_path / "again")
 
 
-def test_batch_norms_of_a_new_head_begin_with_1(programs):
+def test_batch_norm_weights_of_new_head_start_at_1(programs):
     """transformers draws RT-DETR's around 0, from which the demo learns little and by chance."""
     detection = programs.object_detection
     arguments = detection.DetectionModelArguments()
@@ -127,7 +127,7 @@ def test_batch_norms_of_a_new_head_begin_with_1(programs):
 
 
 @pytest.mark.parametrize("head", ["upernet", "mask2former"])
-def test_segmentation_on_folders(programs, mask_folder, tmp_path, head):
+def test_segmentation_trains_resumes_and_reloads(programs, mask_folder, tmp_path, head):
     flags = [
         "--dataset", mask_folder, "--reduce_labels", "--head", head, "--image_size", 64,
         "--head_config_overrides", json.dumps(SMALL_HEADS[head]), "--output_dir", tmp_path, *FEW_STEPS,
@@ -146,7 +146,7 @@ def test_segmentation_on_folders(programs, mask_folder, tmp_path, head):
     check_unchanged(tmp_path, tmp_path / "again")
 
 
-def test_coco_metrics_of_the_truth_are_perfect(programs, coco_folder):
+def test_coco_metrics_of_ground_truth_are_perfect(programs, coco_folder):
     """Through the model's own terms: fractions of a padded batch, from which `detect` must find the way back."""
     detection = programs.object_detection
     data = detection.DetectionDataArguments(dataset=str(coco_folder))
@@ -185,7 +185,7 @@ def test_coco_metrics_of_the_truth_are_perfect(programs, coco_folder):
     assert metrics["map"] == 0.0
 
 
-def test_detection_splits_of_an_imagefolder(programs, scenes, tmp_path):
+def test_detection_reads_splits_of_imagefolder(programs, scenes, tmp_path):
     """No splits, boxes by corners, categories by name: what many datasets on the Hub look like."""
     with open(tmp_path / "metadata.jsonl", "w") as file:
         for i, scene in enumerate(scenes["train"]):
@@ -204,7 +204,7 @@ def test_detection_splits_of_an_imagefolder(programs, scenes, tmp_path):
     assert train[0]["objects"]["area"][0] == np.prod(train[0]["objects"]["bbox"][0][2:])
 
 
-def test_segmentation_classes_from_the_masks(programs, mask_folder, tmp_path):
+def test_segmentation_finds_classes_in_masks(programs, mask_folder, tmp_path):
     folder = tmp_path / "masks"
     shutil.copytree(mask_folder, folder)
     (folder / "id2label.json").unlink()
@@ -219,7 +219,7 @@ def test_segmentation_classes_from_the_masks(programs, mask_folder, tmp_path):
     assert np.array_equal(row["mask"][4:], original[4:] - 1)
 
 
-def test_mean_iou_is_that_of_scikit_learn(programs):
+def test_mean_iou_equals_scikit_learn(programs):
     rng = np.random.default_rng(0)
     masks, predicted = rng.integers(0, 7, (5, 40, 30)), rng.integers(0, 7, (5, 40, 30))
     masks[masks == 6] = 255
@@ -235,7 +235,7 @@ def test_mean_iou_is_that_of_scikit_learn(programs):
     assert metrics["overall_accuracy"] == pytest.approx((masks == predicted)[counted].mean())
 
 
-def test_random_transformations_depend_on_seed_epoch_and_index_alone(programs, scenes):
+def test_random_transformations_depend_on_seed_epoch_and_index_only(programs, scenes):
     data = programs.semantic_segmentation.SegmentationDataArguments(
         random_flip=True, color_jitter=True, min_scale=0.7, max_scale=1.5
     )
@@ -277,9 +277,7 @@ def test_random_transformations_depend_on_seed_epoch_and_index_alone(programs, s
         ("semantic_segmentation", ["--mask_column", "mask"], "--mask_column mask is not a column"),
     ],
 )
-def test_bad_flags_of_detection_and_segmentation(
-    programs, coco_folder, mask_folder, tmp_path, program, flags, message
-):
+def test_bad_flags_are_one_line(programs, coco_folder, mask_folder, tmp_path, program, flags, message):
     folder = coco_folder if program == "object_detection" else mask_folder
     with pytest.raises(ValueError, match=message):
         run_main(getattr(programs, program), "--dataset", folder, "--output_dir", tmp_path, *FEW_STEPS, *flags)
@@ -290,7 +288,7 @@ def test_bad_flags_of_detection_and_segmentation(
     ("program", "metric", "least"),
     [("object_detection", "eval_map_50", 0.5), ("semantic_segmentation", "eval_mean_iou", 0.6)],
 )
-def test_programs_learn_the_embedded_data(tmp_path, program, metric, least):
+def test_programs_learn_embedded_data(tmp_path, program, metric, least):
     output = run_example(f"{program}.py", "--output_dir", tmp_path)
     assert "predictions.png" in output
     assert json.loads((tmp_path / "all_results.json").read_text())[metric] >= least

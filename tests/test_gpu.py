@@ -84,7 +84,7 @@ def test_training_step_agrees_with_float64_on_the_cpu(model, dtype, tolerance, c
     assert losses[-1] < losses[0]
 
 
-def test_cuda_graph_of_the_model(model):
+def test_cuda_graph_equals_model(model):
     on_gpu = copy.deepcopy(model).to(DEVICE).eval()
     pixel_values = images()
     with use_dcnv3_backend("kernel"), torch.inference_mode():
@@ -106,7 +106,7 @@ def test_cuda_graph_of_the_model(model):
     assert not torch.allclose(captured, before)
 
 
-def test_two_streams_do_not_disturb_each_other(model):
+def test_two_streams_do_not_interfere(model):
     on_gpu = copy.deepcopy(model).to(DEVICE).eval()
 
     def outputs(pixel_values):
@@ -128,7 +128,7 @@ def test_two_streams_do_not_disturb_each_other(model):
         assert relative_error(gradient, expected[number][1]) < 1e-4
 
 
-def test_second_device(model):
+def test_second_device_equals_first(model):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     pixel_values = images()

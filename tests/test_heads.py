@@ -654,13 +654,13 @@ CASES = [pytest.param(name, marks=() if head.fast else pytest.mark.slow) for nam
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_forward_and_training_step(name):
+def test_head_runs_forward_and_training_step(name):
     head = HEADS[name]
     with_control(head, "training", lambda backbone: check_training_step(*build(head, backbone), head))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_save_and_load(name, tmp_path):
+def test_head_saves_and_loads(name, tmp_path):
     head = HEADS[name]
     with_control(
         head, "files", lambda backbone: check_files(build(head, backbone)[0], head, tmp_path / backbone.__name__)
@@ -670,7 +670,7 @@ def test_save_and_load(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", TINY_VARIANTS)
 @pytest.mark.parametrize("name", ["rt_detr", "deformable_detr", "mask2former"])
-def test_every_kind_of_backbone(name, variant, tmp_path):
+def test_head_works_with_every_kind_of_backbone(name, variant, tmp_path):
     """Every switch of the architecture; RT-DETR also freezes what batch norms it finds in a backbone."""
     head = HEADS[name]
 
@@ -684,7 +684,7 @@ def test_every_kind_of_backbone(name, variant, tmp_path):
 
 
 @pytest.mark.parametrize("name", REFUSING)
-def test_heads_for_other_backbones(name):
+def test_heads_for_other_backbones_refuse_as_with_convnextv2(name):
     """Whoever needs more of a backbone than maps refuses ConvNextV2 in the same way."""
     if not hasattr(transformers, name):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
@@ -707,7 +707,7 @@ def test_readme_counts_the_heads_that_are_tested():
     assert int(number) == len({head.model for head in HEADS.values()})
 
 
-def test_every_head_is_known():
+def test_every_head_of_transformers_is_in_a_table():
     """A head that a new transformers brings has to be put into one of the tables above."""
     known = {head.config_name for head in HEADS.values()} | REFUSING.keys() | UNUSED.keys()
     unknown = config_classes().keys() - known

@@ -34,7 +34,7 @@ def test_import_is_silent_and_offline():
     assert output == "[]\n"
 
 
-def test_import_has_registered_when_it_ends():
+def test_import_registers_auto_classes():
     """Nothing is left to the first use of an Auto class, which two threads may make at once."""
     output = run_python(
         """
@@ -79,7 +79,7 @@ def test_import_has_registered_when_it_ends():
         "import internimage_hf.modeling_internimage; from transformers import AutoBackbone, AutoModel, AutoConfig",
     ],
 )
-def test_auto_classes_know_the_model_in_any_order_of_import(imports):
+def test_auto_classes_work_in_any_import_order(imports):
     output = run_python(
         imports
         + """
@@ -90,7 +90,7 @@ print(type(AutoModel.from_config(config)).__name__, type(AutoBackbone.from_confi
     assert output == "InternImageModel InternImageBackbone\n"
 
 
-def test_public_names():
+def test_public_names_exist():
     import internimage_hf
 
     for name in internimage_hf.__all__:
@@ -119,7 +119,7 @@ def official_transform(image: Image.Image, size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 67), (131, 97), (100, 300), (33, 20), (640, 427)])
-def test_pixels_equal_the_official_transform(size, tmp_path):
+def test_pixels_equal_official_transform(size, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     processor = InternImageImageProcessor.from_pretrained(FIXTURES / "hf_t_like")
@@ -138,7 +138,7 @@ def auto_image_processor():
     return AutoImageProcessor
 
 
-def test_published_preprocessor_config():
+def test_published_preprocessor_config_loads():
     processor = auto_image_processor().from_pretrained(FIXTURES / "hf_t_like", backend="pil")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 130, 3), dtype=np.uint8))
     pixel_values = processor(image, return_tensors="pt")["pixel_values"]
@@ -168,7 +168,7 @@ LOAD_WITHOUT_THE_PACKAGE = """
 @pytest.mark.parametrize(
     "route, variant", [("save_with_remote_code", "clip"), ("register_for_auto_class", "res_post_norm")]
 )
-def test_remote_code_loads_without_the_package(route, variant, tmp_path):
+def test_remote_code_loads_without_package(route, variant, tmp_path):
     from safetensors.torch import save_file
 
     folder = tmp_path / "model"
@@ -245,7 +245,7 @@ HEADS = {
 }
 
 
-def test_heads_load_without_the_package(tmp_path):
+def test_heads_load_without_package(tmp_path):
     """And what was loaded so can be saved, and loaded so again."""
     imports = re.findall(r"(\w+)\(", " ".join(model for model, _ in HEADS.values()).replace("backbone(", ""))
     build = ";".join(f"models[{name!r}] = {model}" for name, (model, _) in HEADS.items())
@@ -344,7 +344,7 @@ def content(folder) -> dict[str, bytes]:
     "make, names",
     [(tiny_model, sorted(CODE_FILES)), (tiny_segmenter, ["dcnv3.py", "modeling_internimage_head.py"])],
 )
-def test_remote_code_leaves_foreign_files_alone(make, names, tmp_path):
+def test_remote_code_keeps_foreign_files(make, names, tmp_path):
     model = make()
     for i, name in enumerate(names):
         folder = tmp_path / str(i)
@@ -358,7 +358,7 @@ def test_remote_code_leaves_foreign_files_alone(make, names, tmp_path):
         assert content(folder) == {name: b"# my own\nvalue = 1\n"}  # nothing was written, weights and config included
 
 
-def test_remote_code_leaves_foreign_folders_and_links_alone(tmp_path):
+def test_remote_code_keeps_foreign_folders_and_links(tmp_path):
     model, folder = tiny_model(), tmp_path / "model"
     (folder / "dcnv3.py").mkdir(parents=True)
     with pytest.raises(FileExistsError, match=r"dcnv3\.py"):
@@ -376,7 +376,7 @@ def test_remote_code_leaves_foreign_folders_and_links_alone(tmp_path):
         internimage_hf.save_with_remote_code(model, tmp_path / "file")
 
 
-def test_remote_code_replaces_links_to_its_own_files(tmp_path):
+def test_remote_code_replaces_links_to_own_files(tmp_path):
     """A folder of links, as the Hub's cache has them: what they point to stays as it is."""
     model, store, folder = tiny_model(), tmp_path / "store", tmp_path / "model"
     internimage_hf.save_with_remote_code(model, folder)
@@ -393,7 +393,7 @@ def test_remote_code_replaces_links_to_its_own_files(tmp_path):
     assert {file.name for file in folder.iterdir()} == {*CODE_FILES, "config.json"}  # nor is a temporary file left
 
 
-def test_config_names_the_code_last(tmp_path, monkeypatch):
+def test_config_names_code_after_code_is_written(tmp_path, monkeypatch):
     """A save that ends in the middle leaves no `auto_map` that names missing files."""
     from internimage_hf import remote_code
 
@@ -420,7 +420,7 @@ def test_broken_configuration_is_named(text, problem, tmp_path):
     assert content(tmp_path) == {"config.json": text.encode()}
 
 
-def test_saving_again_names_no_missing_code(tmp_path):
+def test_saving_without_code_removes_its_names_from_config(tmp_path):
     """What the package's own classes load has no `auto_map`, as `save_pretrained` writes no code."""
     from transformers import AutoConfig, AutoModelForImageClassification
 
@@ -474,7 +474,7 @@ def test_push_to_hub_uploads_weights_and_code_in_one_commit(hub, tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_loading_takes_the_memory_of_the_weights_once(tmp_path):
+def test_loading_holds_weights_in_memory_once(tmp_path):
     run_python(
         """
         import sys, torch
@@ -513,7 +513,7 @@ def test_loading_takes_the_memory_of_the_weights_once(tmp_path):
 # ------------------------------------------------------------------------------------------------- pipeline and README
 
 
-def test_pipeline_names_the_classes(tmp_path):
+def test_pipeline_returns_class_names(tmp_path):
     from transformers import pipeline
 
     model = InternImageForImageClassification(InternImageConfig(**{**TINY, "num_labels": 1000}))
@@ -550,7 +550,7 @@ def test_readme_snippets_run(tmp_path):
     run_python(program, cwd=tmp_path, PYTHONPATH=str(ROOT))
 
 
-def test_readme_figures_are_those_of_the_released_models():
+def test_readme_parameter_counts_equal_released_models():
     readme = (ROOT / "README.md").read_text()
     for name, released in json.loads((FIXTURES / "released_models.json").read_text()).items():
         assert f"`OpenGVLab/{name}`" in readme, name

@@ -146,7 +146,7 @@ def test_segmenter(run, mask_folder):
 
 
 @row("use another head of transformers")
-def test_another_head():
+def test_use_another_head():
     """test_heads.py runs all of them, and compares their number with the README's."""
     stages = ["stage1", "stage2", "stage3", "stage4"]
     backbone = code_of("use another head of transformers")[0].replace("...", "**fields, out_features=stages")

@@ -118,17 +118,17 @@ def total_batch(training: TrainingArguments) -> int:
     return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
 
 
-def test_there_is_a_test_for_every_recipe():
+def test_every_recipe_has_official_figures():
     assert {file.stem for file in RECIPES.glob("*.yaml")} == OFFICIAL.keys()
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_the_source_is_named(name):
+def test_recipe_names_its_source(name):
     assert f"/{OFFICIAL[name][0]}." in (RECIPES / f"{name}.yaml").read_text().replace("\n# ", "")
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
-def test_classification(name):
+def test_classification_recipe_equals_official(name):
     _, size, drop_path, gpus, per_gpu, epochs, warmup, base, start, least, decay, offsets, *rest = CLASSIFICATION[name]
     mixup, cutmix, erasing, smoothing, checkpointing = rest
     data, model, training = parse(name)
@@ -156,7 +156,7 @@ def test_classification(name):
 
 
 @pytest.mark.parametrize("name", DETECTION)
-def test_detection(name):
+def test_detection_recipe_equals_official(name):
     _, drop_path, lr, weight_decay, decay, clip, epochs, steps, warmup, batch, end, momentum = DETECTION[name]
     _, model, training = parse(name)
     assert model.drop_path_rate == drop_path
@@ -176,7 +176,7 @@ def test_detection(name):
 
 
 @pytest.mark.parametrize("name", SEGMENTATION)
-def test_segmentation(name):
+def test_segmentation_recipe_equals_official(name):
     _, size, drop_path, lr, decay, clip, steps, per_gpu, gpus, interval, checkpointing = SEGMENTATION[name]
     data, model, training = parse(name)
     assert (data.image_size, data.min_scale, data.max_scale, data.reduce_labels) == (size, 0.5, 2.0, True)
@@ -194,7 +194,7 @@ def test_segmentation(name):
 
 
 @pytest.mark.parametrize("name", DETECTION)
-def test_detection_starts(name, coco_folder, tmp_path):
+def test_detection_recipe_trains_one_step(name, coco_folder, tmp_path):
     """One step on small images, with a small backbone and a small head; all else is the recipe's."""
     small = {
         "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
@@ -213,7 +213,7 @@ def test_detection_starts(name, coco_folder, tmp_path):
     assert (tmp_path / "model.safetensors").is_file()
 
 
-def test_flags_override_a_recipe():
+def test_flags_override_recipe():
     _, model, training = parse(
         "imagenet1k_t", "--num_train_epochs", "100", "--drop_path_rate=0.2", "--per_device_train_batch_size", "64"
     )
@@ -236,7 +236,9 @@ def class_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [*CLASSIFICATION, *SEGMENTATION])
-def test_classification_and_segmentation_start(name, class_folder, mask_folder, tmp_path, monkeypatch):
+def test_classification_and_segmentation_recipes_train_one_step(
+    name, class_folder, mask_folder, tmp_path, monkeypatch
+):
     """One step and the evaluation on little data with a small model; all else is the recipe's."""
     flags = {"max_steps": 1, "output_dir": tmp_path, "dataloader_num_workers": 0}
     if name in CLASSIFICATION:
@@ -267,12 +269,12 @@ def test_classification_and_segmentation_start(name, class_folder, mask_folder, 
         (["--rand_augment", "11"], "--rand_augment must be from 0 to 10, got 11"),
     ],
 )
-def test_contradictions_are_named(flags, message):
+def test_contradictory_flags_are_named(flags, message):
     with pytest.raises(ValueError, match=message):
         parse("imagenet1k_t", *flags)
 
 
-def test_mistakes_in_a_file_are_named(tmp_path):
+def test_mistakes_in_recipe_file_are_named(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("weight_decai: 0.1\n")
     with pytest.raises(ValueError, match="'weight_decai' is no flag of this program; did you mean 'weight_decay'"):
@@ -284,7 +286,7 @@ def test_mistakes_in_a_file_are_named(tmp_path):
         parse_flags([str(tmp_path / "absent.yaml")], TrainingArguments)
 
 
-def test_mixup_and_cutmix():
+def test_mixup_and_cutmix_mix_images_and_targets_alike():
     """Every image has a constant value of its own, so that the result shows what it was made of."""
     labels = torch.arange(4)
     images = labels.float().reshape(4, 1, 1, 1).expand(4, 3, 32, 24).contiguous()
@@ -309,7 +311,7 @@ def test_mixup_and_cutmix():
         Mix(4, cutmix_alpha=-1)
 
 
-def test_smoothing_of_mixed_targets():
+def test_label_smoothing_of_mixed_targets_equals_official():
     """As in the authors' code: each of the two classes is smoothed, then they are mixed."""
     logits = torch.randn(3, 5, dtype=torch.float64)
     own, other, part, smoothing = torch.tensor([0, 1, 2]), torch.tensor([2, 1, 0]), 0.3, 0.1
@@ -322,7 +324,7 @@ def test_smoothing_of_mixed_targets():
     torch.testing.assert_close(cross_entropy(logits, targets, label_smoothing=smoothing), expected)
 
 
-def test_rand_augment_and_erasing():
+def test_rand_augment_and_erasing_change_images_as_documented():
     image = Image.merge("RGB", [Image.effect_noise((40, 30), 80) for _ in range(3)])
     for name, operation in OPERATIONS.items():
         for strength in (0.0, 0.5, 1.0):
@@ -341,7 +343,7 @@ def test_rand_augment_and_erasing():
     assert not pixels.any(), "the image itself has changed"
 
 
-def test_training_with_everything_on(tmp_path):
+def test_training_with_all_augmentation_learns(tmp_path):
     """On the digits: a recipe's augmentation, soft targets, and average, with accumulated steps."""
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
