@@ -1,10 +1,10 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
-"""Names of the official InternImage, in configurations and checkpoints, and ours.
+"""In: configurations and state dicts with the official names. Out: the same values under this package's names.
 
-Three layouts exist: the `.pth` files that the authors released (OpenGVLab/InternImage on GitHub), their Hub
-repositories (the same names after `model.`, `gamma1` called `layer_scale1`), and the backbone inside a detection or
-segmentation checkpoint (the same names after `backbone.`). All functions here are pure, pass our own names unchanged,
-and serve `InternImageConfig`, `from_pretrained` and the conversion scripts alike.
+Three official layouts exist: the released `.pth` files (OpenGVLab/InternImage on GitHub), the authors' Hub repositories
+(prefix `model.`, `gamma1` renamed to `layer_scale1`), and the backbone inside a detection or segmentation checkpoint (prefix
+`backbone.`). All functions are pure and leave this package's names unchanged. `InternImageConfig`, `from_pretrained` and
+the conversion scripts use them.
 """
 
 import re
@@ -22,8 +22,8 @@ _CONFIG_NAMES = {
     "layer_scale": "layer_scale_init_value",
     "in_chans": "num_channels",
 }
-# Fields without a counterpart: the op has one definition here, checkpointing is a choice at run time (`with_cp`), and
-# the rest belongs to the frameworks that the official code was run in.
+# Fields without a counterpart: DCNv3 has one definition here (`core_op`), gradient checkpointing is switched at run time
+# (`with_cp`), and the other fields belong to mmdetection and mmsegmentation.
 _CONFIG_DROPPED = ("core_op", "with_cp", "level2_post_norm", "type", "init_cfg", "pretrained", "frozen_stages")
 _CONFIG_MARKERS = {*_CONFIG_NAMES, "core_op", "with_cp", "level2_post_norm"}
 _ACTIVATIONS = {"GELU": "gelu", "ReLU": "relu", "SiLU": "silu"}
@@ -31,20 +31,20 @@ _CORE_OPS = ("DCNv3", "DCNv3_pytorch")
 
 
 def is_official_config(config: dict[str, Any]) -> bool:
-    """Whether a configuration uses a field name that only the official code has."""
+    """Whether a configuration has a field of the official code only."""
     return not _CONFIG_MARKERS.isdisjoint(config) or config.get("type") == "InternImage"
 
 
 def translate_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Translates a configuration from the official or the published spelling; our own comes back equal.
+    """Translates the fields of an official or published configuration; a configuration of this package comes back equal.
 
-    Known as: the keyword arguments of `InternImage.__init__` (classification/models/intern_image.py), the published
-    `config.json`, and the backbone's dictionary in mmdetection or mmsegmentation configurations, whose `out_indices`
-    count the stages from 0 while the stem is 0 here.
+    Sources: the keyword arguments of `InternImage.__init__` (classification/models/intern_image.py), the published
+    `config.json`, and the backbone's dictionary in mmdetection or mmsegmentation configurations. The `out_indices` of that
+    dictionary count stages from 0; here the stem is 0 and the first stage 1.
 
     Raises:
-        ValueError: for an activation or core operator that the official code does not have either, or a field that
-            is given twice with different values.
+        ValueError: for an activation or core operator that the official code lacks, or a field given twice with different
+            values.
     """
     if not is_official_config(config):
         return dict(config)
@@ -54,7 +54,7 @@ def translate_config(config: dict[str, Any]) -> dict[str, Any]:
 
     translated: dict[str, Any] = {}
     for name, value in config.items():
-        if name in _CONFIG_DROPPED or name == "auto_map":  # the files that auto_map names cannot be loaded any more
+        if name in _CONFIG_DROPPED or name == "auto_map":  # recent versions of transformers cannot load its files
             continue
         if name == "act_layer":
             if value not in _ACTIVATIONS:
@@ -68,7 +68,7 @@ def translate_config(config: dict[str, Any]) -> dict[str, Any]:
         if name in translated and translated[name] != value:
             raise ValueError(f"`{name}` is given twice, as {translated[name]!r} and as {value!r}")
         translated[name] = value
-    # The block ids count only where `level2_post_norm` says so.
+    # The official code ignores the block ids unless `level2_post_norm` is true.
     if "level2_post_norm" in config and not config["level2_post_norm"]:
         translated["level2_post_norm_block_ids"] = None
     return translated
@@ -76,8 +76,8 @@ def translate_config(config: dict[str, Any]) -> dict[str, Any]:
 
 _LAYER = r"levels\.(\d+)\.blocks\.(\d+)\."
 _OUR_LAYER = r"encoder.stages.\1.layers.\2."
-# A norm sits in an nn.Sequential with the permutations around it, hence the 0 or 1 (after a permutation) behind its
-# name; LayerNorm and BatchNorm differ in that number.
+# The official code wraps each norm in an nn.Sequential with permutations. The norm's index is 1 after a permutation and 0
+# otherwise; it differs between LayerNorm and BatchNorm.
 _KEY_PATTERNS: list[tuple[re.Pattern, str]] = [
     (re.compile(rf"(?:module\.)?(?:model\.)?{pattern}"), target)
     for pattern, target in (
@@ -116,9 +116,9 @@ _OUR_KEY = re.compile(rf"({BASE_MODEL_PREFIX}\.)?(stem|encoder|pooler)\.|classif
 
 
 def translate_key(key: str) -> str:
-    """Translates one parameter or buffer name to that of `InternImageForImageClassification`.
+    """Translates an official parameter or buffer name to the one of `InternImageForImageClassification`.
 
-    Any other name, ours included, comes back unchanged.
+    Other names come back unchanged, those of this package included.
     """
     if match := _HEAD_PATTERN.fullmatch(key):
         return f"classifier.{match[1]}"
@@ -129,14 +129,14 @@ def translate_key(key: str) -> str:
 
 
 def translate_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Translates a released state dict; the values are passed on as they are.
+    """Translates the names of a released state dict; the values stay the same objects.
 
     A classification checkpoint, as `.pth` or in the published layout, gets the names of
-    `InternImageForImageClassification`. Of a downstream checkpoint, known by keys that begin with `backbone.`, the
-    backbone's part alone is taken and gets the names of `InternImageBackbone`.
+    `InternImageForImageClassification`. A downstream checkpoint, recognised by keys with the prefix `backbone.`, is reduced
+    to its backbone and gets the names of `InternImageBackbone`.
 
     Raises:
-        ValueError: if a name belongs to neither layout nor to ours, or two names become one.
+        ValueError: if a name is neither official nor of this package, or two names are translated to the same one.
     """
     backbone = {key.removeprefix("backbone."): value for key, value in state_dict.items() if key[:9] == "backbone."}
     translated: dict[str, Any] = {}
@@ -160,14 +160,14 @@ def translate_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
 class OfficialNames(WeightRenaming):
     """`translate_key` as a step of transformers' weight loading.
 
-    It only works on the way in: a transform that transformers sees in use is undone when the model is saved, and a
-    fine-tuned model would go back to names that only this package and the unmaintained code can read.
+    It works on loading only. transformers undoes a conversion that it has recorded as used when it saves the model; a
+    fine-tuned model would get the official names back.
     """
 
     __slots__ = ()
 
     def __init__(self):
-        super().__init__("official InternImage names", "ours")  # shown in messages alone
+        super().__init__("official InternImage names", "ours")  # shown in messages only
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         return translate_key(source_key), None

@@ -1,7 +1,7 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
-"""Workarounds for faults of other libraries: what each one is for, where it shows, and when it can be deleted.
+"""In: models, modules and parameters. Out: the result that a library without its fault would have given.
 
-In go models, modules and parameters; out comes what the rest of the package would have got from a library without the fault.
+Each workaround names the fault, the versions that have it, the test that shows it, and the condition to delete it.
 """
 
 import sys
@@ -18,13 +18,13 @@ from .checkpoint import OfficialNames
 
 
 class LoadsOfficialNames:
-    """A mix-in for `PreTrainedModel`: official parameter names are translated when a model is loaded, never when it is saved.
+    """A mix-in for `PreTrainedModel` that translates official parameter names on loading and leaves saving alone.
 
-    Fault: a renaming that is registered by `register_checkpoint_conversion_mapping` is undone on saving, so that a fine-tuned
-    model would go back to names that the official code alone can read.
+    Fault: transformers undoes a renaming of `register_checkpoint_conversion_mapping` on saving. A fine-tuned model would get
+    the official names back, and only the official code reads those.
     Versions: transformers 5.17 to 5.22 (`transformers/conversion_mapping.py`, `core_model_loading.py`).
     Test: `tests/test_checkpoint.py::test_published_checkpoint_is_saved_under_new_names`.
-    Delete when: a mapping can be registered for loading alone.
+    Delete when: a mapping can be registered for loading only.
     """
 
     @staticmethod
@@ -36,11 +36,11 @@ class LoadsOfficialNames:
 
 
 def none_is_unset(forward: Callable) -> Callable:
-    """Lets `output_hidden_states=None` and `return_dict=None` mean the configuration's value, as if not given.
+    """Removes `output_hidden_states=None` and `return_dict=None`: the configuration's value applies.
 
-    Fault: `capture_outputs` takes a given `output_hidden_states=None` for False, whatever the configuration says; heads pass
-    on None where their caller gave nothing.
-    Versions: transformers 5.17 to 5.22 (`transformers/utils/output_capturing.py`); its own models have it as well.
+    Fault: `capture_outputs` reads an explicit `output_hidden_states=None` as False and ignores the configuration. Heads pass
+    on None when their caller gave no value.
+    Versions: transformers 5.17 to 5.22 (`transformers/utils/output_capturing.py`); its own models have the fault too.
     Test: `tests/test_modeling.py::test_return_dict_and_output_hidden_states_follow_config`.
     Delete when: `ConvNextV2Model` with `config.output_hidden_states` returns hidden states for `output_hidden_states=None`.
     """
@@ -56,21 +56,21 @@ def none_is_unset(forward: Callable) -> Callable:
 
 
 def is_sharded_away(module: nn.Module) -> bool:
-    """Whether DeepSpeed's ZeRO-3 has left empty tensors in the place of a module's own parameters.
+    """Whether DeepSpeed's ZeRO-3 has replaced a module's own parameters by empty tensors.
 
-    Fault: transformers initialises a head's modules under ZeRO-3 after the backbone's parameters were sharded, and hands
-    `_init_weights` modules of empty tensors, which it cannot fill. The backbone was initialised when it was made.
+    Fault: under ZeRO-3 transformers calls `_init_weights` for the whole head after the backbone's parameters were sharded.
+    Empty tensors cannot be initialised. The backbone's parameters were initialised on its construction.
     Versions: transformers 5.17 to 5.22 with DeepSpeed 0.17 and 0.18 (`PreTrainedModel.initialize_weights`).
     Test: `tests/test_distributed.py::test_heads_load_backbone_under_deepspeed`.
-    Delete when: `initialize_weights` gathers what it initialises.
+    Delete when: `initialize_weights` gathers the parameters first.
     """
     return any(hasattr(p, "ds_id") and p.numel() == 0 for p in module.parameters(recurse=False))
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
-    """The shape of a parameter, also where ZeRO-3 has left an empty tensor in its place.
+    """Returns the full shape of a parameter, whether or not ZeRO-3 has sharded it.
 
-    Fault: a parameter that ZeRO-3 has sharded has the shape (0,), from which its kind (matrix or bias) cannot be told.
+    Fault: ZeRO-3 gives a sharded parameter the shape (0,). Matrices and biases look the same.
     Versions: DeepSpeed 0.17 and 0.18 (`deepspeed/runtime/zero/partition_parameters.py`).
     Test: `tests/test_training.py::test_sharded_parameters_keep_their_weight_decay`.
     Delete when: DeepSpeed's parameters keep their shapes, as FSDP2's do.
@@ -79,12 +79,13 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
 
 
 def answer_for_input_embeddings(model: PreTrainedModel) -> None:
-    """Lets `model.get_input_embeddings()` return None where it raises NotImplementedError.
+    """Makes `model.get_input_embeddings()` return None instead of raising NotImplementedError.
 
-    Fault: under FSDP2, accelerate asks every model for its input embeddings; many heads of transformers have none and raise.
+    Fault: under FSDP2, accelerate calls `get_input_embeddings()` of every model. Heads of transformers without input
+    embeddings raise.
     Versions: accelerate 1.10 to 1.15 (`accelerate/utils/fsdp_utils.py`), transformers 5.17 to 5.22.
     Test: `tests/test_distributed.py::test_segmentation_example_runs_in_two_processes`.
-    Delete when: accelerate takes the exception for an answer.
+    Delete when: accelerate catches the exception.
     """
     try:
         model.get_input_embeddings()
@@ -94,13 +95,13 @@ def answer_for_input_embeddings(model: PreTrainedModel) -> None:
 
 @contextmanager
 def saved_under_own_names(model: nn.Module) -> Iterator[None]:
-    """Within the block, `Trainer` saves a model's parameters under the names that they have in it.
+    """Within the block, `Trainer` saves parameters under the model's own names.
 
-    Fault: `save_pretrained` gives parameters of DETR-like heads older names, which `from_pretrained` translates back, but
-    `Trainer` does not when it resumes or loads its best model: it goes on without the backbone's weights.
+    Fault: `save_pretrained` writes older names for parameters of DETR-like heads. `from_pretrained` translates them back;
+    `Trainer` does not when it resumes or loads its best model, and silently loses the backbone's weights.
     Versions: transformers 5.17 to 5.22 (`Trainer._load_from_checkpoint`, `_load_best_model`).
     Test: `tests/test_training.py::test_resumed_detector_keeps_backbone`.
-    Delete when: `Trainer` loads weights the way that `from_pretrained` does.
+    Delete when: `Trainer` translates names as `from_pretrained` does.
     """
     if not isinstance(model, PreTrainedModel):
         yield
@@ -115,7 +116,7 @@ def saved_under_own_names(model: nn.Module) -> Iterator[None]:
             model.save_pretrained = replaced
 
 
-# The modules of transformers that take `accelerate.utils.reduce`, which is a mean, for a sum over the processes.
+# Modules of transformers that use `accelerate.utils.reduce` as a sum over the processes; its default is the mean.
 _SET_LOSSES = (
     "transformers.loss.loss_for_object_detection",
     "transformers.models.mask2former.modeling_mask2former",
@@ -126,10 +127,10 @@ _SET_LOSSES = (
 
 @contextmanager
 def mean_number_of_targets(processes: int) -> Iterator[None]:
-    """Within the block, losses of set prediction are normalised by the mean number of targets of a process.
+    """Within the block, losses of set prediction are normalised by the mean number of targets per process.
 
-    Fault: transformers divides the mean of `accelerate.utils.reduce` by the number of processes once more, which makes the
-    losses of DETR, MaskFormer and their like that many times too large.
+    Fault: transformers divides the mean of `accelerate.utils.reduce` by the number of processes again. The losses of DETR,
+    MaskFormer and related heads are too large by that factor.
     Versions: transformers 5.17 to 5.22 (`loss_for_object_detection.py` and three modeling files).
     Test: `tests/test_distributed.py::test_detection_example_runs_in_two_processes`.
     Delete when: these modules call `reduce(..., reduction="sum")`, or no longer divide.
@@ -137,7 +138,7 @@ def mean_number_of_targets(processes: int) -> Iterator[None]:
     if processes == 1:
         yield
         return
-    # Not an import: this file is a part of the remote code, whose imports transformers takes for requirements.
+    # No import statement: transformers requires every package that a file of remote code imports, and this is such a file.
     reduce = sys.modules["accelerate.utils"].reduce
     modules = [
         module

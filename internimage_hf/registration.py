@@ -1,9 +1,9 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
-"""Makes transformers' Auto classes know InternImage."""
+"""In: nothing. Out: transformers' Auto classes load `model_type: internimage`."""
 
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
-# from where it is defined: transformers 5.17 offers a placeholder at the top where torchvision is absent
+# Imported from its own module: without torchvision, `transformers.AutoImageProcessor` of 5.17 is a placeholder.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_internimage import InternImageConfig
