@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from internimage_hf import InternImageBackbone, InternImageConfig
-from internimage_hf.compatibility import whole_shape
+from internimage_hf.compatibility import gathered, whole_shape
 from internimage_hf.remote_code import write_remote_code
 from internimage_hf.training import InternImageTrainer, InternImageTrainingFlags, last_checkpoint
 
@@ -253,6 +253,25 @@ def backbone_of(model: PreTrainedModel) -> InternImageBackbone:
     raise InputError(f"--model holds no InternImage backbone, it is a {type(model).__name__}")
 
 
+@dataclass
+class Head:
+    """A head of transformers that a program trains.
+
+    Attributes:
+        model, config, processor: its classes.
+        out_features: the backbone's stages that it takes.
+        learning_rate: default for an untrained head.
+        demo: fields of its configuration for the small untrained backbone.
+    """
+
+    model: type[PreTrainedModel]
+    config: type[PreTrainedConfig]
+    processor: type
+    out_features: list[str]
+    learning_rate: float
+    demo: dict
+
+
 def build_head(
     model_class: type[PreTrainedModel],
     config_class: type[PreTrainedConfig],
@@ -285,19 +304,9 @@ def copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
         target.load_state_dict(source.state_dict())
 
 
-def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager:
-    """Whole parameters, to be changed by the first process, where ZeRO-3 has sharded them; nothing elsewhere."""
-    shards = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    if not shards:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(shards, modifier_rank=0)
-
-
 def count_parameters(model: PreTrainedModel) -> int:
-    """Of the whole model, also where ZeRO-3 has left a part of it to this process."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    """Counts the parameters of the whole model, sharded or not."""
+    return sum(whole_shape(parameter).numel() for parameter in model.parameters())
 
 
 def model_type_of(name: str | os.PathLike, flag: str = "model") -> str:
@@ -311,11 +320,11 @@ def model_type_of(name: str | os.PathLike, flag: str = "model") -> str:
     return config.get("model_type", "")
 
 
-def load_head(model_classes: dict[str, type[PreTrainedModel]], arguments: ModelArguments, **fields) -> PreTrainedModel:
-    """What `--model` names, with new classifiers if it was trained for other classes.
+def load_head(heads: dict[str, Head], arguments: ModelArguments, **fields) -> PreTrainedModel:
+    """Loads the model of `--model`, with new classifiers if it was trained for other classes.
 
     Args:
-        model_classes: of the program's heads, by `model_type`.
+        heads: the program's heads, by `model_type`.
         arguments: with `model` set.
         **fields: of the configuration.
 
@@ -326,12 +335,10 @@ def load_head(model_classes: dict[str, type[PreTrainedModel]], arguments: ModelA
         if getattr(arguments, flag) is not None:
             raise InputError(f"--{flag} is for an untrained head, --model {arguments.model} brings its own")
     model_type = model_type_of(arguments.model)
-    if model_type not in model_classes:
-        raise InputError(
-            f"--model {arguments.model} is a {model_type or 'file'}, not one of {', '.join(model_classes)}"
-        )
+    if model_type not in heads:
+        raise InputError(f"--model {arguments.model} is a {model_type or 'file'}, not one of {', '.join(heads)}")
     with loading("model", arguments.model):
-        model = model_classes[model_type].from_pretrained(arguments.model, ignore_mismatched_sizes=True, **fields)
+        model = heads[model_type].model.from_pretrained(arguments.model, ignore_mismatched_sizes=True, **fields)
     backbone_of(model)
     return model
 

@@ -20,6 +20,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from internimage_hf.remote_code import replace_file
+
 
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
@@ -775,11 +777,9 @@ class Account:
 
     def write(self, folder: str | os.PathLike) -> None:
         """Keeps the account as `data.json` in a folder."""
-        file = Path(folder) / ACCOUNT
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(self.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        content = json.dumps(self.as_json(), indent=1, ensure_ascii=False) + "\n"
+        replace_file(Path(folder) / ACCOUNT, content.encode())
 
 
 ACCOUNT = "data.json"

@@ -1,4 +1,4 @@
-"""What comes of a detector: its boxes in the images' pixels, COCO's metrics, and a picture."""
+"""In: a detector's outputs. Out: boxes in pixels of the images, COCO's metrics, and a picture."""
 
 import contextlib
 import io
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from drawing import panels
 from PIL import Image
 
 
@@ -109,26 +110,14 @@ def draw_detections(images: list[Image.Image], truth: list[list[tuple]], found: 
         truth, found: of each image, tuples of left, top, width and height in pixels, and a text.
         file: where to.
     """
-    import matplotlib
+    from matplotlib.patches import Rectangle
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    columns = 3
-    rows = max(1, -(-len(images) // columns))
-    figure, axes = plt.subplots(rows, 2 * columns, figsize=(4.4 * columns, 2.4 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for number, (image, *both) in enumerate(zip(images, truth, found, strict=True)):
-        row, column = divmod(number, columns)
-        for axis, boxes, title, color in zip(
-            axes[row, 2 * column : 2 * column + 2], both, ("truth", "predicted"), ("lime", "red"), strict=True
-        ):
-            axis.imshow(image)
-            axis.set_title(title, fontsize=8)
-            for x, y, width, height, name in boxes:
-                axis.add_patch(plt.Rectangle((x, y), width, height, fill=False, color=color))
-                axis.text(x, y, name[:24], fontsize=6, color="white", backgroundcolor=(0, 0, 0, 0.6))
-    figure.tight_layout()
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    with panels(file, 2 * len(images), columns=6, width=2.2, height=2.4) as axes:
+        for image, *both in zip(images, truth, found, strict=True):
+            for boxes, title, color in zip(both, ("truth", "predicted"), ("lime", "red"), strict=True):
+                axis = next(axes)
+                axis.imshow(image)
+                axis.set_title(title, fontsize=8)
+                for x, y, width, height, name in boxes:
+                    axis.add_patch(Rectangle((x, y), width, height, fill=False, color=color))
+                    axis.text(x, y, name[:24], fontsize=6, color="white", backgroundcolor=(0, 0, 0, 0.6))

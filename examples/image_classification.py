@@ -64,6 +64,7 @@ from data import (
     undecoded,
 )
 from data import DataArguments as SharedDataArguments
+from drawing import panels
 from flags import parse_flags
 from PIL import Image
 from torch.nn.functional import cross_entropy
@@ -474,27 +475,15 @@ def accuracy(prediction) -> dict[str, float]:
 
 def draw_predictions(images: list[Image.Image], truth: list[str], predictions: list[dict], file: Path) -> None:
     """Writes a PNG: each image with its predicted class, green where that is the truth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    columns = 6
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2 * columns, 2.3 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, label, prediction in zip(axes.flat, images, truth, predictions, strict=False):
-        axis.imshow(image)
-        axis.set_title(
-            f"{prediction['label'][:24]}\n{prediction['score']:.0%}",
-            fontsize=9,
-            color="green" if prediction["label"] == label else "red",
-            parse_math=False,  # a class may be called $5
-        )
-    figure.tight_layout()
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    with panels(file, len(images), columns=6, width=2.0, height=2.3) as axes:
+        for image, label, prediction, axis in zip(images, truth, predictions, axes, strict=False):
+            axis.imshow(image)
+            axis.set_title(
+                f"{prediction['label'][:24]}\n{prediction['score']:.0%}",
+                fontsize=9,
+                color="green" if prediction["label"] == label else "red",
+                parse_math=False,  # a class may be called $5
+            )
 
 
 def use_model(folder: Path, samples: dict[str, list], labels: list[str], file: Path) -> dict[str, str]:

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from common import (
     ExampleTrainingArguments,
+    Head,
     HeadTrainer,
     ModelArguments,
     RandomlyTransformed,
@@ -76,18 +77,6 @@ class DetectionTrainingArguments(ExampleTrainingArguments):
     per_device_eval_batch_size: int = 16
     num_train_epochs: float = 8
     metric_for_best_model: str | None = "map"
-
-
-@dataclass
-class Head:
-    """What the program has to know of a detector."""
-
-    model: type
-    config: type
-    processor: type
-    out_features: list[str]
-    learning_rate: float  # of an untrained one
-    demo: dict  # configuration over the small untrained backbone
 
 
 HEADS = {
@@ -142,7 +131,7 @@ def build_model(arguments: DetectionModelArguments, labels: list[str], image_siz
     """
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     if arguments.model is not None:
-        model = load_head({name: head.model for name, head in HEADS.items()}, arguments, **names)
+        model = load_head(HEADS, arguments, **names)
         head = HEADS[model.config.model_type]
         if image_size is None:
             return model, head.processor.from_pretrained(arguments.model)

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from common import (
     ExampleTrainingArguments,
+    Head,
     HeadDataArguments,
     HeadTrainer,
     ModelArguments,
@@ -55,6 +56,7 @@ from data import (
     train_and_evaluation,
     undecoded,
 )
+from drawing import panels
 from flags import parse_flags
 from masks import MaskRules, class_names, find_names, ignored_label, load_pairs, masks_per_class, survey
 from PIL import Image
@@ -135,22 +137,12 @@ class SegmentationTrainingArguments(ExampleTrainingArguments):
     metric_for_best_model: str | None = "mean_iou"
 
 
-@dataclass
-class Head:
-    """What the program has to know of a segmenter."""
-
-    model: type
-    config: type
-    processor: type
-    learning_rate: float  # of an untrained one
-    demo: dict  # configuration over the small untrained backbone
-
-
 HEADS = {
     "upernet": Head(
         UperNetForSemanticSegmentation,
         UperNetConfig,
         SegformerImageProcessorPil,
+        ["stage1", "stage2", "stage3", "stage4"],
         4e-3,
         {"hidden_size": 64, "auxiliary_channels": 32},
     ),
@@ -158,6 +150,7 @@ HEADS = {
         Mask2FormerForUniversalSegmentation,
         Mask2FormerConfig,
         Mask2FormerImageProcessorPil,
+        ["stage1", "stage2", "stage3", "stage4"],
         5e-4,
         {
             "feature_size": 64, "mask_feature_size": 64, "hidden_dim": 64, "encoder_feedforward_dim": 128,
@@ -324,14 +317,14 @@ def build_model(arguments: SegmentationModelArguments, data: SegmentationDataArg
     if side is not None and side < 1:
         raise InputError(f"--image_size must be at least 1, got {side}")
     if arguments.model is not None:
-        model = load_head({name: head.model for name, head in HEADS.items()}, arguments, **fields)
+        model = load_head(HEADS, arguments, **fields)
         head = HEADS[head_type]
         if side is None:
             size = head.processor.from_pretrained(arguments.model).size
             return model, head.processor(size={"height": size["height"], "width": size["width"]}, **processor)
     else:
         head = HEADS[head_type]
-        backbone = make_backbone(arguments, ["stage1", "stage2", "stage3", "stage4"])
+        backbone = make_backbone(arguments, head.out_features)
         if arguments.backbone is None:
             fields |= head.demo
         model = build_head(head.model, head.config, backbone, arguments, **fields)
@@ -493,36 +486,24 @@ def segmentation_metrics(prediction) -> dict[str, float]:
 
 def draw_predictions(folder: Path, samples, ignore_index: int, file: Path) -> None:
     """Loads the saved segmenter and writes a PNG: each image, its true mask, and the predicted one."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     head = HEADS[model_type_of(folder)]
     model = head.model.from_pretrained(folder).eval()
     processor = head.processor.from_pretrained(folder)
-    colors = plt.get_cmap("nipy_spectral", model.config.num_labels)
-    columns = 2
-    rows = -(-len(samples) // columns)
-    figure, axes = plt.subplots(rows, 3 * columns, figsize=(6.4 * columns, 2.3 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for number, sample in enumerate(samples):
-        image, mask = sample["image"], sample["mask"]
-        with torch.no_grad():
-            outputs = model(pixel_values=processor(images=[image], return_tensors="pt")["pixel_values"])
-        predicted = processor.post_process_semantic_segmentation(outputs, target_sizes=[mask.shape])[0].numpy()
-        row, column = divmod(number, columns)
-        for axis, content, title in (
-            (axes[row, 3 * column], image, "image"),
-            (axes[row, 3 * column + 1], np.ma.masked_equal(mask, ignore_index), "truth"),
-            (axes[row, 3 * column + 2], predicted, "predicted"),
-        ):
-            axis.imshow(content, cmap=colors, vmin=0, vmax=model.config.num_labels - 1, interpolation="nearest")
-            axis.set_title(title, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    import matplotlib
+
+    classes = model.config.num_labels
+    colors = matplotlib.colormaps["nipy_spectral"].resampled(classes)
+    with panels(file, 3 * len(samples), columns=6, width=2.13, height=2.3) as axes:
+        for sample in samples:
+            image, mask = sample["image"], sample["mask"]
+            with torch.no_grad():
+                outputs = model(pixel_values=processor(images=[image], return_tensors="pt")["pixel_values"])
+            predicted = processor.post_process_semantic_segmentation(outputs, target_sizes=[mask.shape])[0].numpy()
+            truth = np.ma.masked_equal(mask, ignore_index)
+            for content, title in ((image, "image"), (truth, "truth"), (predicted, "predicted")):
+                axis = next(axes)
+                axis.imshow(content, cmap=colors, vmin=0, vmax=classes - 1, interpolation="nearest")
+                axis.set_title(title, fontsize=8)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

@@ -6,7 +6,7 @@ Each workaround names the fault, the versions that have it, the test that shows 
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial, wraps
 
@@ -76,6 +76,22 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
     Delete when: DeepSpeed's parameters keep their shapes, as FSDP2's do.
     """
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager:
+    """Within the block, the parameters are whole tensors; the changes of process 0 go to all processes afterwards.
+
+    Fault: transformers shards a head's parameters under ZeRO-3 while it constructs the model. Code that sets their values
+    afterwards would write into empty tensors.
+    Versions: transformers 5.17 to 5.22 with DeepSpeed 0.17 and 0.18 (`deepspeed/runtime/zero/partition_parameters.py`).
+    Test: `tests/test_distributed.py::test_heads_load_backbone_under_deepspeed`.
+    Delete when: a context manager of transformers or accelerate does this for any kind of sharding.
+    """
+    shards = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not shards:
+        return nullcontext()
+    # no import statement, for the reason in `mean_number_of_targets`
+    return sys.modules["deepspeed"].zero.GatheredParameters(shards, modifier_rank=0)
 
 
 def answer_for_input_embeddings(model: PreTrainedModel) -> None:
@@ -157,6 +173,7 @@ def mean_number_of_targets(processes: int) -> Iterator[None]:
 __all__ = [
     "LoadsOfficialNames",
     "answer_for_input_embeddings",
+    "gathered",
     "is_sharded_away",
     "mean_number_of_targets",
     "none_is_unset",

@@ -164,7 +164,7 @@ def write_remote_code(folder: str | os.PathLike, model_class: type[PreTrainedMod
     files["config.json"] = _json_bytes(config)
     _check_files(folder, {name: content for name, content in files.items() if name.endswith(".py")})
     for name, content in files.items():
-        _replace(folder / name, content)
+        replace_file(folder / name, content)
     return [folder / name for name in files]
 
 
@@ -182,7 +182,7 @@ def _json_bytes(content: dict) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _replace(file: Path, content: bytes) -> None:
+def replace_file(file: Path, content: bytes) -> None:
     """Writes a file atomically; it replaces an earlier file or a symbolic link of that name."""
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
