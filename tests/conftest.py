@@ -3,9 +3,8 @@
 import os
 
 
-# Tests that run side by side, and the programs that they start, take a core each: OpenMP's threads wait for each other busily,
-# and where they share cores that way the same work takes five times as long. What several threads do is tested with numbers of
-# threads that the tests set themselves.
+# Parallel tests and the programs that they start use one thread each: OpenMP's threads wait busily for each other, and several
+# groups of threads on the same cores take five times as long. Tests of several threads set the number of threads themselves.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -25,10 +24,10 @@ from utils import ROOT, TINY
 from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageImageProcessor
 
 
-# No test may use the network by accident; the ones that talk to a server on this machine say so themselves.
+# No test may use the network by accident; tests with a server on this machine unset this themselves.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# transformers' tests run in a tree of their own, see test_transformers_suite.py
+# test_transformers_suite.py runs transformers' tests in a tree of their own
 collect_ignore = ["transformers_suite"]
 
 
@@ -82,7 +81,7 @@ class Programs:
 
 @pytest.fixture(scope="session")
 def programs():
-    """The example programs, as Python finds what a script imports from its own folder."""
+    """The example programs, with `examples/` in `sys.path` as for a script of that folder."""
     sys.path.insert(0, str(ROOT / "examples"))
     try:
         yield Programs()
@@ -97,7 +96,7 @@ def scenes(programs):
 
 @pytest.fixture(scope="session")
 def coco_folder(scenes, tmp_path_factory) -> Path:
-    """COCO's layout: ids with gaps, images of two sizes, one of them without objects, a crowd."""
+    """A folder in COCO's layout: ids with gaps, images of two sizes, an image without objects, a crowd."""
     root = tmp_path_factory.mktemp("coco")
     (root / "annotations").mkdir()
     for split, name in (("train", "train2017"), ("validation", "val2017")):
@@ -134,7 +133,7 @@ def coco_folder(scenes, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def mask_folder(scenes, tmp_path_factory) -> Path:
-    """ADE20K's layout and numbers: 0 is no class, the background is 1. Masks as palette images."""
+    """A folder in ADE20K's layout with palette masks: 0 is no class, 1 the background."""
     root = tmp_path_factory.mktemp("masks")
     for split, name in (("train", "training"), ("validation", "validation")):
         for kind in ("images", "annotations"):

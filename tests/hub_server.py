@@ -1,4 +1,4 @@
-"""A small Hub on loopback, over real HTTP: what creating, uploading and loading a model and loading a kernel ask for.
+"""A small Hub on loopback, over real HTTP: endpoints to create, upload and load a model, and to load a kernel.
 
 Repositories live in memory, one linear history each. Faults can be put in: `fail_next` answers that many requests with 503,
 `fail` spoils requests to one endpoint, `forbid` plays permissions, `slow_upload` sleeps before it takes a large file.
@@ -22,7 +22,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request, client_address):
-        """A client that goes away in the middle of an answer is no fault of the server: nothing is printed for it."""
+        """Prints nothing for a client that disconnects during an answer: it is no fault of the server."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
@@ -56,7 +56,7 @@ class Hub:
         self.server.server_close()
 
     def environment(self, folder, token: str | None = "hf_good") -> dict[str, str]:
-        """Of a process that takes this for the Hub and keeps its cache in `folder`."""
+        """Returns the environment of a process that uses this server as the Hub and `folder` as its cache."""
         result = {
             "HF_ENDPOINT": self.url,
             "HF_HUB_OFFLINE": "0",
@@ -68,7 +68,7 @@ class Hub:
         return {**result, "HF_TOKEN": token} if token is not None else result
 
     def fail(self, request: str, answer: int | str, times: int = 1_000_000) -> None:
-        """Spoils the next requests whose method and path match the pattern.
+        """Makes the next requests fail whose method and path match the pattern.
 
         Args:
             request: regular expression, searched in `"PUT /lfs/..."`.
@@ -122,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
             pattern, answer, times = fault
             if times and pattern.search(f"{self.command} {path}"):
                 fault[2] -= 1
-                if answer == "reset":  # a reset and not an orderly end: unread data, or this option, make it one
+                if answer == "reset":  # with this option, closing sends a reset instead of an orderly end
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     self.close_connection = True
                     return self.connection.close()
@@ -167,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.answer(200, {"url": f"{self.hub.url}/{name}", "name": name, "id": name})
 
     def validate(self, body):
-        """What the Hub asks of a model card's metadata, as far as it says so: known keys of the right types."""
+        """Checks a model card's metadata by the Hub's documented rules: known keys with values of the right types."""
         content = json.loads(body)["content"]
         match = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
         data = yaml.safe_load(match[1]) if match else {}

@@ -1,4 +1,4 @@
-"""The benchmarks: what they share, and each program on tiny inputs and this machine's CPU."""
+"""Tests of the benchmarks: their common parts, and each program on tiny inputs on the CPU."""
 
 import importlib
 import json
@@ -34,7 +34,7 @@ def _threads():
 
 
 def results(folder, program: str) -> tuple[dict, str]:
-    """The report and the Markdown that a program wrote."""
+    """Returns a program's report and its Markdown."""
     (file,) = folder.glob(f"{program}_*.json")
     assert sorted(folder.iterdir()) == [file, file.with_suffix(".md")]
     return json.loads(file.read_text(encoding="utf-8")), file.with_suffix(".md").read_text(encoding="utf-8")
@@ -137,7 +137,7 @@ def test_kernel_built_from_other_sources_is_stale(tmp_path):
 
 
 def test_official_code_is_imported_from_a_checkout(tmp_path, monkeypatch):
-    """A module that imports what the official one does; nothing stays replaced afterwards."""
+    """The stand-in imports the same modules as the official file; `sys.modules` and `sys.path` are restored afterwards."""
     functions = tmp_path / "classification" / "ops_dcnv3" / "functions"
     functions.mkdir(parents=True)
     (functions / "__init__.py").write_text(
@@ -190,7 +190,7 @@ def test_op_cpu_refuses_a_wrong_formulation(monkeypatch):
 
 @pytest.fixture
 def reference_for_a_kernel(monkeypatch):
-    """The reference implementation, in place of a compiled kernel."""
+    """The reference implementation in place of a compiled kernel."""
     kernel = SimpleNamespace(dcnv3_softmax=lambda *tensors, groups: op_gpu.reference(*tensors, groups))
     monkeypatch.setattr(harness, "built_kernels", lambda device_type: {"CPU kernel": kernel})
     monkeypatch.setattr(harness, "describe", lambda kernel: "ready")
@@ -226,7 +226,7 @@ def test_op_gpu_needs_a_kernel(monkeypatch):
 
 
 class TinyModel(nn.Module):
-    """Takes images and gives logits, with the kinds of layers that the profile tells apart."""
+    """A classifier with every kind of layer that the profile distinguishes."""
 
     def __init__(self):
         super().__init__()
@@ -319,7 +319,7 @@ def test_materialising_model_equals_model():
 def gpu_check(
     tmp_path, *arguments: str, python: str = sys.executable
 ) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
-    """Runs the script without a GPU; the rows of its tables."""
+    """Runs the script without a GPU; returns the process and the rows of its tables."""
     result = subprocess.run(
         ["bash", str(ROOT / "benchmarks" / "gpu_check.sh"), "--output", str(tmp_path / "out"), *arguments],
         capture_output=True,
@@ -340,7 +340,7 @@ def test_gpu_check_without_a_gpu_skips_every_step(tmp_path):
 
 
 def test_gpu_check_records_each_step(tmp_path):
-    """With a stand-in for Python that sees a GPU. One of its programs fails, and one looks like a run of tests that were all skipped."""
+    """A stand-in for Python reports a GPU; one program fails, and one prints the summary of a run of skipped tests."""
     python = tmp_path / "python"
     python.write_text(
         "#!/bin/sh\n"

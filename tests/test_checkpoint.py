@@ -1,4 +1,4 @@
-"""Official names: key lists of all released models, the published layout, downstream checkpoints."""
+"""Tests of official names: key lists of all released models, the published layout, downstream checkpoints."""
 
 import gzip
 import json
@@ -31,7 +31,7 @@ def test_every_released_name_is_translated(variant):
 
 
 def test_batch_norm_names_are_translated():
-    """BatchNorm sits elsewhere in the official nn.Sequential than LayerNorm does."""
+    """BatchNorm and LayerNorm have different indices in the official nn.Sequential."""
     names = {
         "patch_embed.norm1.0.running_mean": "internimage.stem.norm1.running_mean",
         "levels.1.blocks.2.dcn.dw_conv.1.0.weight": "internimage.encoder.stages.1.layers.2.dcn.dw_norm.weight",
@@ -78,7 +78,7 @@ def test_translate_config_leaves_argument_unchanged():
 
 @pytest.mark.parametrize("name", ["hf_t_like", "hf_s_like"])
 def test_published_folder_loads_with_official_outputs(name, caplog):
-    """As the authors' repositories are, with their logits, without a word about keys."""
+    """A folder in the layout of the authors' repositories: outputs equal theirs, and nothing is logged about keys."""
     folder = FIXTURES / name
     expected = load_file(folder / "expected.safetensors")
     with caplog.at_level(logging.WARNING, logger="transformers"):

@@ -1,4 +1,4 @@
-"""Each workaround says what it is for, and names a test that is there."""
+"""Tests of the workarounds' docstrings: four headings, and an existing test."""
 
 import re
 

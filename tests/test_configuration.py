@@ -1,4 +1,4 @@
-"""`InternImageConfig`: fields, spellings, the paper's rules, bad values."""
+"""Tests of `InternImageConfig`: fields, spellings, the paper's rules, bad values."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ def test_scaling_rules_grow_depth_and_width():
         assert abs(config.depths[2] - 18 * 1.09**phi) <= 0.5
         assert abs(config.channels - 64 * 1.36**phi) <= 8
         assert [width // groups for width, groups in zip(config.hidden_sizes, config.groups, strict=True)] == [16] * 4
-    # what the exponents are for: each step about doubles the cost
+    # the exponents are chosen for this: each step about doubles the cost
     assert abs(1.09 * 1.36**1.99 - 2) < 0.02
     deeper = InternImageConfig.from_scaling_rules(2, alpha=1.5, beta=1.0)
     assert (deeper.channels, deeper.depths) == (64, [9, 9, 40, 9])
@@ -97,10 +97,10 @@ def test_json_round_trip_is_exact(tmp_path):
     config.save_pretrained(tmp_path)
     again = InternImageConfig.from_pretrained(tmp_path)
     public = {name: value for name, value in vars(config).items() if not name.startswith("_")}
-    del public["transformers_version"]  # written when it is saved
+    del public["transformers_version"]  # set on saving
     assert {name: getattr(again, name) for name in public} == public
     assert again.out_indices == [0, 4] and again.label2id == {"a": 0, "b": 1, "c": 2}
-    # the other spelling of the same stages, given when loading
+    # `out_indices` on loading replaces `out_features`
     assert InternImageConfig.from_pretrained(tmp_path, out_indices=[1, 2]).out_features == ["stage1", "stage2"]
 
 

@@ -1,4 +1,4 @@
-"""Conversion: every layout in, a folder for transformers out, and onto a Hub over HTTP."""
+"""Tests of the conversion: every official layout into a folder for transformers, and its upload to a Hub over HTTP."""
 
 import argparse
 import gzip
@@ -162,7 +162,7 @@ def test_label_files_are_complete():
 
 
 def test_conversion_memory_is_bounded(tmp_path):
-    """Of a model of 200 MB, against the memory that the same imports take."""
+    """The peak for a model of 200 MB, above the memory of the same imports."""
     source = tmp_path / "internimage_s_1k_224.pth"
     state_dict = {key: torch.zeros(shape) for key, shape in released_keys("s")}
     for key in state_dict:
@@ -276,7 +276,7 @@ classification.main({arguments!r})
     assert classification.main(arguments) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     stamp = (output / "model.safetensors").stat().st_mtime_ns
-    assert classification.main(arguments) == 0  # finished already
+    assert classification.main(arguments) == 0  # the folder is finished already
     assert (output / "model.safetensors").stat().st_mtime_ns == stamp
 
 
@@ -294,7 +294,7 @@ def saved(file: Path, content: object) -> Path:
 
 
 def only_error(capsys) -> str:
-    """What the last command said on stderr: one line."""
+    """Returns the last command's stderr, which must be one line."""
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     assert "Traceback" not in lines[0] and "unexpected" not in lines[0] and lines[0].isprintable()
@@ -314,7 +314,7 @@ ODD = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about the formats that are tested
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch warns of the formats under test
 @pytest.mark.parametrize("kind", ODD)
 def test_unexpected_tensor_is_named_in_one_line(kind, tmp_path, capsys):
     spoil, message = ODD[kind]
@@ -335,7 +335,7 @@ def test_classifier_of_wrong_shape_is_named_in_one_line(shape, tmp_path, capsys)
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
 def test_tensors_that_are_not_finite_are_named(value, tmp_path, capsys):
-    """Not a number, infinite, or so large that half precision makes it infinite."""
+    """Not a number, infinite, or too large for half precision."""
     source = saved(tmp_path / "odd.pth", {"model": official(**{"head.bias": torch.tensor([value] + [0.0] * 9)})})
     options = ["--dtype", "float16"] if value == 1e6 else []
     output = tmp_path / "out" / "model"
@@ -357,7 +357,7 @@ def test_averaged_counters_become_integers(tmp_path):
 
 
 def test_mixed_dtypes_become_smallest_common_dtype(tmp_path):
-    """transformers loads a model in one dtype; left as they are, some would be rounded to that of the first."""
+    """transformers loads a model in the dtype of its first tensor and would round the others."""
     state_dict = {
         k: (t.half() if "mlp" in k else t.bfloat16()) if t.is_floating_point() else t for k, t in official().items()
     }
@@ -392,11 +392,11 @@ def test_invalid_shard_size_is_one_line(size, tmp_path, capsys):
 
 
 class _Own:
-    """Of a program that nobody here knows."""
+    """A class of an unknown training program."""
 
 
 def plain_data() -> dict[str, object]:
-    """What training programs save beside the weights, the classes under the names that they have there."""
+    """Objects that training programs save beside the weights, with the classes' original names."""
     config = type("CfgNode", (dict,), {"__module__": "yacs.config"})
     node = config(MODEL=config(NAME="internimage"))
     node.__dict__ |= {"__immutable__": True, "__deprecated_keys__": {"OLD"}}
@@ -413,7 +413,7 @@ def plain_data() -> dict[str, object]:
 
 @pytest.fixture
 def foreign_classes(monkeypatch):
-    """Lets torch.save pickle the classes of `plain_data` by their names; reading must do without the modules."""
+    """Lets torch.save pickle classes under the names of `plain_data`; reading must work without their modules."""
     content = plain_data()
     package, module = ModuleType("yacs"), ModuleType("yacs.config")
     module.CfgNode = type(content["config"])
@@ -428,7 +428,7 @@ def test_training_checkpoint_is_read_without_its_classes(zipped, tmp_path, forei
     source = tmp_path / "ckpt_epoch_ema_best.pth"
     torch.save({"model": official(), **foreign_classes}, source, _use_new_zipfile_serialization=zipped)
     monkeypatch.delitem(sys.modules, "yacs.config")
-    monkeypatch.setattr(argparse.Namespace, "__init__", None)  # no code of the classes themselves runs
+    monkeypatch.setattr(argparse.Namespace, "__init__", None)  # reading must not run code of the classes
     left_out = source_module.read_tensors(source)[1]
     monkeypatch.undo()
     assert left_out.keys() == foreign_classes.keys()
@@ -515,7 +515,7 @@ def test_wrong_configuration_is_one_line(tmp_path, capsys):
 
 
 def test_prefixes_nesting_and_cache_links_are_read(tmp_path):
-    """`module.` of data-parallel training, a state dict within one, and a file of the cache: a link to a name without suffix."""
+    """The prefix `module.` of data-parallel training, a nested state dict, and a cache file: a link to a name without suffix."""
     (tmp_path / "blobs").mkdir()
     blob = tmp_path / "blobs" / "0123abc"
     shutil.copyfile(FIXTURES / "hf_t_like" / "model.safetensors", blob)
@@ -540,7 +540,7 @@ def test_prefixes_nesting_and_cache_links_are_read(tmp_path):
 
 
 def finished(folder: Path) -> bool:
-    """Whether every file is what the report says."""
+    """Whether every file has the checksum of the report."""
     report = json.loads((folder / REPORT).read_text())
     return bool(report["files"]) and all(
         sha256_of(folder / name) == digest for name, digest in report["files"].items()
@@ -574,7 +574,7 @@ def test_concurrent_conversion_into_same_folder_is_refused(tmp_path, capsys, mon
 
 
 def test_concurrent_processes_write_one_whole_folder(tmp_path):
-    """Forked after the imports, all let go at once: each folder is one source's, and who says "wrote" wrote it."""
+    """Processes forked after the imports start at once: each folder comes from one source, from the process that reports it."""
     sources = [FIXTURES / "t_like" / "checkpoint.pth", other_source(tmp_path)]
     program = """
         import contextlib, io, os, sys
@@ -605,7 +605,7 @@ def test_concurrent_processes_write_one_whole_folder(tmp_path):
 
 
 def test_folder_created_during_conversion_is_kept(tmp_path, monkeypatch, capsys):
-    """By a program that knows of no lock."""
+    """Another program creates the folder without the lock."""
     output = tmp_path / "model"
     verify = conversion.verify_tensors
 
@@ -683,7 +683,7 @@ def test_damaged_output_is_refused_and_kept(kind, converted, tmp_path, capsys):
 
 
 def test_output_of_other_source_or_settings_is_refused(converted, tmp_path, monkeypatch, capsys):
-    """Nor is it uploaded under the other's name."""
+    """Such a folder is not uploaded either."""
     monkeypatch.setattr(cli, "push", lambda *arguments: pytest.fail("uploaded"))
     converted = shutil.copytree(converted, tmp_path / "model")
     checkpoint = FIXTURES / "t_like" / "checkpoint.pth"
@@ -705,7 +705,7 @@ def test_output_of_other_source_or_settings_is_refused(converted, tmp_path, monk
     assert (converted / "model.safetensors").stat().st_mtime_ns == stamp
 
     (converted / "README.md").write_text("my own card")
-    assert convert(classification, checkpoint, *T_LIKE, "--output", converted) == 0  # the card is the user's to edit
+    assert convert(classification, checkpoint, *T_LIKE, "--output", converted) == 0  # users may edit the card
     assert "finished already" in capsys.readouterr().out
 
 
@@ -744,7 +744,7 @@ def test_unusable_paths_are_one_line(tmp_path, capsys):
 
 @pytest.fixture
 def full_disk():
-    """No file may grow beyond 50 KB: what a full disk is to a program, errno aside."""
+    """Limits files to 50 KB: writes fail as on a full disk, with another errno."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
@@ -762,7 +762,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(converted, tmp_path, capfd, fu
 
 
 def test_convert_all_continues_after_failure(tmp_path, monkeypatch, capsys):
-    """An error of the system, one that nobody foresaw, one of memory; a folder and a broken link in a file's place."""
+    """Failures: an OSError, an unexpected exception, a MemoryError, and a folder and a broken link in place of a file."""
     names = [name for name in RELEASED if RELEASED[name].task == "classification"][:6]
     folder = tmp_path / "pth"
     folder.mkdir()
@@ -812,7 +812,7 @@ def test_reverse_needs_whole_classifier_and_refuses_forward_options(converted, t
 
 @pytest.mark.parametrize("name", [name for name in RELEASED if RELEASED[name].task != "classification"])
 def test_every_released_downstream_backbone_maps_without_remainder(name):
-    """A backbone of the variant's names and shapes, with the layer scale that the authors trained T to XL with."""
+    """A backbone with the variant's names and shapes, and the official layer scale of T to XL."""
     from convert.backbone import backbone_config, backbone_tensors
     from internimage_hf import InternImageBackbone
 
@@ -856,7 +856,7 @@ def test_upernet_converts_with_official_outputs(tmp_path):
     with torch.no_grad():
         logits = model(expected["pixel_values"]).logits
     wanted = expected["logits"]
-    if wanted.shape != logits.shape:  # the official head's own resolution, before the resize to the input's
+    if wanted.shape != logits.shape:  # the official logits are not yet resized to the input
         wanted = torch.nn.functional.interpolate(wanted, size=logits.shape[2:], mode="bilinear", align_corners=False)
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
 
@@ -886,7 +886,7 @@ def test_backbone_of_segmenter_and_classifier_converts(tmp_path):
 
 
 def official_mask2former(model) -> dict[str, torch.Tensor]:
-    """A model's tensors under mmdetection's names: the conversion's patterns, walked backwards by hand for one model."""
+    """A model's tensors under mmdetection's names, by hand-written inverses of the conversion's patterns."""
     heads = {}
     pd, tm = "model.pixel_level_module.decoder.", "model.transformer_module."
     simple = {
@@ -989,7 +989,7 @@ def test_mask2former_converts(tmp_path):
 
 
 def test_convert_all_converts_local_files_and_reports_failures(tmp_path, capsys):
-    """One file is there, one is broken, the others would be downloaded: offline, they fail one by one."""
+    """One local file is valid, one is broken; the others would be downloaded and fail offline, one by one."""
     folder = tmp_path / "pth"
     folder.mkdir()
     state_dict = {key: torch.zeros(shape) for key, shape in released_keys("t")}
@@ -1082,7 +1082,7 @@ def test_killed_upload_is_completed(hub, tmp_path):
     arguments = [*SOURCE, "--output", tmp_path / "model", "--push-to-hub", "somebody/killed"]
     hub.slow_upload = 30.0
     process = run_converter(hub, tmp_path, *arguments, wait=False)
-    deadline = time.monotonic() + 500  # a program that hangs, not a slow machine
+    deadline = time.monotonic() + 500  # only a hanging program exceeds this
     while not any(request.startswith("PUT /lfs/") for request in hub.requests):
         assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
         time.sleep(0.05)
@@ -1101,7 +1101,7 @@ def test_killed_upload_is_completed(hub, tmp_path):
 
 @pytest.fixture
 def hub_here(hub, monkeypatch, tmp_path):
-    """The hub for this very process, whose own retries wait for nothing."""
+    """The Hub of this process; retries do not wait."""
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
@@ -1145,7 +1145,7 @@ def test_upload_survives_transient_fault(endpoint, answer, times, hub_here, conv
     assert push(converted, "somebody/model", pause=0).endswith("somebody/model")
     files = hub_here.repositories["somebody/model"]
     assert files == {path.name: path.read_bytes() for path in converted.iterdir()}
-    assert len(hub_here.commits["somebody/model"]) == 2  # the first is the repository's creation
+    assert len(hub_here.commits["somebody/model"]) == 2  # the first commit is the repository's creation
 
 
 LASTING = [
@@ -1215,14 +1215,14 @@ def test_invalid_endpoint_or_repository_id_is_one_line(hub_here, converted, monk
     source = FIXTURES / "t_like" / "checkpoint.pth"
     output = converted.parent / "unused"
     assert convert(classification, source, *T_LIKE, "--output", output, "--push-to-hub", "a/b/c") == 1
-    assert "cannot upload to" in only_error(capsys) and not output.exists()  # said before the work
+    assert "cannot upload to" in only_error(capsys) and not output.exists()  # the error comes before the conversion
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert cli.main(lambda: push(converted, "somebody/model", pause=0)) == 1
     assert "after 5 attempts" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_new_upload_removes_earlier_weights(hub_here, converted, capsys):
-    """transformers prefers model.safetensors to shards, whichever is newer."""
+    """transformers prefers model.safetensors to shards, even where the shards are newer."""
     push(converted, "somebody/model", pause=0)
     files = hub_here.repositories["somebody/model"]
     files |= {"model-00001-of-00002.safetensors": b"old", "pytorch_model.bin": b"old", "notes.txt": b"mine"}
@@ -1246,7 +1246,7 @@ def test_private_upload_to_public_repository_is_refused(hub_here, converted, cap
 
 
 def test_finished_checkpoint_is_not_downloaded_again(hub_here, tmp_path, capsys):
-    """By its name on the Hub, with an empty cache: the Hub tells the sum of the file."""
+    """A checkpoint named by its Hub file, with an empty cache: the Hub returns the file's checksum."""
     hub_here.repositories["me/published"] = {
         path.name: path.read_bytes() for path in (FIXTURES / "hf_t_like").iterdir() if path.suffix != ".md"
     }

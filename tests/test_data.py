@@ -1,4 +1,4 @@
-"""What the example programs read: every file is used or counted, and a message names what is wrong."""
+"""Tests of the examples' input: every file is used or counted, and messages name the fault."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ def data(programs):
 
 
 def write(root: Path, *names: str) -> Path:
-    """Files by name: images where the ending says so, text elsewhere."""
+    """Writes files by name: images for endings of images, text otherwise."""
     rng = np.random.default_rng(0)
     for name in names:
         file = root / name
@@ -32,7 +32,7 @@ def several(folders: tuple[str, ...], count: int = 3, pattern: str = "{}.png") -
 
 
 def read(data, root: Path, classes: bool = True, **flags):
-    """The names of classes, the counts of each part per class, and the data set."""
+    """Returns the class names, the counts per part and class, and the dataset."""
     arguments = data.DataArguments(dataset=str(root), **flags)
     found = data.load_data(arguments, class_folders=classes)
     names = data.encode_labels(found, "label")
@@ -172,7 +172,7 @@ def write_metadata(folder: Path, labels: list[object], kind: str = "csv") -> Non
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize("labels", [["dog", "cat", "ant", "cat"], [10, 9, 1, 9], ["007", "7", "10", "7"]])
 def test_labels_are_numbered_over_all_splits(data, tmp_path, kind, labels):
-    """The validation split lacks a class; numbered by itself, all its labels would be wrong."""
+    """The validation split lacks a class: a numbering of its own would shift all its labels."""
     write_metadata(tmp_path / "train", labels, kind)
     write_metadata(tmp_path / "validation", labels[:2], kind)
     names, _, found = read(data, tmp_path, classes=False)
@@ -244,7 +244,7 @@ def test_label_number_without_class_names_row(data, other):
     def split(values, names):
         features = datasets.Features({"label": datasets.Value("int64")})
         plain = datasets.Dataset.from_dict({"label": values}, features=features)
-        plain.info.features["label"] = datasets.ClassLabel(names=names)  # as files of another origin may have it
+        plain.info.features["label"] = datasets.ClassLabel(names=names)  # as in files of other programs
         return plain
 
     found = data.Data("x", "", {"train": split([0, 1], ["a", "b"]), "test": split([1, 2], other)})

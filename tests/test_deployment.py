@@ -1,4 +1,4 @@
-"""Export to ONNX and AOTInductor, int8 weights, LoRA: what leaves PyTorch computes what the model does."""
+"""Tests of ONNX, AOTInductor, int8 weights and LoRA: exported models compute the model's outputs."""
 
 import json
 import resource
@@ -27,14 +27,14 @@ pytest.importorskip("onnxscript", reason="needs `pip install internimage-hf[expo
 from internimage_hf.onnx_export import dcnv3_translation_table, expand_dcnv3, export_onnx  # noqa: E402
 
 
-# One layer a stage: what takes the time is the exporter, at some seconds a layer.
+# One layer per stage: the exporter takes some seconds per layer.
 SMALL = {"channels": 16, "depths": [1, 1, 1, 1], "groups": [2, 4, 4, 8], "mlp_ratio": 2.0, "num_labels": 5}
 VARIANTS = {**TINY_VARIANTS, "res_post_norm": {**TINY_VARIANTS["res_post_norm"], "level2_post_norm_block_ids": [0]}}
 SLOW_VARIANTS = [variant for variant in VARIANTS if variant != "pre_norm"]
 
 
 def random_model(model_class=InternImageForImageClassification, config: InternImageConfig | None = None, **fields):
-    """A model in which every parameter matters, offsets and masks too."""
+    """A model with random parameters: each of them affects the outputs, offsets and masks included."""
     model = model_class(config or InternImageConfig(**{**SMALL, **fields})).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -119,7 +119,7 @@ class Op(torch.nn.Module):
     ],
 )  # fmt: skip
 def test_onnx_operator_equals_pytorch(opset, dtype, softmax, options):
-    """All parameters; points outside, at infinity and nowhere."""
+    """All parameters of the operator; sampling points outside, infinite and NaN."""
     geometry = Geometry(
         **{
             "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "offset_scale": 1.0,
@@ -231,7 +231,7 @@ def test_evaluated_classes_are_matched_by_name(export):
 
 
 def test_accuracy_matches_class_names(export, tmp_path):
-    """A model that knows every class, in another order than the data set's; one class of the images is none of its own."""
+    """The model has the classes in another order than the dataset, and lacks one of them."""
     shades = {"ant": 20, "bee": 120, "zebra": 220}
     for split in ("train", "test"):
         for name, shade in shades.items():
@@ -279,7 +279,7 @@ def test_bad_flags_are_one_line(export, tmp_path, monkeypatch, flags, message):
 
 
 def test_demo_data_with_model_of_other_classes_is_refused(export, tmp_path, monkeypatch):
-    """The default folder of the classification program may hold anything."""
+    """The classification program's default folder may hold any model."""
     import demo_model
 
     monkeypatch.chdir(tmp_path)
@@ -332,7 +332,7 @@ def test_internimage_t_exports_in_two_minutes(tmp_path):
     output = run_example("export.py", "--model", "t", "--output", "out", cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "differ by up to" in output
-    # of the CPU, so that other programs beside it do not count; the import and the check included
+    # CPU time, with the imports and the check: other programs on the machine do not count
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 120
 
 
@@ -352,7 +352,7 @@ def test_aotinductor_package_equals_model(tmp_path, flags):
 
 @pytest.mark.slow
 def test_demo_model_keeps_accuracy_in_int8(tmp_path):
-    """Without arguments: trains, exports, and says what int8 weights cost in accuracy."""
+    """Without arguments the program trains, exports, and reports the accuracy with int8 weights."""
     output = run_example("export.py", "--quantize", "int8", cwd=tmp_path)
     before, after = (
         float(line.split("accuracy of the ")[1].split("%")[0].split()[1])
@@ -380,7 +380,7 @@ def test_int8_weights_stay_close_to_float32():
 
 
 def train_with_lora(base, steps=3):
-    """The model as README makes it, after some steps: every statistic, low-rank matrix and saved module has moved."""
+    """The README's LoRA model after some steps: all statistics, low-rank matrices and saved modules have changed."""
     peft = pytest.importorskip("peft", reason="needs `pip install internimage-hf[export]`")
     from internimage_hf.training import LORA_MODULES_TO_SAVE, LORA_TARGET_MODULES
 
@@ -420,7 +420,7 @@ def test_lora_trains_targets_and_saved_modules():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_lora_adapter_holds_every_trained_tensor(variant, tmp_path):
-    """The statistics of BatchNorm too: the reloaded adapter, and the merged model, give the same logits."""
+    """BatchNorm statistics included: the reloaded adapter and the merged model give the same logits."""
     peft = pytest.importorskip("peft", reason="needs `pip install internimage-hf[export]`")
     torch.manual_seed(0)
     random_model(**VARIANTS[variant]).save_pretrained(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""What the detection example reads: every image and object is used, or counted, or refused in one line."""
+"""Tests of the detection example's input: every image and object is used, counted, or refused in one line."""
 
 import json
 import runpy
@@ -22,7 +22,7 @@ def detection(programs):
 
 
 class Coco:
-    """A folder in COCO's format of two images each to train and to evaluate on, with one object each, to be altered."""
+    """Content of a folder in COCO's format, for tests to alter: two images per split, with one object each."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -84,7 +84,7 @@ def test_coco_folder_is_read_whole(detection, coco):
 
 
 def test_image_of_other_size_than_recorded_is_refused(detection, coco):
-    """A camera's photograph, which its EXIF orientation turns, and a resized one."""
+    """A photograph rotated by its EXIF orientation, and a resized image."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", SIZE).save(coco.root / "train2017" / "turned.jpg", exif=exif)
@@ -244,7 +244,7 @@ def test_images_without_entry_are_counted(detection, coco):
 
 
 def test_splits_share_one_image_folder(detection, coco):
-    """Neither the images of the other split nor those of one that is not used count as left out."""
+    """Images of the other split and of an unused split do not count as left out."""
     images = coco.root / "images"
     images.mkdir()
     for split in ("train2017", "val2017"):
@@ -261,7 +261,7 @@ def test_splits_share_one_image_folder(detection, coco):
 
 
 def test_categories_numbered_differently_are_matched_by_name(detection, coco):
-    """Matched by name: numbered by each file's ids, the cats of the evaluation would be the dogs of the training."""
+    """By their ids, the cats of the evaluation would be the dogs of the training."""
     coco.val["categories"] = [{"id": 3, "name": "dog"}, {"id": 4, "name": "cow"}]
     train, evaluation, account = load(detection, coco.write())
     assert sorted(account.classes) == ["cat", "cow", "dog"]
@@ -355,7 +355,7 @@ def test_nothing_to_evaluate_on_is_refused(detection, coco):
 
 
 def test_categories_are_those_of_all_splits(detection, tmp_path):
-    """Names that only the evaluation split has, and that only a split has which is not used."""
+    """Names that occur only in the evaluation split or only in an unused split."""
     rows = [
         {"file_name": f"{split}/{i}.png", "objects": {"bbox": [[1, 2, 3, 4]], "category": [name]}}
         for split, names in (("train", "bd"), ("validation", "dcb"), ("test", "a"))
@@ -411,7 +411,7 @@ def test_objects_as_list_of_dictionaries_are_read(detection, tmp_path):
 
 
 def test_objects_as_dictionary_of_lists_are_read(detection, tmp_path):
-    """A list of areas of nothing but 0 is there, a null or absent one is not."""
+    """A list of zero areas counts as given; a null or missing list does not."""
     rows = [
         {"bbox": [[1, 2, 3, 4], None], "category": ["a", "b"], "area": [0, 0]},
         {"bbox": [[1, 2, 3, 4]], "category": ["a"], "area": None},
@@ -486,7 +486,7 @@ def test_truncated_image_is_named_by_worker_too(detection, programs, coco):
 
 
 def test_every_image_mode_is_processed_in_batches_of_any_size(detection, coco):
-    """Grey, transparent, CMYK and 16 bits; boxes of the batch's examples are those of the images, padded or not."""
+    """Grey, transparent, CMYK and 16-bit images; boxes refer to the images, with and without padding."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (32, 48, 4), dtype=np.uint8)
     kinds = {
@@ -516,7 +516,7 @@ def test_every_image_mode_is_processed_in_batches_of_any_size(detection, coco):
 
 
 def test_random_crops_and_flips_keep_boxes_on_objects(detection):
-    """A bright rectangle on black is where its box says; only crops leave out what they show too little of."""
+    """A bright rectangle stays inside its box; only crops drop objects, those that they show too little of."""
     rng = np.random.default_rng(0)
     arguments = detection.DetectionDataArguments(dataset="a", color_jitter=False, random_crop_scale=0.4)
     transform = detection.training_transform(arguments)
@@ -566,7 +566,7 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 @pytest.mark.parametrize("orientation", ["none", "before", "behind", "xmp behind", "date behind"])
 def test_png_header_sizes_equal_decoded_sizes(programs, tmp_path, monkeypatch, orientation):
-    """Without a decoder's work, where no orientation may lie behind the pixels."""
+    """The header suffices unless EXIF data may follow the pixels."""
     exif = Image.Exif()
     exif[0x0112] = 6
     file = tmp_path / "it.png"

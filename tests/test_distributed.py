@@ -1,4 +1,4 @@
-"""Training in several processes, on CPUs by gloo, and after a crash: the same as in one go in one process."""
+"""Tests of training in several processes (CPUs, gloo) and after a crash: results equal one uninterrupted process."""
 
 import itertools
 import json
@@ -45,7 +45,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def difference(one: Path, other: Path, statistics: bool = True) -> float:
-    """The largest difference of two models' weights."""
+    """Returns the largest difference of two models' weights."""
     one, other = load_file(one), load_file(other)
     assert one.keys() == other.keys()
     own = ("running_mean", "running_var", "num_batches_tracked")
@@ -55,7 +55,7 @@ def difference(one: Path, other: Path, statistics: bool = True) -> float:
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """As in the processes that the tests start: sums are then of the same order."""
+    """One thread, as in the started processes: sums have the same order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -64,10 +64,10 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory) -> Path:
-    """What one process gives: with the head's BatchNorm frozen, with its own statistics, and averaged weights."""
+    """Results of one process: with the head's BatchNorm frozen, with batch statistics, and with averaged weights."""
     folder = tmp_path_factory.mktemp("single")
     train(str(folder / "frozen"))
-    # BatchNorm sees the batch of its process alone, so what two processes do is what one does with two micro-batches.
+    # BatchNorm sees only its process's batch: two processes equal one process with two micro-batches.
     train(str(folder / "batch_statistics"), frozen_statistics=False, micro_batches=2)
     train(str(folder / "ema"), ema_decay=0.8, save_steps=CHECKPOINT)
     return folder
@@ -92,7 +92,7 @@ def check_equal(folder: Path, single: Path) -> None:
         assert len(expected) == STEPS and off < 1e-5 and off_loss < 1e-5
         assert result(folder / name)["rates"] == result(single / name)["rates"]
         assert len(result(folder / name)["rates"]) > 10  # by layer, offsets, with and without weight decay
-        # all processes evaluate the same model, also where their BatchNorm statistics were their own
+        # all processes evaluate the same model, even if their BatchNorm statistics differed in training
         found = [result(folder / name, process)["evaluation"]["eval_loss"] for process in range(2)]
         assert found[0] == pytest.approx(found[1], rel=1e-6)
         if name != "batch_statistics":
@@ -101,8 +101,8 @@ def check_equal(folder: Path, single: Path) -> None:
 
 
 def check_stream(folder: Path) -> None:
-    """Each of two processes sees its part of the stream, of an epoch of 48 images and 16 of the next."""
-    seen = [result(folder, process)["seen"][:STREAM_STEPS] for process in range(2)]  # one batch more is read ahead
+    """Each of two processes sees its part of the stream: an epoch of 48 images and 16 images of the next."""
+    seen = [result(folder, process)["seen"][:STREAM_STEPS] for process in range(2)]  # one more batch is prefetched
     each = [[i for batch in batches for i in batch] for batches in seen]
     assert [len(indices) for indices in each] == [STREAM_STEPS * GLOBAL_BATCH // 2] * 2
     assert each == [drawn(process, 2, STREAM_STEPS * GLOBAL_BATCH // 2) for process in range(2)]
@@ -131,7 +131,7 @@ LAST_COLLECTIVE = """
 import atexit, os, sys, time
 
 
-@atexit.register  # the first that is registered runs last
+@atexit.register  # the first registered function runs last
 def last():
     print("the last function", flush=True)
     # The other process does its part now. To let go of the tensor, the thread that did ours waits for Python, which is busy
@@ -167,7 +167,7 @@ run_program(lambda: None)
 
 
 def test_program_exits_cleanly_with_process_group(tmp_path):
-    """Without `leave_process_group` it ends by SIGABRT, also if the group is destroyed."""
+    """Without `leave_process_group` the program ends by SIGABRT, even if it destroys the group."""
     ended = subprocess.run(
         [sys.executable, "-c", LAST_COLLECTIVE, tmp_path / "rendezvous"],
         capture_output=True, text=True, check=False, timeout=300,
@@ -211,7 +211,7 @@ def test_fsdp2_equals_single_process(single, fsdp2):
 
 
 def test_fsdp2_checkpoint_loads_in_single_process(single, fsdp2):
-    """The model and every checkpoint, though the state to resume from is sharded."""
+    """The model and every checkpoint are whole, beside a sharded state to resume from."""
     assert list((fsdp2 / "ema" / "checkpoint-4").glob("optimizer_0/*.distcp"))
     pixel_values = torch.randn(2, 3, 32, 32)
     for name in ("ema", "ema/checkpoint-4"):
@@ -228,7 +228,7 @@ def test_fsdp2_checkpoint_loads_in_single_process(single, fsdp2):
 
 @pytest.mark.slow
 def test_fsdp2_resumes_with_other_number_of_processes(single, fsdp2, tmp_path):
-    """2 to 1 and 1 to 2: weights, optimiser, schedule, average and place in the data."""
+    """From 2 to 1 and 1 to 2 processes: weights, optimiser, schedule, average and position in the data."""
     one = [
         {"folder": tmp_path / "2to1", "ema_decay": 0.8, "resume": fsdp2 / "ema" / "checkpoint-4"},
         {"folder": tmp_path / "1", "ema_decay": 0.8},
@@ -269,7 +269,7 @@ def test_run_with_killed_process_resumes(engine, tmp_path):
 
 @pytest.mark.slow
 def test_deepspeed_equals_single_process(single, tmp_path):
-    """ZeRO-3, and a checkpoint of two processes resumed by them."""
+    """ZeRO-3 in two processes, and a resumed checkpoint."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     run("deepspeed_zero3", {"folder": tmp_path / "whole"})
     run("deepspeed_zero3", {"folder": tmp_path / "parts", "resume": tmp_path / "whole" / "checkpoint-4"})
@@ -292,7 +292,7 @@ def test_deepspeed_equals_single_process(single, tmp_path):
     ],
 )
 def test_heads_load_backbone_under_deepspeed(head, flags, coco_folder, mask_folder, tmp_path):
-    """Without learning they keep the checkpoint's backbone, though ZeRO-3 shards it before the head is there."""
+    """With a learning rate of 0, heads keep the checkpoint's backbone, which ZeRO-3 shards before it builds the head."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     detects = head.endswith("detr")
     launch(
@@ -314,7 +314,7 @@ def test_heads_load_backbone_under_deepspeed(head, flags, coco_folder, mask_fold
 
 @pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_training_resumes_exactly(stream, tmp_path):
-    """Killed within the second epoch; and what it was writing then is passed over."""
+    """Killed within the second epoch; the unfinished checkpoint is skipped."""
     options = {"ema_decay": 0.8, "drop_path_rate": 0.3, "stream": stream, "max_steps": 12}
     parts, whole = tmp_path / "parts", tmp_path / "whole"
     command = [
@@ -341,12 +341,12 @@ def test_killed_training_resumes_exactly(stream, tmp_path):
 
 
 def test_resumed_stream_continues_at_same_example(tmp_path):
-    """In the third epoch, of which `Trainer` does not know."""
+    """Resumed in the third epoch of the stream; `Trainer` counts none."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = {"stream": True, "max_steps": 15, "save_steps": 13, "drop_path_rate": 0.3}
     train(str(whole), **options)
     train(str(parts), resume=str(whole / "checkpoint-13"), **options)
-    assert result(parts)["seen"] == result(whole)["seen"]  # what is skipped is read again
+    assert result(parts)["seen"] == result(whole)["seen"]  # skipped examples are read again
     assert difference(parts / "model.safetensors", whole / "model.safetensors") < 1e-6
 
 
@@ -363,7 +363,7 @@ def test_last_checkpoint_of_empty_folder_is_none(tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 def test_stream_yields_each_example_once_per_epoch(processes):
-    """With as many shards as processes, fewer, more."""
+    """With as many shards as processes, fewer, and more."""
     by_process = [epochs(make_stream().part(process, processes), 3) for process in range(processes)]
     by_epoch = [list(itertools.chain(*parts)) for parts in zip(*by_process, strict=True)]
     assert all(sorted(indices) == list(range(IMAGES)) for indices in by_epoch)
@@ -374,7 +374,7 @@ def test_stream_yields_each_example_once_per_epoch(processes):
 
 
 def epochs(stream, count: int) -> list[list[int]]:
-    """The indices that a stream should give in its first epochs."""
+    """Returns the expected indices of a stream's first epochs."""
     orders = (stream.dataset.shuffle(seed=stream.seed + e, buffer_size=stream.buffer_size) for e in range(count))
     return [[example["index"] for example in order] for order in orders]
 
@@ -421,7 +421,7 @@ def test_classification_example_runs_in_two_processes(engine, flags, tmp_path, c
         (logits.argmax(-1) == torch.tensor(batch["labels"])).float().mean().item(), abs=1e-6
     )
     assert accuracy > 0.8
-    # one more start of the same goes on from the last checkpoint
+    # the same command again resumes from the last checkpoint
     output = launch(
         engine, ROOT / "examples" / "image_classification.py", *flags, "--max_steps", 64, "--eval_steps", 4, "--save_steps", 4,
         "--resume_from_checkpoint", "last",
@@ -431,13 +431,13 @@ def test_classification_example_runs_in_two_processes(engine, flags, tmp_path, c
 
 @pytest.mark.slow
 def test_detection_example_runs_in_two_processes(coco_folder, tmp_path):
-    """Deformable DETR counts the boxes of all processes: the weights and COCO's metrics are those of one process."""
+    """Deformable DETR normalises by the boxes of all processes: weights and COCO's metrics equal one process."""
     flags = [
         "--dataset", coco_folder, "--head", "deformable_detr", "--image_size", 64,
         "--head_config_overrides", json.dumps(SMALL_HEADS["deformable_detr"]), *FEW_STEPS, "--max_train_samples", 8, "--max_steps", 6,
-        # nothing that hides a factor of the gradients, or makes steps of rounding
+        # an optimiser that shows a wrong factor of the gradients and does not amplify rounding
         "--optim", "sgd", "--learning_rate", 1e-4, "--max_grad_norm", 1e6, "--logging_strategy", "steps", "--logging_steps", 1,
-        "--random_crop_scale", 1,  # images of one shape: with others, the padding depends on what a process has
+        "--random_crop_scale", 1,  # images of one shape: padding would depend on a process's batch
     ]  # fmt: skip
     for processes in (1, 2):
         launch(
@@ -460,7 +460,7 @@ def test_detection_example_runs_in_two_processes(coco_folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine, head", [("ddp", "upernet"), ("fsdp2", "mask2former")])
 def test_segmentation_example_runs_in_two_processes(engine, head, programs, mask_folder, tmp_path):
-    """Both evaluate the model that is saved."""
+    """Both processes evaluate the saved model."""
     flags = [
         "--dataset", mask_folder, "--reduce_labels", "--head", head, "--image_size", 64, "--output_dir", tmp_path / "model",
         "--head_config_overrides", json.dumps(SMALL_HEADS[head]), *FEW_STEPS, "--learning_rate", 1e-2,
@@ -512,7 +512,7 @@ def test_classification_example_streams_folder(tmp_path, classification):
 
 
 def launched_with(engine: str) -> dict[str, str]:
-    """The environment that `accelerate launch` gives the processes, by its own reading of the configuration."""
+    """Returns the environment that `accelerate launch` derives from a configuration for its processes."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 

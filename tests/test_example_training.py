@@ -1,4 +1,4 @@
-"""What the training programs share: flags and recipes, the last batch, the best model, checkpoints of other runs."""
+"""Tests of the training programs' common parts: flags, recipes, the last batch, the best model, checkpoints of other runs."""
 
 import json
 import shutil
@@ -120,7 +120,7 @@ def test_best_model_is_loaded_where_possible(tmp_path, flags, why):
     assert arguments.load_best_model_at_end == (why is None)
     assert arguments.why_not_the_best is None if why is None else why in arguments.why_not_the_best
     assert parsed("--load_best_model_at_end", "false").why_not_the_best is None
-    if why is not None:  # asked for in words: an error
+    if why is not None:  # an error if the flag was given explicitly
         with pytest.raises(InputError, match=f"--load_best_model_at_end is not possible: .*{why}"):
             parsed("--load_best_model_at_end", "true")
 
@@ -173,7 +173,10 @@ def test_image_is_repeated_only_for_batch_norm(tmp_path):
     trainer.model = with_layer_norm
     assert trainer.repeated_images() == 0
     trainer = trainer_of(tmp_path, 13)
-    trainer.args._n_gpu, trainer._train_batch_size = 4, 12  # DataParallel: up to 4 images go one to each device
+    trainer.args._n_gpu, trainer._train_batch_size = (
+        4,
+        12,
+    )  # DataParallel: a batch of up to 4 images gives each device one
     assert trainer.repeated_images() == 5
     trainer.train_dataset = Numbers(17)  # 5 would be 2 + 2 + 1
     assert trainer.repeated_images() == 1
@@ -207,7 +210,7 @@ def test_epoch_with_repeated_image_resumes_exactly(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, small_checkpoint):
-    """A finished run on two classes: its folder of images and its output folder, with the checkpoints 2, 4 and 5."""
+    """A finished run on two classes: a folder with `photos` and `out`, the latter with the checkpoints 2, 4 and 5."""
     root = tmp_path_factory.mktemp("trained")
     write_images(root / "photos", [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(10)])
     run_main(image_classification, *resume_flags(root / "photos", root / "out", small_checkpoint, 5))
@@ -295,7 +298,7 @@ def test_tied_weights_match_checkpoint(tmp_path):
 
 
 def test_new_run_sets_earlier_checkpoints_aside(trained, out, small_checkpoint, capsys):
-    """`Trainer` would delete the new run's, of lower numbers, and `last` would go on with the old run's."""
+    """`Trainer` would delete the new run's lower-numbered checkpoints, and `last` would resume the old run."""
     old = {file.name: (file / "trainer_state.json").read_bytes() for file in out.glob("checkpoint-*")}
     run_main(image_classification, *resume_flags(trained / "photos", out, small_checkpoint, 2))
     assert {file.name for file in out.glob("checkpoint-*")} == {"checkpoint-2"}

@@ -1,4 +1,4 @@
-"""The example programs, on small inputs."""
+"""Tests of the example programs on small inputs."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def test_classification_fine_tunes_on_folder_and_resumes(programs, photos, tmp_p
     assert config["id2label"] == {"0": "bright", "1": "dark"}
     assert json.loads((folder / "all_results.json").read_text())["eval_accuracy"] == 1.0
 
-    # the last epoch again, with nothing left but the second one's checkpoint
+    # repeat the last epoch from the second epoch's checkpoint
     epoch = 4  # steps
     last, keep = folder / f"checkpoint-{3 * epoch}" / "model.safetensors", folder / f"checkpoint-{2 * epoch}"
     expected = load_file(last)
@@ -54,7 +54,7 @@ def test_classification_reads_recipe_and_refuses_bad_flags(programs, photos, tmp
         run_main(programs.image_classification, "--dataset", photos, "--label_column", "kind", *common)
 
 
-# --- detection and segmentation: in this process, which has loaded the libraries once
+# --- detection and segmentation, in this process
 
 
 def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -71,7 +71,7 @@ def check_outputs(folder: Path, metrics: dict[str, float], metric: str) -> None:
 
 
 def check_resume(program, flags: list, folder: Path) -> None:
-    """Killed after its first checkpoint, in mid-epoch, and resumed: the last checkpoint has the same weights."""
+    """Resumes from the first checkpoint, within an epoch: the last checkpoint has the same weights."""
     expected = saved_weights(folder / "checkpoint-4")
     shutil.rmtree(folder / "checkpoint-4")
     run_main(program, *flags, "--resume_from_checkpoint", "last")
@@ -81,12 +81,12 @@ def check_resume(program, flags: list, folder: Path) -> None:
 
 
 def check_unchanged(folder: Path, again: Path) -> None:
-    """What was trained with a learning rate of 0 from the model in `folder` has all its weights, and its code."""
+    """Compares a model trained with a learning rate of 0 with the original in `folder`: weights and code are equal."""
     expected = saved_weights(folder)
     actual = saved_weights(again)
     assert set(actual) == set(expected)
     for name, tensor in actual.items():
-        if "running_" not in name and "num_batches" not in name:  # batch norm's averages go on
+        if "running_" not in name and "num_batches" not in name:  # BatchNorm updates its running statistics
             torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
     assert (again / "modeling_internimage_head.py").is_file()
 
@@ -118,7 +118,7 @@ def test_detection_trains_resumes_and_reloads(programs, coco_folder, tmp_path, c
 
 
 def test_batch_norm_weights_of_new_head_start_at_1(programs):
-    """transformers draws RT-DETR's around 0, from which the demo learns little and by chance."""
+    """transformers draws RT-DETR's BatchNorm weights around 0; from there the demo hardly learns."""
     detection = programs.object_detection
     arguments = detection.DetectionModelArguments()
     model, _ = detection.build_model(arguments, ["one", "two"], None)
@@ -147,7 +147,7 @@ def test_segmentation_trains_resumes_and_reloads(programs, mask_folder, tmp_path
 
 
 def test_coco_metrics_of_ground_truth_are_perfect(programs, coco_folder):
-    """Through the model's own terms: fractions of a padded batch, from which `detect` must find the way back."""
+    """Boxes go through the model's units, fractions of a padded batch; `detect` must convert them back."""
     detection = programs.object_detection
     data = detection.DetectionDataArguments(dataset=str(coco_folder))
     train, evaluation, account = detection.load_splits(data, seed=0)
@@ -186,7 +186,7 @@ def test_coco_metrics_of_ground_truth_are_perfect(programs, coco_folder):
 
 
 def test_detection_reads_splits_of_imagefolder(programs, scenes, tmp_path):
-    """No splits, boxes by corners, categories by name: what many datasets on the Hub look like."""
+    """No splits, boxes by corners, categories by name, as in many datasets on the Hub."""
     with open(tmp_path / "metadata.jsonl", "w") as file:
         for i, scene in enumerate(scenes["train"]):
             scene["image"].save(tmp_path / f"{i}.png")
@@ -223,7 +223,7 @@ def test_mean_iou_equals_scikit_learn(programs):
     rng = np.random.default_rng(0)
     masks, predicted = rng.integers(0, 7, (5, 40, 30)), rng.integers(0, 7, (5, 40, 30))
     masks[masks == 6] = 255
-    masks[masks == 4] = 3  # a class that is predicted only
+    masks[masks == 4] = 3  # class 4 is predicted but never true
     areas = [
         programs.semantic_segmentation.class_areas(torch.tensor(p), torch.tensor(m), 9, 255).numpy()
         for p, m in zip(predicted, masks, strict=True)

@@ -1,4 +1,4 @@
-"""The classification program: which images and classes it uses, and what it says of those that it does not."""
+"""Tests of the classification program: the images and classes that it uses, and its messages about the others."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ def load(dataset, **flags):
 
 
 def counts(account):
-    """Images of each class, over training and evaluation."""
+    """Returns the number of images per class over training and evaluation."""
     return sum((Counter(part.counts) for part in account.parts.values()), Counter())
 
 
@@ -85,7 +85,7 @@ def test_labels_in_metadata_are_numbered_over_all_splits(tmp_path, column):
 
 
 def saved(folder, features=None, **splits):
-    """Splits by name as columns, saved by `save_to_disk`; `image` is there already."""
+    """Saves splits, given as columns, by `save_to_disk`; adds the column `image`."""
     result = {}
     for name, columns in splits.items():
         length = len(next(iter(columns.values())))
@@ -308,7 +308,7 @@ def test_detector_checkpoint_is_refused(tmp_path, photos):
 
 
 def test_program_trains_on_all_classes_and_writes_summary(tmp_path, small_checkpoint, capsys):
-    """33 images in batches of 4: the last one would be alone, and its map has one pixel."""
+    """33 images in batches of 4: the last batch would have one image, whose map has one pixel."""
     names = [f"{name}/train-{i}.png" for name in ("test_tube", "bus", "freight_train") for i in range(14)]
     write_images(tmp_path / "photos", names)
     metrics = run_main(

@@ -1,4 +1,4 @@
-"""The models: parity with the official implementation, and what people do with a transformers model."""
+"""Tests of the models: parity with the official implementation, and the common uses of a transformers model."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""The package as a whole: import, registration, image processor, remote code, README, command lines."""
+"""Tests of the whole package: import, registration, image processor, remote code, README, command lines."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def test_import_is_silent_and_offline():
 
 
 def test_import_registers_auto_classes():
-    """Nothing is left to the first use of an Auto class, which two threads may make at once."""
+    """Registration is complete after the import: two threads may use an Auto class for the first time at once."""
     output = run_python(
         """
         import sys, threading
@@ -104,7 +104,7 @@ def test_public_names_exist():
 
 
 def official_transform(image: Image.Image, size: int) -> torch.Tensor:
-    """Resize(size, bicubic), CenterCrop(size), ToTensor, Normalize of torchvision, on PIL images."""
+    """Applies torchvision's Resize(size, bicubic), CenterCrop(size), ToTensor and Normalize to a PIL image."""
     width, height = image.size
     if width <= height:
         new_width, new_height = size, int(size * height / width)
@@ -132,7 +132,7 @@ def test_pixels_equal_official_transform(size, tmp_path):
 
 
 def auto_image_processor():
-    # from where it is defined: transformers 5.17 offers a placeholder at the top where torchvision is absent
+    # imported from its own module: without torchvision, `transformers.AutoImageProcessor` of 5.17 is a placeholder
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     return AutoImageProcessor
@@ -198,15 +198,15 @@ def test_remote_code_loads_without_package(route, variant, tmp_path):
             )
     """
     assert save_file
-    run_python(program, DCNV3_BACKEND="torch")  # without the package there is no kernel
+    run_python(program, DCNV3_BACKEND="torch")  # the run without the package has no kernel
     load = LOAD_WITHOUT_THE_PACKAGE
-    if route == "register_for_auto_class":  # which names one Auto class, not all of them
+    if route == "register_for_auto_class":  # this route names one Auto class only
         load = load.replace("(AutoModelForImageClassification, AutoModel)", "(AutoModelForImageClassification,)")
         load = re.sub(r"    config = .*\n    assert len.*\n", "", load)
     bare = bare_environment(tmp_path, without=("kernels",) if route == "register_for_auto_class" else ())
     output = run_python(load, folder, tmp_path / "expected.safetensors", cwd=tmp_path, **bare)
     assert output == "equal transformers_modules\n"
-    # with the package, the package's own classes serve, and nobody is asked to trust anything
+    # with the package, its own classes load, without `trust_remote_code`
     output = run_python(
         """
         import sys, internimage_hf
@@ -246,7 +246,7 @@ HEADS = {
 
 
 def test_heads_load_without_package(tmp_path):
-    """And what was loaded so can be saved, and loaded so again."""
+    """A loaded head can be saved and loaded again."""
     imports = re.findall(r"(\w+)\(", " ".join(model for model, _ in HEADS.values()).replace("backbone(", ""))
     build = ";".join(f"models[{name!r}] = {model}" for name, (model, _) in HEADS.items())
     run_python(
@@ -377,7 +377,7 @@ def test_remote_code_keeps_foreign_folders_and_links(tmp_path):
 
 
 def test_remote_code_replaces_links_to_own_files(tmp_path):
-    """A folder of links, as the Hub's cache has them: what they point to stays as it is."""
+    """A folder of links, as in the Hub's cache: their targets stay unchanged."""
     model, store, folder = tiny_model(), tmp_path / "store", tmp_path / "model"
     internimage_hf.save_with_remote_code(model, folder)
     folder.rename(store)
@@ -390,11 +390,11 @@ def test_remote_code_replaces_links_to_own_files(tmp_path):
     internimage_hf.remote_code.write_remote_code(folder)
     assert content(store) == before and content(folder)["dcnv3.py"] != old
     assert not any(file.is_symlink() for file in folder.iterdir())
-    assert {file.name for file in folder.iterdir()} == {*CODE_FILES, "config.json"}  # nor is a temporary file left
+    assert {file.name for file in folder.iterdir()} == {*CODE_FILES, "config.json"}  # no temporary file is left
 
 
 def test_config_names_code_after_code_is_written(tmp_path, monkeypatch):
-    """A save that ends in the middle leaves no `auto_map` that names missing files."""
+    """An interrupted save leaves no `auto_map` that names missing files."""
     from internimage_hf import remote_code
 
     replace, names = remote_code.os.replace, []
@@ -421,7 +421,7 @@ def test_broken_configuration_is_named(text, problem, tmp_path):
 
 
 def test_saving_without_code_removes_its_names_from_config(tmp_path):
-    """What the package's own classes load has no `auto_map`, as `save_pretrained` writes no code."""
+    """`save_pretrained` writes no code, so models of the package's own classes drop `auto_map`."""
     from transformers import AutoConfig, AutoModelForImageClassification
 
     first, again, third = (tmp_path / name for name in ("first", "again", "third"))
@@ -465,7 +465,7 @@ def test_push_to_hub_uploads_weights_and_code_in_one_commit(hub, tmp_path):
     expected = {*CODE_FILES, "config.json", "model.safetensors", "README.md"}
     assert hub.repositories.keys() == {"me/x", "somebody/my-model"}
     for name, files in hub.repositories.items():
-        assert files.keys() == expected and len(hub.commits[name]) == 2  # one when it was made, and one commit
+        assert files.keys() == expected and len(hub.commits[name]) == 2  # the repository's creation and one commit
         assert all(data == (folder / file).read_bytes() for file, data in files.items())
     assert (folder / "notes.txt").read_text() == "mine"
 
@@ -498,11 +498,11 @@ def test_loading_holds_weights_in_memory_once(tmp_path):
             with open("/proc/self/status") as status:
                 return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
 
-        InternImageForImageClassification(InternImageConfig(channels=16, groups=[1, 1, 1, 1]))  # what is imported late
+        InternImageForImageClassification(InternImageConfig(channels=16, groups=[1, 1, 1, 1]))  # loads modules that are imported late
         before = memory("VmRSS")
         model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
         for parameter in model.parameters():
-            parameter.sum()  # read every byte: pages of a mapped file count once they are touched
+            parameter.sum()  # reads every byte: untouched pages of a mapped file do not count
         print((memory("VmHWM") - before) / os.path.getsize(sys.argv[1] + "/model.safetensors"))
         """,
         tmp_path,
@@ -532,7 +532,7 @@ def readme_snippets() -> list[str]:
 
 
 def test_readme_snippets_run(tmp_path):
-    """Every Python snippet, in order, in one interpreter, with a small checkpoint in the place of the Hub's."""
+    """Runs every Python snippet in order in one interpreter, with a small checkpoint in place of the Hub's."""
     snippets = readme_snippets()
     assert len(snippets) >= 4
     checkpoint = tmp_path / "checkpoint"

@@ -1,4 +1,4 @@
-"""The README's table "I want to … | do this": each row runs as it is written, with small things in the place of large ones."""
+"""Tests of the README's table "I want to … | do this": each row runs as written, with small models and data."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ from internimage_hf import InternImageConfig, InternImageForImageClassification,
 
 
 def read_table() -> dict[str, str]:
-    """What to do, by what is wanted."""
+    """Reads the table: the right column by the left one."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").partition("| I want to … | do this |\n|---|---|\n")[2]
     lines = text.partition("\n\n")[0].splitlines()
     return dict((cell.strip() for cell in line.strip("|").split("|")) for line in lines)
@@ -30,13 +30,13 @@ TESTED = set()
 
 
 def row(*wanted: str):
-    """Says which rows a test runs."""
+    """Marks the rows that a test runs."""
     TESTED.update(wanted)
     return lambda test: test
 
 
 def code_of(wanted: str) -> list[str]:
-    """The pieces of code in what a row says."""
+    """Returns the pieces of code of a row."""
     return re.findall(r"`(.+?)`", TABLE[wanted])
 
 
@@ -46,7 +46,7 @@ def test_every_row_has_a_test():
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    """In the place of the Hub's."""
+    """A small checkpoint in place of the Hub's."""
     config = InternImageConfig(**{**TINY, "depths": [1, 1, 1, 1], "num_labels": 1000, "image_size": 64})
     size = {"height": 64, "width": 64}
     folder = tmp_path / "checkpoint"
@@ -57,7 +57,7 @@ def checkpoint(tmp_path) -> Path:
 
 @pytest.fixture
 def run(programs, checkpoint, photos, monkeypatch, tmp_path):
-    """Runs the first command of a row in an empty folder, with other words for some of its words, and more flags."""
+    """Runs a row's first command in an empty folder, with replaced words and additional flags."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     others = {"my/photos": photos}
@@ -113,7 +113,7 @@ def test_fine_tune_and_go_on(run):
 
 @row("train as the authors did", "change a recipe")
 def test_recipes(run, photos, checkpoint):
-    """As far as the first step of a small model on small images; the batch of 1024 is gathered from all there are."""
+    """Runs one step of a small model on small images; it accumulates the batch of 1024."""
     small = [*STEP, "--dataset", photos, "--image_size", 32, "--model", checkpoint, "--dataloader_num_workers", 0]
     small += ["--max_train_samples", 8, "--max_steps", -1, "--num_train_epochs", 1, "--warmup_epochs", 0]
     run("train as the authors did", *small, "--total_train_batch_size", 8)
@@ -147,7 +147,7 @@ def test_segmenter(run, mask_folder):
 
 @row("use another head of transformers")
 def test_use_another_head():
-    """test_heads.py runs all of them, and compares their number with the README's."""
+    """test_heads.py runs all heads and compares their number with the README's."""
     stages = ["stage1", "stage2", "stage3", "stage4"]
     backbone = code_of("use another head of transformers")[0].replace("...", "**fields, out_features=stages")
     head = eval(f"dict({backbone})", {"InternImageConfig": InternImageConfig, "fields": TINY, "stages": stages})
@@ -283,7 +283,7 @@ def test_export(run, wanted):
 
 @row("share a model with people who lack this package")
 def test_share(checkpoint, tmp_path):
-    """That it loads without the package is in test_package.py."""
+    """test_package.py loads such a folder without the package."""
     model = InternImageForImageClassification.from_pretrained(checkpoint)
     names = {
         "save_with_remote_code": internimage_hf.save_with_remote_code,

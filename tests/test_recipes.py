@@ -1,4 +1,4 @@
-"""The authors' recipes, as flags of the example programs."""
+"""Tests of the recipes: they equal the official configurations, and the example programs run them."""
 
 import importlib
 import json
@@ -22,7 +22,7 @@ from augmentation import OPERATIONS, Mix, rand_augment, random_erasing  # noqa: 
 from flags import parse_flags  # noqa: E402
 
 
-# What each program is parsed into, by the beginning of a recipe's name.
+# Program and argument classes by the first part of a recipe's name.
 PROGRAMS = {
     "imagenet": (
         "image_classification",
@@ -52,7 +52,7 @@ SMALL_SIZES = {
 
 
 def parse(name: str, *flags: str):
-    """A recipe as its program reads it: data, model and training arguments."""
+    """Parses a recipe as its program does; returns data, model and training arguments."""
     module, classes = next(value for start, value in PROGRAMS.items() if name.startswith(start))
     if not (EXAMPLES / f"{module}.py").is_file():
         pytest.skip(f"there is no examples/{module}.py")
@@ -62,7 +62,7 @@ def parse(name: str, *flags: str):
 
 
 def learning_rates(training: TrainingArguments, steps: int) -> list[float]:
-    """The learning rate before each of the steps."""
+    """Returns the learning rate of each step."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=training.learning_rate)
     scheduler = get_scheduler(
         training.lr_scheduler_type,
@@ -79,7 +79,7 @@ def total_batch(training: TrainingArguments) -> int:
 
 
 def official_batch(official: dict) -> int | None:
-    """The official number of images in a step, None where the configuration does not say it."""
+    """Returns the official number of images per step; None where the source does not give it."""
     per_gpu = official.get("batch_size_per_gpu", official.get("data.samples_per_gpu"))
     return None if official["gpus"] is None else per_gpu * official["gpus"]
 
@@ -183,7 +183,7 @@ def test_segmentation_recipe_equals_official(name):
 
 @pytest.mark.parametrize("name", DETECTION)
 def test_detection_recipe_trains_one_step(name, coco_folder, tmp_path):
-    """One step on small images, with a small backbone and a small head; all else is the recipe's."""
+    """Trains one step on small images with a small backbone and head; all other values are the recipe's."""
     small = {
         "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
         "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_queries": 8, "two_stage_num_proposals": 8,
@@ -213,7 +213,7 @@ def test_flags_override_recipe():
 
 @pytest.fixture(scope="module")
 def class_folder(tmp_path_factory):
-    """ImageNet's layout: two classes of two images to train, and of one to evaluate."""
+    """A folder in ImageNet's layout: two classes, each with two images to train on and one to evaluate on."""
     root = tmp_path_factory.mktemp("classes")
     for split, count in (("train", 2), ("val", 1)):
         for label, colour in (("dark", 40), ("bright", 200)):
@@ -227,7 +227,7 @@ def class_folder(tmp_path_factory):
 def test_classification_and_segmentation_recipes_train_one_step(
     name, class_folder, mask_folder, tmp_path, monkeypatch
 ):
-    """One step and the evaluation on little data with a small model; all else is the recipe's."""
+    """Trains one step and evaluates on little data with a small model; all other values are the recipe's."""
     flags = {"max_steps": 1, "output_dir": tmp_path, "dataloader_num_workers": 0}
     if name in CLASSIFICATION:
         flags |= {"dataset": class_folder, "model": FIXTURES / "hf_t_like", "image_size": 32, "warmup_steps": 0}
@@ -237,7 +237,7 @@ def test_classification_and_segmentation_recipes_train_one_step(
         flags |= {"dataset": mask_folder, "backbone": FIXTURES / "hf_t_like", "image_size": 64, "max_train_samples": 3}
         flags |= {"max_eval_samples": 2, "head_config_overrides": json.dumps(sizes)}
     program = importlib.import_module("image_classification" if name in CLASSIFICATION else "semantic_segmentation")
-    monkeypatch.setattr(program, "finish", lambda *_: None)  # which draws
+    monkeypatch.setattr(program, "finish", lambda *_: None)  # it would draw pictures
     words = [f"--{flag}={value}" for flag, value in flags.items()]
     metrics = program.main([str(RECIPES / f"{name}.yaml"), *words, "--use_cpu", "--disable_tqdm", "true"])
     assert math.isfinite(metrics["eval_loss"])
@@ -275,7 +275,7 @@ def test_mistakes_in_recipe_file_are_named(tmp_path):
 
 
 def test_mixup_and_cutmix_mix_images_and_targets_alike():
-    """Every image has a constant value of its own, so that the result shows what it was made of."""
+    """Each image has a constant value: a mixed image shows its parts."""
     labels = torch.arange(4)
     images = labels.float().reshape(4, 1, 1, 1).expand(4, 3, 32, 24).contiguous()
     for alphas in ((0.8, 0.0), (0.0, 1.0), (0.8, 1.0)):
@@ -284,7 +284,7 @@ def test_mixup_and_cutmix_mix_images_and_targets_alike():
         for _ in range(50):
             mixed, parts = mix(images, labels)
             torch.testing.assert_close(parts.sum(1), torch.ones(4))
-            # the mean of an image is that of its classes' values, weighted by their parts
+            # an image's mean is the mean of its classes' values, weighted by their parts
             torch.testing.assert_close(mixed.mean((1, 2, 3)), parts @ labels.float())
             cut += bool(torch.isin(mixed, labels.float()).all())
         assert {(0.8, 0.0): cut <= 5, (0.0, 1.0): cut == 50, (0.8, 1.0): 5 < cut < 45}[alphas]
@@ -300,7 +300,7 @@ def test_mixup_and_cutmix_mix_images_and_targets_alike():
 
 
 def test_label_smoothing_of_mixed_targets_equals_official():
-    """As in the authors' code: each of the two classes is smoothed, then they are mixed."""
+    """The official code smooths each of the two classes, then mixes them."""
     logits = torch.randn(3, 5, dtype=torch.float64)
     own, other, part, smoothing = torch.tensor([0, 1, 2]), torch.tensor([2, 1, 0]), 0.3, 0.1
 
@@ -332,7 +332,7 @@ def test_rand_augment_and_erasing_change_images_as_documented():
 
 
 def test_training_with_all_augmentation_learns(tmp_path):
-    """On the digits: a recipe's augmentation, soft targets, and average, with accumulated steps."""
+    """Trains on the digits with a recipe's augmentation, soft targets and average, and with accumulated steps."""
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     program = importlib.import_module("image_classification")

@@ -1,4 +1,4 @@
-"""What the segmenter takes for classes, images and masks, and what it says of those that it cannot use."""
+"""Tests of the segmentation example's input: classes, images and masks, and its messages about unusable ones."""
 
 import importlib
 import io
@@ -25,12 +25,12 @@ def picture(width=12, height=8) -> Image.Image:
 
 
 def mask(*values: int, width=12, height=8, dtype=np.uint8) -> Image.Image:
-    """Stripes of these values."""
+    """Returns a mask with a stripe per value."""
     return Image.fromarray(np.tile(np.resize(np.array(values, dtype=dtype), width), (height, 1)))
 
 
 def folder(root, train: list, validation: list | None = None, ending="png"):
-    """`images/SPLIT/N.png` and `annotations/SPLIT/N.png`; without a validation split, no folders of splits."""
+    """Writes `images/SPLIT/N.png` and `annotations/SPLIT/N.png`; without a validation split, no folders of splits."""
     splits = {"": train} if validation is None else {"training": train, "validation": validation}
     for split, annotations in splits.items():
         for kind in ("images", "annotations"):
@@ -216,7 +216,9 @@ def test_colour_masks_need_list_of_colours(tmp_path):
             assert np.array_equal(row["mask"], np.asarray(mask(0, 1, 2)))
     assert account.classes == ["value #000000", "value #ff0000", "value #0080ff"]
     blue = Image.fromarray(np.array([[0, 0, 0], [255, 0, 0], [0, 0, 255]], dtype=np.uint8)[np.asarray(mask(0, 1, 2))])
-    blues = folder(tmp_path.with_name(f"{tmp_path.name}_blue"), [blue, blue])  # 255 as a number, and yet not ignored
+    blues = folder(
+        tmp_path.with_name(f"{tmp_path.name}_blue"), [blue, blue]
+    )  # the colour is 255 as a number, but is not ignored
     assert "the value #0000ff" in refused(blues, mask_values=["#000000", "#ff0000"])
     assert "the value #0080ff; #000000, #ff0000 of --mask_values were expected" in refused(
         root, mask_values=["#000000", "#ff0000"]
@@ -297,7 +299,7 @@ def test_image_rotated_by_exif_needs_rotated_mask(tmp_path):
     assert account.warnings == []
     for row in (*train, *evaluation):
         assert row["mask"].shape == row["image"].size[::-1]
-    turn(picture(), 3)  # half a turn: sizes do not tell
+    turn(picture(), 3)  # rotated by 180 degrees: the sizes stay equal
     mask(0, 1).save(root / "annotations" / "0.png")
     assert any("images with an EXIF orientation" in text and "0.png" in text for text in load(root)[2].warnings)
 
@@ -362,7 +364,7 @@ def test_ambiguous_names_are_refused(tmp_path):
 
 
 def test_folder_layouts_are_recognised(tmp_path):
-    """Endings in upper case, folders in the splits' folders, splits above or below, `masks` beside COCO's `annotations`."""
+    """Upper-case endings, subfolders of splits, splits above or below, `masks` beside COCO's `annotations`."""
     cities = tmp_path / "cities"
     for split in ("train", "val"):
         for city in ("aachen", "bonn"):
@@ -394,7 +396,7 @@ def test_metadata_pairs_images_with_masks(tmp_path):
     train, evaluation, account = load(root)
     assert len(train) + len(evaluation) == 3 and account.classes == ["a", "b", "c"] and not account.data.left_out
     (root / "metadata.jsonl").write_text('{"file_name": "images/0.png", "caption": "x"}')
-    train, evaluation, account = load(root)  # captions: masks have their images' names
+    train, evaluation, account = load(root)  # the metadata holds captions: masks are found by their images' names
     assert len(train) + len(evaluation) == 3
     assert account.data.left_out.counts == {"without the column annotation": 1}
     shutil.rmtree(root / "annotations")
@@ -479,7 +481,7 @@ def trainer_of(head: str, tmp_path, rows: list[dict], **flags):
 
 @pytest.mark.parametrize("head", ["upernet", "mask2former"])
 def test_batch_of_one_and_ignored_masks_train(tmp_path, head):
-    """UperNet's BatchNorm sees one value per channel then, and its loss is the mean over no pixel."""
+    """UperNet's BatchNorm gets one value per channel, and the loss is a mean over no pixels."""
     classes = np.asarray(mask(0, 1, width=40, height=40))
     rows = [{"image": picture(40, 40), "mask": classes if i != 1 else np.full_like(classes, 255)} for i in range(3)]
     trainer = trainer_of(
@@ -531,7 +533,7 @@ def test_mask_of_one_value_is_normalised_as_in_evaluation():
 
 
 def test_evaluation_counts_at_mask_sizes(tmp_path):
-    """A batch of masks of different sizes; classes that no mask has are no part of the mean."""
+    """Masks of different sizes in a batch; classes without pixels are left out of the mean."""
     rows = []
     for width, height in ((40, 24), (20, 64)):
         rows.append({"image": picture(width, height), "mask": np.asarray(mask(0, 1, 255, width=width, height=height))})
@@ -539,7 +541,7 @@ def test_evaluation_counts_at_mask_sizes(tmp_path):
     prediction = trainer.predict(trainer.eval_dataset)
     areas = prediction.predictions.sum(0)
     assert areas[1].sum() == sum((row["mask"] != 255).sum() for row in rows) == areas[2].sum()
-    # the same by hand, one image after the other
+    # the expected values, one image at a time
     right = 0
     for row in rows:
         batch = trainer.data_collator([row])

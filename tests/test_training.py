@@ -1,4 +1,4 @@
-"""Parameter groups and averaged weights."""
+"""Tests of parameter groups, averaged weights and the Trainer."""
 
 from dataclasses import dataclass
 
@@ -41,7 +41,7 @@ def detector():
 
 
 def rates(model, **options):
-    """The learning rate and the weight decay of every parameter, by its name."""
+    """Returns learning rate and weight decay of every parameter by its name."""
     groups = parameter_groups(model, 1.0, 0.05, **options)
     by_id = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert len(by_id) == sum(len(group["params"]) for group in groups), "a parameter is in two groups"
@@ -49,7 +49,7 @@ def rates(model, **options):
 
 
 def test_learning_rate_decays_by_layer():
-    """Depths 1, 1, 3, 1: six layers, the last of which has the full rate (the official `lr_decay_keywords`)."""
+    """Depths 1, 1, 3, 1: six layers; the last one has the full rate, as in the official `lr_decay_keywords`."""
     model = classifier(post_norm=True, level2_post_norm_block_ids=[1], center_feature_scale=True)
     rate = {name: lr for name, (lr, _) in rates(model, layer_decay=0.5, offset_lr_multiplier=1.0).items()}
     stage = "internimage.encoder.stages."
@@ -102,7 +102,7 @@ def test_frozen_parameters_are_left_out_and_other_models_work():
 
 
 def test_sharded_parameters_keep_their_weight_decay():
-    """Their shape is elsewhere: what decays is the same."""
+    """DeepSpeed keeps the shape in `ds_shape`; the groups are the same as without sharding."""
     model = classifier()
     expected = rates(model, layer_decay=0.9)
     for parameter in model.parameters():
@@ -157,7 +157,7 @@ def test_trainer_uses_parameter_groups(tmp_path):
 
 @pytest.mark.parametrize("resumes", [True, False], ids=["resumed", "best model at the end"])
 def test_resumed_detector_keeps_backbone(tmp_path, resumes):
-    """Which transformers saves under names that `Trainer` does not read."""
+    """transformers saves the backbone's weights under names that `Trainer` does not read."""
 
     def collate(seeds):
         images = torch.stack([torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(s)) for s in seeds])
@@ -192,7 +192,7 @@ def test_resumed_detector_keeps_backbone(tmp_path, resumes):
 def test_averaged_weights_follow_decay(tmp_path):
     plain = train(tmp_path / "plain").model
     trainer = train(tmp_path / "ema", ema_decay=0.5)
-    # by hand, from the weights after each step
+    # the expected average, from the weights after each step
     torch.manual_seed(0)
     raw, mean = [], None
 
@@ -255,7 +255,7 @@ def test_average_of_best_checkpoint_is_saved(tmp_path):
 
 
 def test_resume_from_run_without_average_starts_average(tmp_path, caplog):
-    """The best checkpoint may have none: what there is then is used, and said."""
+    """The best checkpoint may have no average: the last average is used, with a warning."""
     options = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "greater_is_better": True}
     train(tmp_path, max_steps=4, **options)
     trainer = train(tmp_path, max_steps=8, ema_decay=0.5, resume=str(tmp_path / "checkpoint-4"), **options)
@@ -266,7 +266,7 @@ def test_resume_from_run_without_average_starts_average(tmp_path, caplog):
 def test_average_of_sharded_or_other_model_is_refused(tmp_path):
     state = type("State", (), {"global_step": 0})
     model = classifier()
-    model.classifier.weight.ds_id = 0  # DeepSpeed's mark of a parameter that is elsewhere
+    model.classifier.weight.ds_id = 0  # DeepSpeed sets this on sharded parameters
     with pytest.raises(ValueError, match="ZeRO-3"):
         EMACallback(0.5).on_train_begin(flags(tmp_path), state, None, model=model)
     ema = EMACallback(0.5)
