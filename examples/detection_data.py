@@ -44,11 +44,15 @@ class DetectionDataArguments(HeadDataArguments):
     train_annotations: str | None = field(
         default=None, metadata={"help": "COCO annotations of the training images, relative to the folder"}
     )
-    train_images: str | None = field(default=None, metadata={"help": "folder of the training images, likewise"})
-    eval_annotations: str | None = field(
-        default=None, metadata={"help": "COCO annotations of the evaluation images, likewise"}
+    train_images: str | None = field(
+        default=None, metadata={"help": "folder of the training images, relative to --dataset"}
     )
-    eval_images: str | None = field(default=None, metadata={"help": "folder of the evaluation images, likewise"})
+    eval_annotations: str | None = field(
+        default=None, metadata={"help": "COCO annotations of the evaluation images, relative to --dataset"}
+    )
+    eval_images: str | None = field(
+        default=None, metadata={"help": "folder of the evaluation images, relative to --dataset"}
+    )
     objects_column: str = field(default="objects", metadata={"help": "column of the boxes and categories"})
     box_format: str = field(
         default="xywh",

@@ -118,7 +118,9 @@ class SegmentationDataArguments(HeadDataArguments):
         default=None,
         metadata={"help": "smallest size of a training image before the crop, 1 is --image_size; 0.5, digits 1"},
     )
-    max_scale: float | None = field(default=None, metadata={"help": "largest size, likewise; 2, digits 1"})
+    max_scale: float | None = field(
+        default=None, metadata={"help": "largest size of a training image before the crop; 2, digits 1"}
+    )
 
 
 @dataclass
