@@ -1,4 +1,4 @@
-"""Model cards."""
+"""In: a released checkpoint's entry. Out: its model card."""
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -32,7 +32,7 @@ _DATA_SETS = {
 def model_card(
     repository: str, task: str, released: Released | None, num_parameters: int, remote_code: bool
 ) -> ModelCard:
-    """The README.md of a converted checkpoint; `repository` is its id on the Hub, or the name of its folder."""
+    """Returns the README.md of a converted checkpoint; `repository` is its Hub id, or its folder's name."""
     name = repository.split("/")[-1]
     pipeline_tag, model_class = _TASKS[task]
     results = None

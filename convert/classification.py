@@ -1,4 +1,4 @@
-"""python -m convert.classification SOURCE --output DIR: a classification checkpoint, to transformers or (--reverse) back."""
+"""python -m convert.classification SOURCE --output DIR: converts a classification checkpoint, with --reverse back again."""
 
 import argparse
 import re
@@ -22,7 +22,7 @@ from .source import Source, configuration_of, shape_of
 
 
 def image_processor(image_size: int | list[int]) -> InternImageImageProcessor:
-    """Resizes and crops to a side, or to a height and a width."""
+    """Returns the image processor for a side, or for a height and a width."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     return InternImageImageProcessor(
         size={"shortest_edge": max(height, width)}, crop_size={"height": height, "width": width}
@@ -30,7 +30,7 @@ def image_processor(image_size: int | list[int]) -> InternImageImageProcessor:
 
 
 def translated(source: Source, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors that were read from the source, under our names."""
+    """Returns the source's tensors under this package's names."""
     try:
         return translate_state_dict(tensors)
     except ValueError as error:
@@ -38,7 +38,7 @@ def translated(source: Source, tensors: dict[str, torch.Tensor]) -> dict[str, to
 
 
 def config_from(source: Source, fields: dict[str, Any]) -> InternImageConfig:
-    """The configuration of translated fields. transformers keeps a field that it does not know, as of a misspelt name."""
+    """Builds the configuration and reports unknown fields, such as misspelt names: transformers would keep them silently."""
     source.unknown_fields = sorted(
         fields.keys() - InternImageConfig().to_dict().keys() - InternImageConfig().__dict__.keys()
     )
@@ -81,9 +81,9 @@ def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
 
 
 def _official_patterns(config: InternImageConfig) -> list[tuple[str, str]]:
-    """Our names to the official ones. A norm's number in its nn.Sequential depends on the kind of norm."""
-    sequential = "0" if config.norm_layer == "BN" else "1"  # after a permutation, in LayerNorm's case
-    tokens = "1" if config.norm_layer == "BN" else "0"  # the other way round
+    """Maps this package's names to the official ones. A norm's index in its nn.Sequential depends on the kind of norm."""
+    sequential = "0" if config.norm_layer == "BN" else "1"  # LayerNorm follows a permutation here
+    tokens = "1" if config.norm_layer == "BN" else "0"  # BatchNorm follows a permutation here
     layer = r"encoder\.stages\.(\d+)\.layers\.(\d+)\."
     official = r"levels.\1.blocks.\2."
     patterns = [
@@ -119,10 +119,10 @@ def _official_patterns(config: InternImageConfig) -> list[tuple[str, str]]:
 
 
 def official_state_dict(model: InternImageForImageClassification) -> dict[str, torch.Tensor]:
-    """A model's tensors under the names of the official code.
+    """Translates a model's tensors to the official names.
 
     Raises:
-        ConversionError: if a name has no counterpart, or does not come back as itself.
+        ConversionError: if a name has no counterpart, or is not restored by the forward translation.
     """
     patterns = [(re.compile(pattern), target) for pattern, target in _official_patterns(model.config)]
     result = {}
@@ -137,10 +137,10 @@ def official_state_dict(model: InternImageForImageClassification) -> dict[str, t
 
 
 def reverse(folder: str, output: Path) -> None:
-    """Writes `{"model": state dict}` in the official names, from a folder that transformers can load.
+    """Writes `{"model": state dict}` with the official names, from a folder of transformers.
 
     Raises:
-        ConversionError: if the folder does not hold all of the model, `output` exists, or it cannot be written.
+        ConversionError: if the folder lacks parts of the model, or `output` exists or cannot be written.
     """
     output = resolve(output)
     if output.exists():

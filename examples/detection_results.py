@@ -11,17 +11,17 @@ from drawing import panels
 from PIL import Image
 
 
-MAX_DETECTIONS = 100  # per image, as COCO counts them
+MAX_DETECTIONS = 100  # per image, COCO's limit
 
 
 def detect(processor, outputs, sizes: torch.Tensor, pixel_mask: torch.Tensor | None) -> list[dict[str, torch.Tensor]]:
-    """All `boxes` (left, top, right, bottom in pixels), `scores` and `labels` of each image, the best ones first.
+    """Returns `boxes` (left, top, right, bottom in pixels), `scores` and `labels` of each image, best first.
 
     Args:
-        processor: the head's.
-        outputs: the detector's.
+        processor: the head's image processor.
+        outputs: the detector's outputs.
         sizes: (batch, 2), height and width of the images before resizing.
-        pixel_mask: (batch, height, width), 0 where a batch was padded: boxes are fractions of the padded image.
+        pixel_mask: (batch, height, width), 0 for padding: the outputs' boxes are fractions of the padded image.
     """
     if pixel_mask is not None:
         inside = torch.stack([pixel_mask[:, :, 0].sum(1), pixel_mask[:, 0, :].sum(1)], dim=1)
@@ -38,11 +38,11 @@ def detect(processor, outputs, sizes: torch.Tensor, pixel_mask: torch.Tensor | N
 class CocoMetrics:
     """COCO's average precision and recall by pycocotools.
 
-    Called with detections (images, detections, [left, top, right, bottom, score, category]) and the images' ids. -1 is
-    pycocotools' figure where there is no object of a size.
+    Called with detections (images, detections, [left, top, right, bottom, score, category]) and the images' ids. pycocotools
+    returns -1 for a size without objects.
 
     Args:
-        objects: the true ones of each image, as in `detection_data.Detections`; its place is the image's id.
+        objects: the true objects of each image, as in `detection_data.Detections`; the index is the image's id.
         labels: the categories' names.
     """
 
@@ -103,12 +103,12 @@ class CocoMetrics:
 
 
 def draw_detections(images: list[Image.Image], truth: list[list[tuple]], found: list[list[tuple]], file: Path) -> None:
-    """Writes a PNG: each image with its true boxes, and beside it with the predicted ones.
+    """Writes a PNG: each image with its true boxes, and again with the predicted boxes.
 
     Args:
         images: RGB.
-        truth, found: of each image, tuples of left, top, width and height in pixels, and a text.
-        file: where to.
+        truth, found: tuples of left, top, width and height in pixels, and a text, for each image.
+        file: the PNG's path.
     """
     from matplotlib.patches import Rectangle
 

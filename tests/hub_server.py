@@ -1,4 +1,4 @@
-"""A small Hub on loopback, over real HTTP: what creating, uploading and loading a model and loading a kernel ask for.
+"""A small Hub on loopback, over real HTTP: endpoints to create, upload and load a model, and to load a kernel.
 
 Repositories live in memory, one linear history each. Faults can be put in: `fail_next` answers that many requests with 503,
 `fail` spoils requests to one endpoint, `forbid` plays permissions, `slow_upload` sleeps before it takes a large file.

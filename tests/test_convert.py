@@ -316,7 +316,7 @@ ODD = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch warns of the formats under test
 @pytest.mark.parametrize("kind", ODD)
-def test_unexpected_tensor_is_named_in_one_line(kind, tmp_path, capsys):
+def test_invalid_tensor_is_named_in_one_line(kind, tmp_path, capsys):
     spoil, message = ODD[kind]
     source = saved(tmp_path / "odd.pth", {"model": official(**{WEIGHT: spoil(official()[WEIGHT])})})
     output = tmp_path / "out" / "model"

@@ -12,7 +12,7 @@ import tempfile
 import textwrap
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -80,8 +80,8 @@ def run_example(name: str, *arguments: object, expect: int = 0, cwd: Path | None
     return run_command(sys.executable, ROOT / "examples" / name, *arguments, expect=expect, cwd=cwd, **environment)
 
 
-def bare_environment(tmp_path: Path, without: Sequence[str] = ()) -> dict:
-    """Arguments of `run_python` for an interpreter that has all installed packages but this one and those of `without`."""
+def bare_environment(tmp_path: Path, without: tuple[str, ...] = ()) -> dict:
+    """Arguments of `run_python` for an interpreter with all installed packages but this one and those in `without`."""
     site = tmp_path / "site-packages"
     site.mkdir()
     installed = next(p for p in map(Path, sys.path) if (p / "transformers").is_dir())
