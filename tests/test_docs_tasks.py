@@ -1,4 +1,4 @@
-"""Tests of the README's table "I want to … | do this": each row runs as written, with small models and data."""
+"""Tests of docs/tasks.md: the code of each section runs as written, with small models and data."""
 
 import importlib
 import json
@@ -18,30 +18,30 @@ import internimage_hf
 from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageImageProcessor
 
 
-def read_table() -> dict[str, str]:
-    """Reads the table: the right column by the left one."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("| I want to … | do this |\n|---|---|\n")[2]
-    lines = text.partition("\n\n")[0].splitlines()
-    return dict((cell.strip() for cell in line.strip("|").split("|")) for line in lines)
+def read_tasks() -> dict[str, str]:
+    """Reads the sections of the page by their headings."""
+    text = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## (.+)\n\n((?:(?!^## ).*\n)*)", text, flags=re.MULTILINE))
+    return {heading[0].lower() + heading[1:]: content for heading, content in sections.items()}
 
 
-TABLE = read_table()
+TASKS = read_tasks()
 TESTED = set()
 
 
-def row(*wanted: str):
-    """Marks the rows that a test runs."""
+def task(*wanted: str):
+    """Marks the sections that a test runs."""
     TESTED.update(wanted)
     return lambda test: test
 
 
 def code_of(wanted: str) -> list[str]:
-    """Returns the pieces of code of a row."""
-    return re.findall(r"`(.+?)`", TABLE[wanted])
+    """Returns the pieces of code of a section, blocks and inline code in their order."""
+    return [block or inline for block, inline in re.findall(r"```\w+\n(.+?)\n```|`(.+?)`", TASKS[wanted], flags=re.DOTALL)]
 
 
-def test_every_row_has_a_test():
-    assert set(TABLE) == TESTED
+def test_every_section_has_a_test():
+    assert set(TASKS) == TESTED
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def checkpoint(tmp_path) -> Path:
 
 @pytest.fixture
 def run(programs, checkpoint, photos, monkeypatch, tmp_path):
-    """Runs a row's first command in an empty folder, with replaced words and additional flags."""
+    """Runs a section's first command in an empty folder, with replaced words and additional flags."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     others = {"my/photos": photos}
@@ -91,14 +91,14 @@ def image_size(folder: str) -> int:
     return json.loads(Path(folder, "config.json").read_text())["image_size"]
 
 
-@row("classify images")
+@task("classify images")
 def test_classify(checkpoint, photos):
     code = code_of("classify images")[0].replace("OpenGVLab/internimage_t_1k_224", str(checkpoint))
     best = eval(code, {"pipeline": transformers.pipeline})(str(photos / "dark" / "0.png"), top_k=1)
     assert len(best) == 1 and not best[0]["label"].startswith("LABEL")
 
 
-@row("fine-tune on my images", "go on after a crash, also with another number of processes")
+@task("fine-tune on my images", "go on after a crash, also with another number of processes")
 def test_fine_tune_and_go_on(run):
     steps = ["--eval_strategy", "steps", "--eval_steps", 2, "--save_strategy", "steps", "--save_steps", 2]
     steps = [*STEP, *steps, "--load_best_model_at_end", "true", "--max_steps"]
@@ -111,7 +111,7 @@ def test_fine_tune_and_go_on(run):
     assert sorted(config["label2id"]) == ["bright", "dark"] and image_size("out") == 64
 
 
-@row("train as the authors did", "change a recipe")
+@task("train as the authors did", "change a recipe")
 def test_recipes(run, photos, checkpoint):
     """Runs one step of a small model on small images; it accumulates the batch of 1024."""
     small = [*STEP, "--dataset", photos, "--image_size", 32, "--model", checkpoint, "--dataloader_num_workers", 0]
@@ -131,21 +131,21 @@ def test_recipes(run, photos, checkpoint):
     assert arguments.max_grad_norm == 5.0, "what the recipe says and no flag"
 
 
-@row("train a detector")
+@task("train a detector")
 def test_detector(run, coco_folder):
     metrics = run("train a detector", *STEP, "--image_size", 160, COCO_FOLDER=coco_folder)
     assert metrics["eval_map"] >= 0 and Path("out", "predictions.png").is_file()
     assert set(code_of("train a detector")[1:]) == set(importlib.import_module("object_detection").HEADS)
 
 
-@row("train a segmenter")
+@task("train a segmenter")
 def test_segmenter(run, mask_folder):
     metrics = run("train a segmenter", *STEP, "--image_size", 64, "--reduce_labels", FOLDER=mask_folder)
     assert metrics["eval_mean_iou"] >= 0 and Path("out", "predictions.png").is_file()
     assert set(code_of("train a segmenter")[1:]) == set(importlib.import_module("semantic_segmentation").HEADS)
 
 
-@row("use another head of transformers")
+@task("use another head of transformers")
 def test_use_another_head():
     """test_heads.py runs all heads and compares their number with the README's."""
     stages = ["stage1", "stage2", "stage3", "stage4"]
@@ -157,14 +157,15 @@ def test_use_another_head():
     assert model.eval()(torch.randn(1, 3, 64, 64)).logits.shape[-2:] == (64, 64)
 
 
-@row("fine-tune with LoRA")
+@task("fine-tune with LoRA")
 def test_lora(checkpoint):
     peft = pytest.importorskip("peft", reason="needs `pip install internimage-hf[export]`")
     model = InternImageForImageClassification.from_pretrained(checkpoint)
     names = {"peft": peft, "model": model}
-    imports, code = code_of("fine-tune with LoRA")
-    exec(imports, names)
-    trainable, of = eval(code, names).get_nb_trainable_parameters()
+    (code,) = code_of("fine-tune with LoRA")
+    exec(code, names)
+    model = names["model"]
+    trainable, of = model.get_nb_trainable_parameters()
     assert 0 < trainable - model.classifier.original_module.weight.numel() < of / 2
     assert "pooler.norm.modules_to_save.default.running_mean" in "\n".join(model.state_dict())
 
@@ -175,10 +176,10 @@ def test_lora(checkpoint):
     [
         ("train on several GPUs", 2),
         ("train a model too large for one GPU", 2),
-        ("try that without a GPU", None),
+        ("try several processes without a GPU", None),
     ],
 )
-@row("train on several GPUs", "train a model too large for one GPU", "try that without a GPU")
+@task("train on several GPUs", "train a model too large for one GPU", "try several processes without a GPU")
 def test_several_processes(run, wanted, processes):
     replaced = {"8": processes} if processes else {}
     flags = STEP if processes else [*STEP, "--max_train_samples", 16, "--max_eval_samples", 16]
@@ -187,7 +188,7 @@ def test_several_processes(run, wanted, processes):
     assert model.config.num_labels == (2 if processes else 10)
 
 
-@row("train on data that does not fit on the disk")
+@task("train on data that does not fit on the disk")
 def test_streaming(run, photos, tmp_path, checkpoint):
     for split, numbers in (("train", range(15)), ("validation", range(15, 20))):
         for label in ("dark", "bright"):
@@ -217,7 +218,7 @@ def test_streaming(run, photos, tmp_path, checkpoint):
         pytest.param("semantic_segmentation", marks=pytest.mark.slow),
     ],
 )
-@row("put the result on the Hub")
+@task("put the result on the Hub")
 def test_push_to_hub(hub, tmp_path, program):
     hub.required_metadata = ()
     push, remote_code = code_of("put the result on the Hub")
@@ -235,7 +236,7 @@ def test_push_to_hub(hub, tmp_path, program):
 
 
 @pytest.mark.slow
-@row("classify or embed millions of images")
+@task("classify or embed millions of images")
 def test_batch_inference(run, photos):
     pytest.importorskip("ray", reason="needs `pip install internimage-hf[batch]`")
     wanted = "classify or embed millions of images"
@@ -261,17 +262,17 @@ EXPORTS = [
 
 
 @pytest.mark.slow
-@row(*EXPORTS)
+@task(*EXPORTS)
 @pytest.mark.parametrize("wanted", EXPORTS)
 def test_export(run, wanted):
     onnx = pytest.importorskip("onnx", reason="needs `pip install internimage-hf[export]`")
     run(wanted)
-    file = Path("out", "model.pt2" if "aoti" in TABLE[wanted] else "model.onnx")
+    file = Path("out", "model.pt2" if "aoti" in TASKS[wanted] else "model.onnx")
     assert file.stat().st_size > 50_000
     if file.suffix == ".onnx":
         graph = onnx.load(file).graph
         nodes = [node for node in graph.node if node.op_type == "DCNv3"]
-        named = re.search(r"attributes `(.+?)`", TABLE[wanted])
+        named = re.search(r"attributes `(.+?)`", TASKS[wanted])
         if named is not None:
             assert len(nodes) == 4 and {attribute.name for attribute in nodes[0].attribute} == set(
                 named[1].split(", ")
@@ -281,7 +282,7 @@ def test_export(run, wanted):
         assert len(graph.output) == (3 if "backbone" in wanted else 1)
 
 
-@row("share a model with people who lack this package")
+@task("share a model with people who lack this package")
 def test_share(checkpoint, tmp_path):
     """test_package.py loads such a folder without the package."""
     model = InternImageForImageClassification.from_pretrained(checkpoint)
@@ -294,7 +295,7 @@ def test_share(checkpoint, tmp_path):
     assert "auto_map" in json.loads((tmp_path / "shared" / "config.json").read_text())
 
 
-@row("convert a released `.pth` file")
+@task("convert a released `.pth` file")
 def test_convert(run):
     source = FIXTURES / "t_like"
     command = {"internimage_t_1k_224": source / "checkpoint.pth", "FOLDER": "converted"}
@@ -304,7 +305,7 @@ def test_convert(run):
     torch.testing.assert_close(model(expected["pixel_values"]).logits, expected["logits"], atol=1e-4, rtol=0)
 
 
-@row("make it faster on my CPU")
+@task("make it faster on my CPU")
 def test_make_kernel():
     environment = Path(sys.prefix)
     if not (environment / ".installed").is_file():
