@@ -37,7 +37,9 @@ def task(*wanted: str):
 
 def code_of(wanted: str) -> list[str]:
     """Returns the pieces of code of a section, blocks and inline code in their order."""
-    return [block or inline for block, inline in re.findall(r"```\w+\n(.+?)\n```|`(.+?)`", TASKS[wanted], flags=re.DOTALL)]
+    return [
+        block or inline for block, inline in re.findall(r"```\w+\n(.+?)\n```|`(.+?)`", TASKS[wanted], flags=re.DOTALL)
+    ]
 
 
 def test_every_section_has_a_test():
@@ -149,8 +151,9 @@ def test_segmenter(run, mask_folder):
 def test_use_another_head():
     """test_heads.py runs all heads and compares their number with the README's."""
     stages = ["stage1", "stage2", "stage3", "stage4"]
-    backbone = code_of("use another head of transformers")[0].replace("...", "**fields, out_features=stages")
-    head = eval(f"dict({backbone})", {"InternImageConfig": InternImageConfig, "fields": TINY, "stages": stages})
+    code = code_of("use another head of transformers")[0].replace("...", "**fields, out_features=stages")
+    head = {}
+    exec(code, {"InternImageConfig": InternImageConfig, "fields": TINY, "stages": stages}, head)
     model = transformers.UperNetForSemanticSegmentation(
         transformers.UperNetConfig(**head, auxiliary_in_channels=32, hidden_size=16, auxiliary_channels=8)
     )
