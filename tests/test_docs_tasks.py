@@ -37,7 +37,9 @@ def task(*wanted: str):
 
 def code_of(wanted: str) -> list[str]:
     """Returns the pieces of code of a section, blocks and inline code in their order."""
-    return [block or inline for block, inline in re.findall(r"```\w+\n(.+?)\n```|`(.+?)`", TASKS[wanted], flags=re.DOTALL)]
+    return [
+        block or inline for block, inline in re.findall(r"```\w+\n(.+?)\n```|`(.+?)`", TASKS[wanted], flags=re.DOTALL)
+    ]
 
 
 def test_every_section_has_a_test():
@@ -316,3 +318,12 @@ def test_make_kernel():
         subprocess.run([*command.split(), f"VENV={environment}", *dry], cwd=ROOT, check=True, capture_output=True)
     report = eval(code[2], {"dcnv3_backend_report": internimage_hf.dcnv3.dcnv3_backend_report})
     assert "kernel" in str(report)
+
+
+@task("use DCNv4 or DCNv3 in my own network")
+def test_modules_and_operator():
+    names = {}
+    exec(code_of("use DCNv4 or DCNv3 in my own network")[0], names)
+    images = torch.randn(2, 6, 5, 32)
+    assert names["DCNv3"](32, group=2)(images).shape == names["DCNv4"](32, group=2)(images).shape == images.shape
+    assert names["dcnv4"](images, torch.randn(2, 6, 5, 56), groups=2).shape == images.shape
