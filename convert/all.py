@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     if folder is not None:
         if not folder.is_dir():
             raise ConversionError(f"--source-folder {folder} is not a folder")
-        known = {released.file for released in RELEASED.values()}
+        known = {file for released in RELEASED.values() for file in released.files}
         if others := sorted(file.name for file in folder.iterdir() if file.name not in known):
             print(f"{len(others)} entries of {folder} have no released file's name and are left out: {listed(others)}")
     failed = []
@@ -42,9 +42,9 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.only and name not in arguments.only:
             continue
         one = copy.copy(arguments)
-        local = folder / released.file if folder is not None else None
         # takes any entry of the file's name; a folder or a broken link fails with its own message
-        one.source = str(local) if local is not None and os.path.lexists(local) else name
+        local = (folder / file for file in released.files) if folder is not None else ()
+        one.source = next((str(file) for file in local if os.path.lexists(file)), name)
         one.output = arguments.output / name
         one.push_to_hub = f"{arguments.push_to_hub}/{name}" if arguments.push_to_hub else None
         try:

@@ -11,14 +11,14 @@ from safetensors import SafetensorError
 from transformers.core_model_loading import dot_natural_key
 
 from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageImageProcessor
-from internimage_hf.checkpoint import translate_config, translate_key, translate_state_dict
+from internimage_hf.checkpoint import join_offset_mask, translate_config, translate_key, translate_state_dict
 
 from . import cli
 from .conversion import Plan
 from .errors import ConversionError, describe, first_line, listed
 from .labels import id2label
 from .output import publish, resolve, workplace
-from .source import Source, configuration_of, shape_of
+from .source import Source, check_kind, configuration_of, shape_of
 
 
 def image_processor(image_size: int | list[int]) -> InternImageImageProcessor:
@@ -31,6 +31,9 @@ def image_processor(image_size: int | list[int]) -> InternImageImageProcessor:
 
 def translated(source: Source, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the source's tensors under this package's names."""
+    for name, tensor in tensors.items():
+        if ".offset_mask." in name and not tensor.is_meta:  # This layer is split, which needs an ordinary tensor.
+            check_kind(name, tensor)
     try:
         return translate_state_dict(tensors)
     except ValueError as error:
@@ -90,6 +93,14 @@ def _official_patterns(config: InternImageConfig) -> list[tuple[str, str]]:
         (r"stem\.norm([12])\.(\w+)", rf"patch_embed.norm\1.{sequential}.\2"),
         (r"stem\.(.+)", r"patch_embed.\1"),
         (layer + r"layer_scale([12])", official + r"gamma\3"),
+        *(
+            (
+                (layer + r"dcn\.dw_conv\.(\w+)", official + r"dcn.offset_mask_dw.\3"),
+                (layer + r"dcn\.input_proj\.(\w+)", official + r"dcn.value_proj.\3"),
+            )
+            if config.dcn_version == 4
+            else ()
+        ),
         (layer + r"(norm[12]|res_post_norm[12])\.(\w+)", official + r"\3.0.\4"),
         (layer + r"dcn\.dw_conv\.(\w+)", official + r"dcn.dw_conv.0.\3"),
         (layer + r"dcn\.dw_norm\.(\w+)", official + rf"dcn.dw_conv.1.{sequential}.\3"),
@@ -126,7 +137,12 @@ def official_state_dict(model: InternImageForImageClassification) -> dict[str, t
     """
     patterns = [(re.compile(pattern), target) for pattern, target in _official_patterns(model.config)]
     result = {}
-    for name, tensor in model.state_dict().items():
+    state_dict = model.state_dict()
+    if model.config.dcn_version == 4:
+        for name in [name for name in state_dict if ".dcn.offset." in name]:
+            mask = state_dict.pop(name.replace(".offset.", ".mask."))
+            state_dict[name.replace(".offset.", ".offset_mask.")] = join_offset_mask(state_dict.pop(name), mask)
+    for name, tensor in state_dict.items():
         short = name.removeprefix("internimage.")
         match = next(((m, target) for p, target in patterns if (m := p.fullmatch(short))), None)
         official = match[0].expand(match[1]) if match is not None else None

@@ -224,7 +224,8 @@ def convert(
         report["files"] = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
         # users may edit the card: the report does not list it
         name, remote_code = repository or output.name, settings["remote_code"]
-        card = model_card(name, plan.task, plan.source.released, num_parameters, remote_code)
+        version = getattr(getattr(plan.config, "backbone_config", plan.config), "dcn_version", 3)
+        card = model_card(name, plan.task, plan.source.released, num_parameters, remote_code, version)
         (folder / "README.md").write_text(str(card), encoding="utf-8")
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:

@@ -13,13 +13,19 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    StrictDataclassError,
+)
 from huggingface_hub.utils import httpx
 from safetensors.torch import load_file
 
 from .errors import ConversionError, describe, first_line
 from .plain_data import STAND_INS
-from .released import RELEASED, REPOSITORY, Released
+from .released import RELEASED, Released, released_as
 
 
 @dataclass
@@ -63,7 +69,7 @@ def find(name: str, config_file: str | None, revision: str | None, converted: st
     path = Path(name)
     digest = None
     config = _read_json(Path(config_file)) if config_file is not None else None
-    released = RELEASED.get(path.stem if path.suffix == ".pth" else path.name)
+    released = released_as(path.stem if path.suffix == ".pth" else path.name)
     if path.is_file():
         file = path
     elif path.is_dir():
@@ -74,10 +80,10 @@ def find(name: str, config_file: str | None, revision: str | None, converted: st
             raise ConversionError(f"the folder {path} has neither model.safetensors nor pytorch_model.bin{sharded}")
         if config is None:
             config = _read_json(path / "config.json")
-    elif name in RELEASED:
-        file, digest = _from_hub(REPOSITORY, released.file, revision, converted)
+    elif released is not None and name in (released.name, *released.other_names):
+        file, digest = _from_hub(released.repository, released.files, revision, converted)
     elif "/" in name and not name.startswith((".", "/")) and path.suffix != ".pth":
-        file, digest = _from_hub(name, "model.safetensors", revision, converted)
+        file, digest = _from_hub(name, ("model.safetensors",), revision, converted)
         if config is None:
             config = _read_json(_download(name, "config.json", revision))
     else:
@@ -135,19 +141,35 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _from_hub(
-    repository: str, file: str, revision: str | None, converted: str | None
+    repository: str, files: tuple[str, ...], revision: str | None, converted: str | None
 ) -> tuple[Path, None] | tuple[Path, str]:
-    """Returns the cached or downloaded file; or its name and checksum, if it is converted already and not cached."""
-    if converted is not None and not isinstance(try_to_load_from_cache(repository, file, revision=revision), str):
+    """Returns the cached or downloaded file; or its name and checksum, if it is converted already and not cached.
+
+    Args:
+        files: the names that the file may have. The next one is tried if the repository lacks the one before it.
+    """
+    cached = {file: try_to_load_from_cache(repository, file, revision=revision) for file in files}
+    files = tuple(sorted(files, key=lambda file: not isinstance(cached[file], str)))  # a cached file needs no network
+    for tried, file in enumerate(files, start=1):
+        if converted is not None and not isinstance(cached[file], str):
+            try:
+                url = hf_hub_url(repository, file, revision=revision)
+                etag = get_hf_file_metadata(url).etag  # the sha256 of a large file
+            except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
+                etag = None  # the download below raises the error
+            if etag == converted:
+                return Path(file), converted
         try:
-            etag = get_hf_file_metadata(
-                hf_hub_url(repository, file, revision=revision)
-            ).etag  # the sha256 of a large file
-        except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
-            etag = None  # the download below raises the error
-        if etag == converted:
-            return Path(file), converted
-    return _download(repository, file, revision), None
+            return _download(repository, file, revision), None
+        except ConversionError as error:
+            lacks_it = isinstance(error.__cause__, RemoteEntryNotFoundError)
+            if lacks_it and tried < len(files):
+                continue
+            if tried == 1:
+                raise
+            before = " and ".join(files[: tried - 1])
+            raise ConversionError(f"{error} (tried before: {before}, which {repository} does not have)") from error
+    raise AssertionError("`files` is empty")
 
 
 def _download(repository: str, file: str, revision: str | None) -> Path:

@@ -25,7 +25,7 @@ from internimage_hf.training import InternImageTrainer, InternImageTrainingFlags
 # on import, albumentations asks PyPI for a newer version and waits for the answer
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-VARIANTS = ("t", "s", "b", "l", "xl", "h", "g")
+VARIANTS = ("t", "s", "b", "l", "xl", "h", "g", "flash_t", "flash_s", "flash_b", "flash_l")
 _WHEN = ["no", "steps", "epoch"]
 # Ranges that `TrainingArguments` does not check; values outside end in a traceback or in a useless run.
 _RANGES = (

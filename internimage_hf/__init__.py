@@ -2,7 +2,9 @@
 """InternImage for Hugging Face transformers: importing the package makes the Auto classes know `internimage`."""
 
 from .configuration_internimage import InternImageConfig
+from .dcn_modules import DCNv3, DCNv4
 from .dcnv3 import dcnv3_backend_report, use_dcnv3_backend
+from .dcnv4 import dcnv4
 from .image_processing_internimage import InternImageImageProcessor
 from .kernel_loader import load_dcnv3_kernel
 from .modeling_internimage import (
@@ -18,6 +20,8 @@ from .remote_code import save_with_remote_code
 __version__ = "0.1.0"
 
 __all__ = [
+    "DCNv3",
+    "DCNv4",
     "InternImageBackbone",
     "InternImageConfig",
     "InternImageForImageClassification",
@@ -25,6 +29,7 @@ __all__ = [
     "InternImageModel",
     "InternImagePreTrainedModel",
     "dcnv3_backend_report",
+    "dcnv4",
     "load_dcnv3_kernel",
     "save_with_remote_code",
     "use_dcnv3_backend",

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .checkpoint import OfficialNames
+from .dcnv3 import is_exporting
 
 
 class LoadsOfficialNames:
@@ -65,6 +66,38 @@ def is_sharded_away(module: nn.Module) -> bool:
     Delete when: `initialize_weights` gathers the parameters first.
     """
     return any(hasattr(p, "ds_id") and p.numel() == 0 for p in module.parameters(recurse=False))
+
+
+def halve(conv: nn.Conv2d, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Applies a 3x3 convolution of stride 2: (N, C, H, W) -> (N, C', ceil(H/2), ceil(W/2)).
+
+    Fault: Inductor compares strides of channels-last maps by their remainder. The symbolic height after such a convolution is
+    (H-1)//2 + 1, sympy does not cancel products of such sums, and compilation for a second image size fails with "Invalid
+    ranges [0:-1]". Here a compiled model pads odd sizes by the row and column of zeros that the convolution would read
+    anyway. The height is then -(-H//2), one factor of a product, which cancels. For sizes that are constants and even, the
+    padding is empty and the compiler removes it.
+    Versions: torch 2.11 to 2.13 (`torch/_inductor/sizevars.py`).
+    Test: `tests/test_modeling.py::test_compiled_convolutions_take_a_second_image_size`.
+    Delete when: that test passes with `conv(hidden_states)` alone.
+    """
+    if torch.compiler.is_compiling() and not is_exporting():
+        height, width = hidden_states.shape[2:]
+        rows, columns = -2 * (-height // 2) - height, -2 * (-width // 2) - width
+        hidden_states = nn.functional.pad(hidden_states, (0, columns, 0, rows))
+    return conv(hidden_states)
+
+
+def channels_last(pixel_values: torch.Tensor) -> torch.Tensor:
+    """The images in channels-last memory format, except in compiled code, where the compiler chooses the layout.
+
+    Fault: `vmap` has no rule for memory formats, and torch has no public function that tells whether it is active.
+    Versions: torch 2.11 to 2.13 (`torch/_functorch`).
+    Test: `tests/test_dcnv3.py::test_per_sample_gradients_of_the_classifier`.
+    Delete when: `Tensor.contiguous(memory_format=torch.channels_last)` works within `torch.func.vmap`.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return pixel_values
+    return pixel_values.contiguous(memory_format=torch.channels_last)
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
@@ -173,7 +206,9 @@ def mean_number_of_targets(processes: int) -> Iterator[None]:
 __all__ = [
     "LoadsOfficialNames",
     "answer_for_input_embeddings",
+    "channels_last",
     "gathered",
+    "halve",
     "is_sharded_away",
     "mean_number_of_targets",
     "none_is_unset",

@@ -369,3 +369,10 @@ def test_gpu_check_refuses_wrong_arguments(tmp_path, arguments):
     result, _ = gpu_check(tmp_path, *arguments)
     assert result.returncode == 2
     assert arguments[0] in result.stderr
+
+
+def test_model_speed_compares_flashinternimage_with_internimage():
+    with torch.device("meta"):
+        models = model_speed.build("flash_t", torch.device("cpu"), None)
+    assert list(models)[:3] == ["FlashInternImage-T", "InternImage-T", "ConvNeXt-T"]
+    assert [models[name].config.dcn_version for name in list(models)[:2]] == [4, 3]

@@ -46,7 +46,8 @@ def convert(module, *arguments: object) -> int:
 
 
 def released_keys(variant: str) -> list[tuple[str, tuple[int, ...]]]:
-    with gzip.open(FIXTURES / "state_dict_keys" / f"{variant}.json.gz", "rt") as file:
+    folder = "dcnv4_keys" if variant.startswith("flash_") else "state_dict_keys"
+    with gzip.open(FIXTURES / folder / f"{variant.removeprefix('flash_')}.json.gz", "rt") as file:
         return [(key, tuple(shape)) for key, shape in json.load(file)]
 
 
@@ -88,7 +89,7 @@ def test_published_layout_converts_with_official_outputs(case, tmp_path):
         torch.testing.assert_close(model(expected["pixel_values"]).logits, expected["logits"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in RELEASED if RELEASED[name].task == "classification"])
+@pytest.mark.parametrize("name", [name for name in RELEASED if RELEASED[name].published_repository])
 def test_every_released_classification_checkpoint_maps_without_remainder(name):
     released = RELEASED[name]
     num_labels = len(class_names(released.labels))
@@ -126,7 +127,9 @@ def test_reverse_conversion_round_trip_is_exact(case, tmp_path):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("variant", ["t", "s", "b", "l", "xl", "h", "g"])
+@pytest.mark.parametrize(
+    "variant", [*("t", "s", "b", "l", "xl", "h", "g"), *("flash_t", "flash_s", "flash_b", "flash_l")]
+)
 def test_full_size_names_reverse(variant):
     with torch.device("meta"):
         model = InternImageForImageClassification(InternImageConfig.from_variant(variant))

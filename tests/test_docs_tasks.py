@@ -319,3 +319,12 @@ def test_make_kernel():
         subprocess.run([*command.split(), f"VENV={environment}", *dry], cwd=ROOT, check=True, capture_output=True)
     report = eval(code[2], {"dcnv3_backend_report": internimage_hf.dcnv3.dcnv3_backend_report})
     assert "kernel" in str(report)
+
+
+@task("use DCNv4 or DCNv3 in my own network")
+def test_modules_and_operator():
+    names = {}
+    exec(code_of("use DCNv4 or DCNv3 in my own network")[0], names)
+    images = torch.randn(2, 6, 5, 32)
+    assert names["DCNv3"](32, group=2)(images).shape == names["DCNv4"](32, group=2)(images).shape == images.shape
+    assert names["dcnv4"](images, torch.randn(2, 6, 5, 56), groups=2).shape == images.shape

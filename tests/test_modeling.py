@@ -20,12 +20,12 @@ from internimage_hf import (
     use_dcnv3_backend,
 )
 from internimage_hf.checkpoint import translate_state_dict
+from internimage_hf.compatibility import halve
 from internimage_hf.modeling_internimage import (
     InternImageDeformableSampling,
     InternImageDownsample,
     InternImageLayer,
     InternImageStem,
-    _halve,
 )
 
 
@@ -506,7 +506,7 @@ def test_halving_is_the_same_convolution_in_compiled_graphs(height, width):
         shapes.extend(node.meta["example_value"].shape for node in graph.graph.nodes if "pad" in str(node.target))
         return graph.forward
 
-    compiled = torch.compile(_halve, backend=look, dynamic=False)
+    compiled = torch.compile(halve, backend=look, dynamic=False)
     torch.testing.assert_close(compiled(conv, pixel_values), conv(pixel_values), atol=1e-6, rtol=1e-6)
     assert shapes == [(2, 3, height + height % 2, width + width % 2)]
 

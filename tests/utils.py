@@ -49,6 +49,16 @@ TINY_VARIANTS = {
     },
     "batch_norm": {"norm_layer": "BN", "hidden_act": "silu", "remove_center": True},
     "clip": {"post_norm": True, "center_feature_scale": True, "use_clip_projector": True, "remove_center": True},
+    "dcnv4": {"dcn_version": 4},
+    "dcnv4_post_norm": {
+        "dcn_version": 4,
+        "dw_kernel_size": 3,
+        "post_norm": True,
+        "layer_scale_init_value": 0.1,
+        "offset_scale": 0.5,
+        "dcn_output_bias": True,
+        "mlp_fc2_bias": True,
+    },
 }
 
 
