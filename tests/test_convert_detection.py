@@ -8,12 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FIXTURES
 from PIL import Image
 from safetensors.torch import load_file
 from test_convert import convert, hub_here, only_error  # noqa: F401 (a fixture)
-from test_package import bare_environment, run_python
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
+from utils import FIXTURES, bare_environment, run_python
 
 from convert import all as convert_all
 from convert import backbone, detection, detectors, dino

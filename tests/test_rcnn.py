@@ -11,10 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES
 from PIL import Image
 from safetensors.torch import load_file
-from test_package import bare_environment, run_python
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -24,6 +22,7 @@ from transformers import (
     pipeline,
 )
 from transformers.utils import logging
+from utils import FIXTURES, bare_environment, run_python
 
 from convert import detection
 from convert.errors import ConversionError

@@ -28,7 +28,7 @@ import transformers
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-VARIANTS = ("PreNorm", "PostNorm", "ResPostNorm")
+VARIANTS = ("PreNorm", "PostNorm", "ResPostNorm", "DCNv4")
 MODULES = {
     "control": (
         "tests/models/convnextv2/test_modeling_convnextv2.py",
