@@ -18,6 +18,8 @@ from .source import Source, configuration_of, shape_of
 _NAMES = [
     ("neck.lateral_convs.{}.conv", "neck.lateral_convs.{}"),
     ("neck.fpn_convs.{}.conv", "neck.output_convs.{}"),
+    ("neck.lateral_convs.{}.ln", "neck.lateral_norms.{}"),
+    ("neck.fpn_convs.{}.ln", "neck.output_norms.{}"),
     ("rpn_head.rpn_conv", "proposal_head.conv"),
     ("rpn_head.rpn_cls", "proposal_head.classifier"),
     ("rpn_head.rpn_reg", "proposal_head.regressor"),
@@ -84,6 +86,7 @@ def plan_for(source: Source, detector: Detector) -> Plan:
         settings = {
             "backbone_config": detector_backbone(source, detector, [f"stage{i}" for i in range(5 - maps, 5)]),
             "fpn_hidden_size": width,
+            "fpn_layer_norm": any(name.startswith("neck.lateral_norms.") for name in head),
             "num_box_convs": convs,
             "num_box_fcs": number_of("box_heads.0.fcs."),
             "box_hidden_size": shape("box_heads.0.fcs.0.weight", 2)[0],
@@ -115,6 +118,9 @@ def _stage(value: Any, stage: int) -> Any:
 
 # Settings of the official configurations with the one value that the model is built for, by their paths.
 _FIXED: list[tuple[tuple[str, ...], tuple]] = [
+    (("neck", "type"), ("FPN", "FPN_vitdet")),
+    (("neck", "use_residual"), (True,)),
+    (("neck", "add_extra_convs"), (False,)),
     (("rpn_head", "anchor_generator", "center_offset"), (0.0,)),
     (("rpn_head", "bbox_coder", "target_means"), ([0.0] * 4,)),
     (("rpn_head", "bbox_coder", "target_stds"), ([1.0] * 4,)),

@@ -38,6 +38,8 @@ class InternImageRcnnConfig(PreTrainedConfig):
         feature_strides (`list[int]`, defaults to `[4, 8, 16, 32, 64]`): Strides of the backbone's maps, then of the levels
             that subsampling adds to the feature pyramid.
         fpn_hidden_size (`int`, defaults to 256): Channels of the feature pyramid.
+        fpn_layer_norm (`bool`, defaults to `False`): Whether a LayerNorm takes the place of the bias of each convolution of the
+            feature pyramid, as with FlashInternImage.
         anchor_scales (`list[float]`, defaults to `[8.0]`): Sides of the anchors over the stride of their level.
         anchor_ratios (`list[float]`, defaults to `[0.5, 1.0, 2.0]`): Heights of the anchors over their widths.
         rpn_pre_nms_top_n (`int`, defaults to 1000): Proposals per level before non-maximum suppression.
@@ -86,6 +88,7 @@ class InternImageRcnnConfig(PreTrainedConfig):
     backbone_config: dict | PreTrainedConfig | None = None
     feature_strides: list[int] | tuple[int, ...] = (4, 8, 16, 32, 64)
     fpn_hidden_size: int = 256
+    fpn_layer_norm: bool = False
     anchor_scales: list[float] | tuple[float, ...] = (8.0,)
     anchor_ratios: list[float] | tuple[float, ...] = (0.5, 1.0, 2.0)
     rpn_pre_nms_top_n: int = 1000
@@ -232,7 +235,7 @@ class InternImageRcnnConfig(PreTrainedConfig):
         require(self.rpn_box_loss in ("l1", "smooth_l1"), "rpn_box_loss", '"l1" or "smooth_l1"')
         require(self.box_loss in ("l1", "giou"), "box_loss", '"l1" or "giou"')
         require(is_number(self.box_loss_weight) and self.box_loss_weight >= 0, "box_loss_weight", "at least 0")
-        for name in ("match_low_quality_boxes", "class_agnostic_boxes"):
+        for name in ("fpn_layer_norm", "match_low_quality_boxes", "class_agnostic_boxes"):
             require(isinstance(getattr(self, name), bool), name, "a bool")
 
 

@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple
 from .compatibility import is_sharded_away, none_is_unset
 from .configuration_internimage_rcnn import InternImageRcnnConfig
 from .modeling_backbone import load_backbone
-from .modeling_internimage import InternImagePreTrainedModel
+from .modeling_internimage import InternImageLayerNorm2d, InternImagePreTrainedModel
 from .region_ops import (
     box_giou,
     box_iou,
@@ -35,6 +35,8 @@ from .region_ops import (
 )
 
 
+# Of the feature pyramid's LayerNorms.
+_FPN_EPS = 1e-5
 # Of the smooth L1 loss of the proposals.
 _RPN_BETA = 1 / 9
 # Weight of the losses on the maps of a composite backbone's assisting encoder.
@@ -83,21 +85,35 @@ class InternImageRcnnFeaturePyramid(nn.Module):
 
     def __init__(self, config: InternImageRcnnConfig, channels: list[int]):
         super().__init__()
-        size = config.fpn_hidden_size
+        size, bias = config.fpn_hidden_size, not config.fpn_layer_norm
         self.num_extra_levels = len(config.feature_strides) - len(channels)
-        self.lateral_convs = nn.ModuleList(_with_initialization(nn.Conv2d(c, size, 1), "xavier") for c in channels)
-        self.output_convs = nn.ModuleList(
-            _with_initialization(nn.Conv2d(size, size, 3, padding=1), "xavier") for _ in channels
+        self.lateral_convs = nn.ModuleList(
+            _with_initialization(nn.Conv2d(c, size, 1, bias=bias), "xavier") for c in channels
         )
+        self.output_convs = nn.ModuleList(
+            _with_initialization(nn.Conv2d(size, size, 3, padding=1, bias=bias), "xavier") for _ in channels
+        )
+        if config.fpn_layer_norm:
+            self.lateral_norms = nn.ModuleList(InternImageLayerNorm2d(size, eps=_FPN_EPS) for _ in channels)
+            self.output_norms = nn.ModuleList(InternImageLayerNorm2d(size, eps=_FPN_EPS) for _ in channels)
+        else:
+            self.lateral_norms = self.output_norms = None
 
     def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        maps = [conv(feature_map) for conv, feature_map in zip(self.lateral_convs, feature_maps, strict=True)]
+        maps = self._convolved(self.lateral_convs, self.lateral_norms, feature_maps)
         for i in range(len(maps) - 1, 0, -1):
             maps[i - 1] = maps[i - 1] + nn.functional.interpolate(maps[i], size=maps[i - 1].shape[2:], mode="nearest")
-        maps = [conv(feature_map) for conv, feature_map in zip(self.output_convs, maps, strict=True)]
+        maps = self._convolved(self.output_convs, self.output_norms, maps)
         for _ in range(self.num_extra_levels):
             maps.append(maps[-1][:, :, ::2, ::2])
         return tuple(maps)
+
+    @staticmethod
+    def _convolved(
+        convs: nn.ModuleList, norms: nn.ModuleList | None, maps: tuple[torch.Tensor, ...] | list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        maps = [conv(feature_map) for conv, feature_map in zip(convs, maps, strict=True)]
+        return maps if norms is None else [norm(m) for norm, m in zip(norms, maps, strict=True)]
 
 
 class InternImageRcnnProposalHead(nn.Module):

@@ -25,6 +25,7 @@ from transformers.utils import logging
 from utils import FIXTURES, bare_environment, run_python
 
 from convert import detection
+from convert.all import PLANS
 from convert.errors import ConversionError
 from convert.rcnn import official_state_dict
 from convert.released import RELEASED
@@ -36,7 +37,7 @@ from internimage_hf import (
     InternImageRcnnConfig,
     InternImageRcnnForInstanceSegmentation,
 )
-from internimage_hf.modeling_internimage_rcnn import _sample
+from internimage_hf.modeling_internimage_rcnn import InternImageRcnnFeaturePyramid, _sample
 
 
 CASES = ("mask_rcnn_tiny", "cascade_tiny")
@@ -236,6 +237,63 @@ def test_every_released_name_maps_without_remainder(name):
         ours.pop(field, None), authors.pop(field, None)
     assert ours == authors
     assert plan.processor.size == {"shortest_edge": 800, "longest_edge": 1333}
+
+
+def flash_names(variant: str, like: str) -> dict[str, torch.Tensor]:
+    """The tensors of a detector on FlashInternImage: its pyramid has LayerNorms (`FPN_vitdet`), and its T layer scale."""
+    with gzip.open(FIXTURES / "dcnv4_keys" / f"{variant}.json.gz", "rt") as file:
+        shapes = {f"backbone.{key}": s for key, s in json.load(file) if not key.startswith(("head.", "conv_head."))}
+    for key, shape in list(shapes.items()):
+        if key.endswith("norm1.0.weight"):
+            shapes |= {key.replace("norm1.0.weight", f"gamma{i}"): shape for i in (1, 2)}
+    with gzip.open(FIXTURES / "detection_keys" / f"{like}.json.gz", "rt") as file:
+        for key, shape in json.load(file):
+            if key.startswith("neck.") and key.endswith("conv.bias"):
+                shapes |= {key.replace("conv.bias", f"ln.{kind}"): shape for kind in ("weight", "bias")}
+            elif not key.startswith("backbone."):
+                shapes[key] = shape
+    return {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("name", [name for name in RELEASED if re.match("(mask_rcnn|cascade)_flash", name)])
+def test_every_released_name_of_flash_internimage_maps_without_remainder(name):
+    released = RELEASED[name]
+    variant = released.variant.removeprefix("flash_")
+    like = "cascade_internimage_l_fpn_3x_coco" if variant == "l" else f"mask_rcnn_internimage_{variant}_fpn_1x_coco"
+    official = flash_names(variant, like)
+    source = SimpleNamespace(
+        read=lambda ema: dict(official), released=released, config=None, file=f"{name}.pth", unknown_fields=[]
+    )
+    plan = PLANS[released.task](source, argparse.Namespace(ema=False))
+    with torch.device("meta"):
+        model = plan.model_class(plan.config)
+    assert {key: t.shape for key, t in model.state_dict().items()} == {
+        key: t.shape for key, t in plan.state_dict.items()
+    }
+    assert {key: t.shape for key, t in official_state_dict(model).items()} == {k: t.shape for k, t in official.items()}
+    assert plan.config.fpn_layer_norm and plan.config.backbone_config.dcn_version == 4
+
+
+def test_feature_pyramid_with_layer_norms():
+    neck = InternImageRcnnFeaturePyramid(InternImageRcnnConfig(fpn_hidden_size=6, fpn_layer_norm=True), [4, 8, 16, 32])
+    for norm in (*neck.lateral_norms, *neck.output_norms):
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    maps = [torch.randn(2, 4 * 2**i, 2 ** (5 - i), 2 ** (4 - i)) for i in range(4)]
+
+    def layer(conv, norm, feature_map):
+        assert conv.bias is None
+        feature_map = torch.nn.functional.conv2d(feature_map, conv.weight, padding=conv.padding).movedim(1, -1)
+        mean, variance = feature_map.mean(-1, keepdim=True), feature_map.var(-1, keepdim=True, correction=0)
+        return ((feature_map - mean) / (variance + 1e-5).sqrt() * norm.weight + norm.bias).movedim(-1, 1)
+
+    expected = [layer(*arguments) for arguments in zip(neck.lateral_convs, neck.lateral_norms, maps, strict=True)]
+    for i in (3, 2, 1):
+        expected[i - 1] = expected[i - 1] + expected[i].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    expected = [layer(*arguments) for arguments in zip(neck.output_convs, neck.output_norms, expected, strict=True)]
+    expected.append(torch.nn.functional.max_pool2d(expected[-1], 1, stride=2))
+    for actual, wanted in zip(neck(tuple(maps)), expected, strict=True):
+        close(actual, wanted, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -623,6 +681,7 @@ DETECT = """
     if not without:
         import internimage_hf
         from convert import detection
+from convert.all import PLANS
         arguments = [sys.argv[1] + "/checkpoint.pth", "--config", sys.argv[1] + "/config.json", "--output", sys.argv[3]]
         assert detection.main([*arguments, "--remote-code", "--push-to-hub", "somebody/mask-rcnn"]) == 0
     from transformers import AutoModelForInstanceSegmentation, AutoModelForObjectDetection
