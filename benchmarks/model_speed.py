@@ -2,12 +2,14 @@
 
     python benchmarks/model_speed.py --threads 2                                  # InternImage-T on this CPU
     python benchmarks/model_speed.py --device cuda --output DIR --seconds 240     # T and B, also with torch.compile
+    python benchmarks/model_speed.py --threads 2 --models flash_t                 # FlashInternImage-T beside InternImage-T
 
 All models have random weights, so nothing is downloaded. InternImage's offsets are about one pixel, as after training.
 "InternImage-T, materialising op" is the same model with an operator that writes every sampled point to memory, as the
 official fallback does (on a CPU). `--upstream` names a checkout of OpenGVLab/InternImage, whose classification model is
 timed too, with the same weights and after a comparison of the logits. On a GPU it uses its compiled operator where that is
 built, else its fallback. The compiled operator has no bfloat16, so float16 stands in for it, and the model stays eager.
+Of FlashInternImage there are neither: its official operator has no fallback.
 
 The measurements come in groups of size x dtype x mode (eager, torch.compile) x pass:
 
@@ -129,10 +131,13 @@ def others(size: str) -> dict[str, nn.Module]:
 
 
 def build(size: str, device: torch.device, upstream: Path | None) -> dict[str, nn.Module]:
-    """All models of a size by name, InternImage first."""
+    """All models of a size by name, InternImage first; of `flash_t`, FlashInternImage first and then InternImage."""
     torch.manual_seed(0)
+    is_flash, size = size.startswith("flash_"), size.removeprefix("flash_")
     name = f"InternImage-{size.upper()}"
     model = internimage(size)
+    if is_flash:
+        return {f"Flash{name}": internimage(f"flash_{size}"), name: model} | others(size)
     models = {name: model}
     if upstream is not None:
         official, module = official_internimage(upstream, model, device)
@@ -294,8 +299,9 @@ def markdown(report: dict) -> str:
     groups = {}
     for row in report["measurements"]:
         groups.setdefault((row["dtype"], row["pass"], row["mode"], row["batch"], row["size"]), []).append(row)
-    header = ("model", "ms", "images/s", "InternImage's time / its time", "peak MiB", "first call s")
     for (dtype, passed, mode, batch, size), rows in groups.items():
+        first = "FlashInternImage" if size.startswith("flash_") else "InternImage"
+        header = ("model", "ms", "images/s", f"{first}'s time / its time", "peak MiB", "first call s")
         cells = [
             (row["model"], row["failure"], "", "", "", "")
             if "failure" in row
@@ -323,7 +329,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     positive = harness.positive
     parser = harness.argument_parser(__doc__)
     parser.add_argument("--device", type=harness.device, default="cpu", help="cpu, cuda, cuda:1 ...")
-    parser.add_argument("--models", choices=["t", "b"], nargs="+", help="sizes; default: t, on a GPU t and b")
+    parser.add_argument(
+        "--models", choices=["t", "b", "flash_t", "flash_b"], nargs="+", help="default: t, on a GPU t and b"
+    )
     parser.add_argument(
         "--dtypes",
         choices=["float32", "bfloat16"],
@@ -395,13 +403,18 @@ def main(argv: list[str] | None = None) -> int:
             report["profiles"][title] = {
                 name: profile_model(model, group, arguments)
                 for name, model in models.items()
-                if re.fullmatch(r"(InternImage|ConvNeXt)-.", name)
+                if re.fullmatch(r"((Flash)?InternImage|ConvNeXt)-.", name)
             }
         harness.write_results(arguments.output, "model_speed", report, markdown(report))
         gc.collect()
     harness.write_results(arguments.output, "model_speed", report, markdown(report))
     print(markdown(report))
-    return int(any("failure" in row and row["model"].startswith("InternImage") for row in report["measurements"]))
+    return int(
+        any(
+            "failure" in row and row["model"].startswith(("InternImage", "FlashInternImage"))
+            for row in report["measurements"]
+        )
+    )
 
 
 if __name__ == "__main__":

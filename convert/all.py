@@ -1,4 +1,4 @@
-"""python -m convert.all --output DIR: every released checkpoint, one folder each. Run again, it does what is missing."""
+"""python -m convert.all --output DIR: converts every released checkpoint into a folder; a second run converts missing ones."""
 
 import argparse
 import copy
@@ -22,10 +22,10 @@ PLANS = {
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Converts the chosen checkpoints one after the other; a failure does not keep the others from being done.
+    """Converts the chosen checkpoints one after the other and continues after failures.
 
     Raises:
-        ConversionError: at the end, naming those that failed.
+        ConversionError: at the end, with the names of the failed checkpoints.
     """
     unknown = set(arguments.only or ()) - RELEASED.keys()
     if unknown:
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     if folder is not None:
         if not folder.is_dir():
             raise ConversionError(f"--source-folder {folder} is not a folder")
-        known = {released.file for released in RELEASED.values()}
+        known = {file for released in RELEASED.values() for file in released.files}
         if others := sorted(file.name for file in folder.iterdir() if file.name not in known):
             print(f"{len(others)} entries of {folder} have no released file's name and are left out: {listed(others)}")
     failed = []
@@ -43,9 +43,9 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.only and name not in arguments.only:
             continue
         one = copy.copy(arguments)
-        local = folder / released.file if folder is not None else None
-        # whatever has the file's name is meant, also if it turns out to be a folder or a broken link
-        one.source = str(local) if local is not None and os.path.lexists(local) else name
+        # takes any entry of the file's name; a folder or a broken link fails with its own message
+        local = (folder / file for file in released.files) if folder is not None else ()
+        one.source = next((str(file) for file in local if os.path.lexists(file)), name)
         one.output = arguments.output / name
         one.push_to_hub = f"{arguments.push_to_hub}/{name}" if arguments.push_to_hub else None
         try:

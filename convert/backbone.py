@@ -1,6 +1,6 @@
-"""python -m convert.backbone SOURCE --output DIR: the InternImage backbone of any downstream checkpoint.
+"""python -m convert.backbone SOURCE --output DIR: converts the InternImage backbone of any checkpoint.
 
-Detectors included: every file whose tensors begin with `backbone.`, and classification checkpoints.
+The source is a downstream checkpoint, with tensors named `backbone.…`, or a classification checkpoint.
 """
 
 import argparse
@@ -23,10 +23,9 @@ from .source import Source, configuration_of
 
 
 def backbone_config(source: Source, has_layer_scale: bool) -> InternImageConfig:
-    """The backbone's configuration, from the official fields or the released checkpoint's name.
+    """Returns the backbone's configuration, from the official fields or the released checkpoint's name.
 
-    Downstream models were trained with layer scale even where the classification model of the same variant (T) has none,
-    so the tensors decide.
+    The tensors decide on layer scale: downstream models of the variant T have it, the classification model has not.
     """
     with configuration_of(source):
         if source.config is not None:
@@ -59,7 +58,7 @@ def config_for(source: Source, tensors: dict[str, torch.Tensor]) -> InternImageC
 
 
 def backbone_tensors(source: Source, ema: bool) -> tuple[dict, tuple[str, ...]]:
-    """The backbone's tensors under the names of `InternImageBackbone`, and the file's names of what else it has."""
+    """Returns the backbone's tensors under the names of `InternImageBackbone`, and the names of the file's other tensors."""
     tensors = source.read(ema)
     if any(name.startswith("backbone.") for name in tensors):  # a downstream checkpoint
         ignored = tuple(name for name in tensors if not name.startswith("backbone."))

@@ -1,8 +1,8 @@
-"""Model cards."""
+"""In: a released checkpoint's entry. Out: its model card."""
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .released import REPOSITORY, Released
+from .released import Released
 
 
 CITATION = """@inproceedings{wang2023internimage,
@@ -12,6 +12,26 @@ CITATION = """@inproceedings{wang2023internimage,
   booktitle={CVPR},
   year={2023}
 }"""
+DCNV4_CITATION = """@inproceedings{xiong2024efficient,
+  title={Efficient Deformable ConvNets: Rethinking Dynamic and Sparse Operator for Vision Applications},
+  author={Xiong, Yuwen and Li, Zhiqi and Chen, Yuntao and Wang, Feng and Zhu, Xizhou and Luo, Jiapeng and Wang, Wenhai
+          and Lu, Tong and Li, Hongsheng and Qiao, Yu and Lu, Lewei and Zhou, Jie and Dai, Jifeng},
+  booktitle={CVPR},
+  year={2024}
+}"""
+# The first sentence of a card and its citation, by the version of the deformable convolution.
+_MODELS = {
+    3: (
+        """InternImage, a convolutional network built on DCNv3 (deformable convolution v3), by Wang et al., CVPR 2023
+([paper](https://arxiv.org/abs/2211.05778), [official code](https://github.com/OpenGVLab/InternImage)).""",
+        CITATION,
+    ),
+    4: (
+        """FlashInternImage, a convolutional network built on DCNv4 (deformable convolution v4), by Xiong et al., CVPR 2024
+([paper](https://arxiv.org/abs/2401.06197), [official code](https://github.com/OpenGVLab/DCNv4)).""",
+        DCNV4_CITATION,
+    ),
+}
 
 _TASKS = {
     "classification": ("image-classification", "AutoModelForImageClassification"),
@@ -32,9 +52,10 @@ _DATA_SETS = {
 
 
 def model_card(
-    repository: str, task: str, released: Released | None, num_parameters: int, remote_code: bool
+    repository: str, task: str, released: Released | None, num_parameters: int, remote_code: bool, dcn_version: int = 3
 ) -> ModelCard:
-    """The README.md of a converted checkpoint; `repository` is its id on the Hub, or the name of its folder."""
+    """Returns the README.md of a converted checkpoint; `repository` is its Hub id, or its folder's name."""
+    introduction, citation = _MODELS[dcn_version]
     name = repository.split("/")[-1]
     pipeline_tag, model_class = _TASKS[task]
     results = None
@@ -67,9 +88,9 @@ def model_card(
         license="mit",
         library_name="transformers",
         pipeline_tag=pipeline_tag,
-        tags=["internimage", "dcnv3", "vision"],
+        tags=["internimage", f"dcnv{dcn_version}", "vision"],
         datasets=list(released.training_data) if released is not None and released.training_data else None,
-        base_model=(released.published_repository or REPOSITORY) if released is not None else None,
+        base_model=(released.published_repository or released.repository) if released is not None else None,
         model_name=name,
         eval_results=results,
     )
@@ -84,7 +105,8 @@ def model_card(
     )
     facts = [f"- Parameters: {num_parameters:,}"]
     if released is not None:
-        facts.append(f"- Converted from `{released.file}` of [{REPOSITORY}](https://huggingface.co/{REPOSITORY})")
+        origin = released.repository
+        facts.append(f"- Converted from `{released.file}` of [{origin}](https://huggingface.co/{origin})")
         if task in ("dino", "rcnn"):
             facts.append(f"- Image size: short side up to {released.size}, long side up to {released.width}")
         else:
@@ -104,8 +126,7 @@ def model_card(
         ]
     text = f"""# {name}
 
-InternImage, a convolutional network built on DCNv3 (deformable convolution v3), by Wang et al., CVPR 2023
-([paper](https://arxiv.org/abs/2211.05778), [official code](https://github.com/OpenGVLab/InternImage)).
+{introduction}
 
 {chr(10).join(facts)}
 
@@ -126,7 +147,7 @@ for safety-relevant uses. The figures above are the authors'; what the conversio
 ## Citation
 
 ```bibtex
-{CITATION}
+{citation}
 ```
 """
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

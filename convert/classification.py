@@ -1,4 +1,4 @@
-"""python -m convert.classification SOURCE --output DIR: a classification checkpoint, to transformers or (--reverse) back."""
+"""python -m convert.classification SOURCE --output DIR: converts a classification checkpoint, with --reverse back again."""
 
 import argparse
 import re
@@ -8,17 +8,17 @@ from typing import Any
 import torch
 
 from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageImageProcessor
-from internimage_hf.checkpoint import translate_config, translate_key, translate_state_dict
+from internimage_hf.checkpoint import join_offset_mask, translate_config, translate_key, translate_state_dict
 
 from . import cli, reverse
 from .conversion import Plan
 from .errors import ConversionError
 from .labels import id2label
-from .source import Source, configuration_of, shape_of
+from .source import Source, check_kind, configuration_of, shape_of
 
 
 def image_processor(image_size: int | list[int]) -> InternImageImageProcessor:
-    """Resizes and crops to a side, or to a height and a width."""
+    """Returns the image processor for a side, or for a height and a width."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     return InternImageImageProcessor(
         size={"shortest_edge": max(height, width)}, crop_size={"height": height, "width": width}
@@ -26,7 +26,10 @@ def image_processor(image_size: int | list[int]) -> InternImageImageProcessor:
 
 
 def translated(source: Source, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors that were read from the source, under our names."""
+    """Returns the source's tensors under this package's names."""
+    for name, tensor in tensors.items():
+        if ".offset_mask." in name and not tensor.is_meta:  # This layer is split, which needs an ordinary tensor.
+            check_kind(name, tensor)
     try:
         return translate_state_dict(tensors)
     except ValueError as error:
@@ -34,7 +37,7 @@ def translated(source: Source, tensors: dict[str, torch.Tensor]) -> dict[str, to
 
 
 def config_from(source: Source, fields: dict[str, Any]) -> InternImageConfig:
-    """The configuration of translated fields. transformers keeps a field that it does not know, as of a misspelt name."""
+    """Builds the configuration and reports unknown fields, such as misspelt names: transformers would keep them silently."""
     source.unknown_fields = sorted(
         fields.keys() - InternImageConfig().to_dict().keys() - InternImageConfig().__dict__.keys()
     )
@@ -77,15 +80,23 @@ def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
 
 
 def _official_patterns(config: InternImageConfig) -> list[tuple[str, str]]:
-    """Our names to the official ones. A norm's number in its nn.Sequential depends on the kind of norm."""
-    sequential = "0" if config.norm_layer == "BN" else "1"  # after a permutation, in LayerNorm's case
-    tokens = "1" if config.norm_layer == "BN" else "0"  # the other way round
+    """Maps this package's names to the official ones. A norm's index in its nn.Sequential depends on the kind of norm."""
+    sequential = "0" if config.norm_layer == "BN" else "1"  # LayerNorm follows a permutation here
+    tokens = "1" if config.norm_layer == "BN" else "0"  # BatchNorm follows a permutation here
     layer = r"encoder\.stages\.(\d+)\.layers\.(\d+)\."
     official = r"levels.\1.blocks.\2."
     patterns = [
         (r"stem\.norm([12])\.(\w+)", rf"patch_embed.norm\1.{sequential}.\2"),
         (r"stem\.(.+)", r"patch_embed.\1"),
         (layer + r"layer_scale([12])", official + r"gamma\3"),
+        *(
+            (
+                (layer + r"dcn\.dw_conv\.(\w+)", official + r"dcn.offset_mask_dw.\3"),
+                (layer + r"dcn\.input_proj\.(\w+)", official + r"dcn.value_proj.\3"),
+            )
+            if config.dcn_version == 4
+            else ()
+        ),
         (layer + r"(norm[12]|res_post_norm[12])\.(\w+)", official + r"\3.0.\4"),
         (layer + r"dcn\.dw_conv\.(\w+)", official + r"dcn.dw_conv.0.\3"),
         (layer + r"dcn\.dw_norm\.(\w+)", official + rf"dcn.dw_conv.1.{sequential}.\3"),
@@ -115,18 +126,30 @@ def _official_patterns(config: InternImageConfig) -> list[tuple[str, str]]:
 
 
 def official_state_dict(model: InternImageForImageClassification) -> dict[str, torch.Tensor]:
-    """A model's tensors under the names of the official code.
+    """Translates a model's tensors to the official names.
 
     Raises:
-        ConversionError: if a name has no counterpart, or does not come back as itself.
+        ConversionError: if a name has no counterpart, or is not restored by the forward translation.
     """
     result = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in joined_for_the_official_code(model.config, model.state_dict()).items():
         official = official_name(model.config, name.removeprefix("internimage."))
         if official in result or translate_key(official) != name:
             raise ConversionError(f"{name} has no counterpart in the official code")
         result[official] = tensor
     return result
+
+
+def joined_for_the_official_code(
+    config: InternImageConfig, state_dict: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """A state dict with DCNv4's sampling offsets and modulation masks in one layer `offset_mask`, as published."""
+    state_dict = dict(state_dict)
+    if config.dcn_version == 4:
+        for name in [name for name in state_dict if ".dcn.offset." in name]:
+            mask = state_dict.pop(name.replace(".offset.", ".mask."))
+            state_dict[name.replace(".offset.", ".offset_mask.")] = join_offset_mask(state_dict.pop(name), mask)
+    return state_dict
 
 
 def official_name(config: InternImageConfig, name: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line that all converters share."""
+"""In: the command line of a converter. Out: its exit status, and one line per error."""
 
 import argparse
 import json
@@ -47,21 +47,21 @@ def add_options(result: argparse.ArgumentParser) -> None:
 def run(
     make_plan: Callable[[Source, argparse.Namespace], Plan], arguments: argparse.Namespace, task: str, label: str = ""
 ) -> None:
-    """Converts, prints the report, uploads. What is finished already is not converted again.
+    """Converts unless the output is finished already, prints the report, and uploads.
 
     Args:
-        make_plan: of the task.
-        arguments: of `parser`.
-        task: as a `Plan` has it.
-        label: printed before what is printed.
+        make_plan: builds the task's `Plan`.
+        arguments: parsed by `parser`.
+        task: the task of the `Plan`.
+        label: prefix of the printed lines.
 
     Raises:
-        ConversionError: if any of it fails.
+        ConversionError: if a step fails.
     """
     output = resolve(arguments.output)
     if arguments.push_to_hub:
         check_repository(arguments.push_to_hub)
-    size_in_bytes(arguments.max_shard_size)  # before anything is read
+    size_in_bytes(arguments.max_shard_size)  # checked before anything is read
     report = read_report(output)
     converted = report["source"]["sha256"] if report is not None else None
     source = find(arguments.source, arguments.config, arguments.revision, converted)
@@ -102,15 +102,15 @@ def run(
 
 
 def main(action: Callable[[], None]) -> int:
-    """Runs a command; what goes wrong becomes one line and the status 1.
+    """Runs a command; an error becomes one line and exit status 1.
 
-    Progress bars are for terminals: elsewhere a bar that is cut short and the error would share a line.
+    Progress bars are shown on terminals only: in a file, an interrupted bar and the error would share a line.
     """
     terminal = sys.stderr.isatty()
     hide = not terminal and logging.is_progress_bar_enabled()
     start = "\n" if terminal else ""
     if hide:
-        logging.disable_progress_bar()  # transformers' and huggingface_hub's
+        logging.disable_progress_bar()  # bars of transformers and huggingface_hub
     try:
         action()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""From a translated state dict to a finished folder: build, write, verify, rename."""
+"""In: a translated state dict. Out: a finished model folder: built, written, verified, renamed."""
 
 import hashlib
 import json
@@ -29,17 +29,17 @@ _OTHERWISE = "choose another --output, or delete the folder first"
 
 @dataclass
 class Plan:
-    """What a conversion is to write.
+    """The content of a conversion's output.
 
     Args:
         task: `classification`, `upernet`, `mask2former`, `dino`, `rcnn` or `backbone`.
-        source: where the tensors come from.
-        config: of the model.
-        model_class: whose instance is saved.
-        state_dict: under the model's names.
-        processor: an image processor, if the model has one.
-        example_size: side of the image that the outputs are checked on.
-        ignored: entries of the source that no model has a use for.
+        source: the checkpoint of the tensors.
+        config: the model's configuration.
+        model_class: the model's class.
+        state_dict: tensors under the model's names.
+        processor: the image processor, if the model has one.
+        example_size: side in pixels of the image for the check of the outputs.
+        ignored: entries of the source without a use in the model.
     """
 
     task: str
@@ -53,10 +53,10 @@ class Plan:
 
 
 def size_in_bytes(text: str) -> int:
-    """`--max-shard-size` in bytes.
+    """Parses `--max-shard-size` into bytes.
 
     Raises:
-        ConversionError: if it is not a positive number with a unit.
+        ConversionError: if the value is not a positive number with a unit.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
     size = (
@@ -70,7 +70,7 @@ def size_in_bytes(text: str) -> int:
 def settings_of(
     task: str, source: Source, *, dtype: str | None, ema: bool, remote_code: bool, max_shard_size: str
 ) -> dict[str, Any]:
-    """What decides, with the source's bytes, on what a folder holds; a report records it."""
+    """Returns the settings that determine, with the source's bytes, a folder's content; the report records them."""
     config = json.dumps(source.config, sort_keys=True).encode()
     return {
         "task": task,
@@ -84,10 +84,10 @@ def settings_of(
 
 
 def read_report(output: Path) -> dict[str, Any] | None:
-    """The report in a folder; None if the folder is absent, empty, or none of ours.
+    """Reads the report in a folder; returns None if the folder is missing, empty, or has no report.
 
     Raises:
-        ConversionError: if the report cannot be read, or is an earlier version's, which does not tell all of the settings.
+        ConversionError: if the report cannot be read, or is of an earlier version that did not record all settings.
     """
     file = output / REPORT
     try:
@@ -109,7 +109,7 @@ def read_report(output: Path) -> dict[str, Any] | None:
 
 
 def is_finished(output: Path, source: Source, settings: dict[str, Any], verify: bool) -> bool:
-    """Whether the folder holds this source, converted with these settings, whole; False if it is absent or empty.
+    """Whether the folder holds the complete conversion of this source with these settings; False if missing or empty.
 
     Raises:
         ConversionError: if the folder holds anything else, or is damaged: nothing is overwritten.
@@ -164,21 +164,21 @@ def convert(
     verify: bool = True,
     repository: str | None = None,
 ) -> dict:
-    """Writes the folder `output` and returns the report, which it holds as well.
+    """Writes the folder `output`, with its report, and returns the report.
 
-    Everything is written and verified in the work folder; the result is then renamed: a folder of the final name is
-    complete. Tensors are taken from the mapped source shard by shard, so that memory holds the weights once and one shard.
+    The work folder is written, verified and then renamed: a folder of the final name is always complete. Tensors are copied
+    from the mapped source shard by shard: memory holds the weights once, plus one shard.
 
     Args:
-        plan: what to write.
-        output: must be absent or an empty folder.
-        work: an empty folder beside it, of `workplace`.
-        settings: of `settings_of`.
-        verify: whether to compare what was written with the source, and to run it.
-        repository: id on the Hub that the model card names.
+        plan: the content to write.
+        output: must be missing or an empty folder.
+        work: an empty folder beside it, from `workplace`.
+        settings: from `settings_of`.
+        verify: whether to compare the files with the source, and to run the model.
+        repository: Hub id for the model card.
 
     Raises:
-        ConversionError: if names, shapes or dtypes do not agree, what was written does not pass, or it cannot be written.
+        ConversionError: if names, shapes or dtypes differ, the verification fails, or the folder cannot be written.
     """
     folder = work / "result"
     with configuration_of(plan.source), torch.device("meta"):
@@ -189,7 +189,9 @@ def convert(
         raise ConversionError(f"{plan.source.file}: {error}") from error
     sources = {t.dtype for t in plan.state_dict.values() if t.is_floating_point()}
     dtype = getattr(torch, settings["dtype"]) if settings["dtype"] is not None else None
-    if dtype is None and len(sources) > 1:  # transformers loads a model in one: the smallest that holds all values
+    if (
+        dtype is None and len(sources) > 1
+    ):  # transformers loads a model in one dtype: take the smallest that holds all values
         dtype = reduce(torch.promote_types, sources)
     model.load_state_dict(plan.state_dict, strict=True, assign=True)
     if dtype is not None:
@@ -214,15 +216,16 @@ def convert(
         }
         if verify:
             report["tensors"] = verify_tensors(plan.state_dict, folder, dtype)
-        plan.state_dict.clear()  # lets go of the mapped source before the result is loaded
+        plan.state_dict.clear()  # unmaps the source before the result is loaded
         if verify:
             report["outputs"] = verify_outputs(plan, folder)
         if settings["remote_code"]:
             write_remote_code(folder, plan.model_class)
         report["files"] = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
-        # the card is the user's to edit, and not among the files that must stay as they are
+        # users may edit the card: the report does not list it
         name, remote_code = repository or output.name, settings["remote_code"]
-        card = model_card(name, plan.task, plan.source.released, num_parameters, remote_code)
+        version = getattr(getattr(plan.config, "backbone_config", plan.config), "dcn_version", 3)
+        card = model_card(name, plan.task, plan.source.released, num_parameters, remote_code, version)
         (folder / "README.md").write_text(str(card), encoding="utf-8")
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
@@ -245,23 +248,23 @@ def _check_tensors(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) 
         if tensor.shape != wanted.shape:
             raise ConversionError(f"{name} has the shape {tuple(tensor.shape)}, the model's has {tuple(wanted.shape)}")
         if not wanted.is_floating_point() and tensor.dtype in _FLOATS and torch.equal(tensor, tensor.round()):
-            tensor = state_dict[name] = tensor.to(wanted.dtype)  # a counter that was averaged with the weights
+            tensor = state_dict[name] = tensor.to(wanted.dtype)  # a counter averaged together with the weights
         allowed = _FLOATS if wanted.is_floating_point() else (wanted.dtype,)
         if tensor.dtype not in allowed:
             raise ConversionError(
                 f"{name} is of {str(tensor.dtype)[6:]}, expected {' or '.join(str(dtype)[6:] for dtype in allowed)}"
             )
-    end = 0  # of the memory that was met so far
+    end = 0  # memory of the tensors so far
     for name in sorted(state_dict, key=lambda name: state_dict[name].data_ptr()):
         tensor = state_dict[name]
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        if tensor.data_ptr() < end:  # memory under two names, which a safetensors file cannot hold
+        if tensor.data_ptr() < end:  # a safetensors file cannot hold memory under two names
             state_dict[name] = tensor.clone()
         end = max(end, tensor.data_ptr() + (last + 1) * tensor.element_size())
 
 
 def verify_tensors(state_dict: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype | None) -> dict:
-    """Compares every tensor with the file, bit for bit; in another dtype, with the source rounded to it.
+    """Compares every tensor with the file bit by bit; in another dtype, with the rounded source.
 
     Raises:
         ConversionError: if a value differs, is not finite in the source, or is too large for `dtype`.
@@ -293,19 +296,19 @@ def verify_tensors(state_dict: dict[str, torch.Tensor], folder: Path, dtype: tor
 
 
 def _not_finite(tensor: torch.Tensor) -> int:
-    """How many values are not finite. The extremes, NaN among them, need no memory; a mask is made if they tell of one."""
+    """Counts values that are not finite. Minimum and maximum, NaN included, need no memory; a mask is built only if needed."""
     if tensor.numel() == 0 or all(extreme.isfinite() for extreme in tensor.aminmax()):
         return 0
     return tensor.numel() - int(tensor.isfinite().sum())
 
 
 def example_input(size: int, num_channels: int = 3) -> torch.Tensor:
-    """The fixed input of the output check, (1, num_channels, size, size)."""
+    """Returns the fixed input of the output check, (1, num_channels, size, size)."""
     return torch.randn(1, num_channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def verify_outputs(plan: Plan, folder: Path) -> dict:
-    """Loads the folder and runs it twice: outputs must be finite and the same."""
+    """Loads the folder and runs the model twice: outputs must be finite and equal."""
     model, info = plan.model_class.from_pretrained(folder, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:

@@ -15,7 +15,7 @@ from internimage_hf import (
 )
 
 from .backbone import config_for
-from .classification import official_name, translated
+from .classification import joined_for_the_official_code, official_name, translated
 from .errors import ConversionError
 from .labels import id2label
 from .source import Source
@@ -128,7 +128,7 @@ def official_backbone(backbone: InternImageBackbone | InternImageCompositeBackbo
     """
     result = {}
     composite = isinstance(backbone, InternImageCompositeBackbone)
-    for name, tensor in backbone.state_dict().items():
+    for name, tensor in joined_for_the_official_code(backbone.config, backbone.state_dict()).items():
         part, _, rest = name.partition(".")
         if part == "connections":
             stage, below, kind = rest.split(".")

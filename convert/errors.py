@@ -1,4 +1,4 @@
-"""What goes wrong for reasons a user can act on, and how it is said: in one line."""
+"""In: exceptions. Out: messages of one line."""
 
 import os
 import re
@@ -15,20 +15,20 @@ class ConversionError(Exception):
 
 
 def one_line(text: str) -> str:
-    """The text in one line, without terminal codes, control characters, and the signatures in URLs."""
+    """Returns the text in one line, without terminal codes, control characters and signatures in URLs."""
     text = _QUERY.sub(r"\1", _TERMINAL_CODE.sub("", text))
     text = "".join(c if c.isprintable() or c.isspace() else "?" for c in text)
     return " ".join(text.split())
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in its first line; its class if it says nothing."""
+    """Returns the first line of an exception's message; its class if the message is empty."""
     lines = (line for line in map(one_line, str(error).splitlines()) if line)
     return next(lines, type(error).__name__)
 
 
 def describe(error: Exception) -> str:
-    """Any exception in one line. For those that nobody foresaw the line names the class and the place in the code."""
+    """Describes any exception in one line; for unexpected ones with the class and the place in the code."""
     if isinstance(error, ConversionError):
         return one_line(str(error))
     if isinstance(error, MemoryError):

@@ -1,4 +1,4 @@
-"""Uploading a finished folder."""
+"""In: a finished folder. Out: a repository on the Hub."""
 
 import re
 import sys
@@ -22,14 +22,14 @@ from .errors import ConversionError, describe, first_line, listed
 T = TypeVar("T")
 
 _ATTEMPTS = 5
-# From these, and only these, transformers reads weights.
+# The files that transformers reads weights from.
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 _LOGIN = "run `hf auth login` or set HF_TOKEN"
 _AGAIN = "run the same command again: what was sent is not sent twice"
 
 
 def check_repository(repository: str) -> None:
-    """Raises ConversionError for what cannot be the id of a repository."""
+    """Raises ConversionError for an invalid repository id."""
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
@@ -37,12 +37,12 @@ def check_repository(repository: str) -> None:
 
 
 def push(folder: Path, repository: str, private: bool = False, pause: float = 2.0) -> str:
-    """Creates the repository if need be and uploads the folder in one commit; returns the repository's URL.
+    """Creates a missing repository and uploads the folder in one commit; returns the repository's URL.
 
-    Large files are sent first and the commit names them last, so a repository never shows half of a model; what a broken
-    upload has sent is not sent again. The commit removes weight files that the repository holds and the folder does not:
-    transformers might load those instead. Hidden files stay here. Network errors and the server's own are tried again, each
-    time after twice the pause, `pause` seconds at first.
+    Large files are sent first and named by the commit at the end: a repository never shows an incomplete model. An upload
+    after an interruption does not send the same files again. The commit removes the repository's weight files that the folder
+    lacks: transformers might load those instead. Hidden files are not uploaded. Network and server errors are retried after
+    `pause` seconds, then twice as long each time.
 
     Raises:
         ConversionError: without a token, without permission, if a file cannot be read or is refused, if the repository is
@@ -85,7 +85,7 @@ def _retry(action: Callable[[], T], repository: str, pause: float) -> T:
             return action()
         except ConversionError:
             raise
-        except Exception as error:  # huggingface_hub wraps what happens to a large file in a RuntimeError
+        except Exception as error:  # huggingface_hub wraps errors of large files in a RuntimeError
             problem = _problem(error, repository)
             if attempt < _ATTEMPTS:
                 wait = pause * 2 ** (attempt - 1)
@@ -95,15 +95,15 @@ def _retry(action: Callable[[], T], repository: str, pause: float) -> T:
 
 
 def _problem(error: Exception, repository: str) -> str:
-    """What went wrong, if another attempt may help.
+    """Describes the error if another attempt may help.
 
     Raises:
-        ConversionError: if it will not.
+        ConversionError: if another attempt cannot help.
     """
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)
-    # "Error while uploading 'model.safetensors' to the Hub.", and what it was
+    # "Error while uploading 'model.safetensors' to the Hub.", and its cause
     what = f"{first_line(error).rstrip('.')}: " if isinstance(error, RuntimeError) and len(causes) > 1 else ""
 
     def final(reason: str, advice: str) -> ConversionError:
@@ -117,7 +117,7 @@ def _problem(error: Exception, repository: str) -> str:
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:
             status = cause.response.status_code
             reason = f"the Hub answered {status} ({first_line(cause)})"
-            if what:  # a large file's storage, whose links expire: the next attempt gets a new one
+            if what:  # links to a large file's storage expire: the next attempt gets a new one
                 reason = f"the storage answered {status} ({first_line(cause)})"
                 if status == 413:
                     raise final(reason, "convert again with a smaller --max-shard-size") from error
@@ -141,10 +141,10 @@ def _problem(error: Exception, repository: str) -> str:
         if isinstance(cause, (ConnectionError, TimeoutError)):
             return f"{what}{type(cause).__name__}: {first_line(cause)}"
     root = causes[-1]
-    if isinstance(root, PermissionError) and root.errno is None:  # hf_xet's, of its own storage
+    if isinstance(root, PermissionError) and root.errno is None:  # errors of hf_xet's storage
         raise final(first_line(root), f"{_LOGIN} with a token of the role `write`") from error
     if isinstance(root, OSError):
         raise final(describe(root), _AGAIN) from error
-    if isinstance(error, RuntimeError):  # hf_xet has no classes for what happens on the network
+    if isinstance(error, RuntimeError):  # hf_xet has no classes for network errors
         return what + first_line(root)
     raise final(f"{type(root).__name__}: {first_line(root)}", "nothing was committed") from error

@@ -1,4 +1,4 @@
-"""Class names of the data sets that the released checkpoints know."""
+"""In: a dataset's name. Out: the class names of the released checkpoints trained on it."""
 
 import gzip
 import json
@@ -11,12 +11,12 @@ _DATA = Path(__file__).parent / "data"
 
 
 def class_names(data_set: str) -> list[str]:
-    """The names of a data set's classes, in the order of their ids; no name occurs twice.
+    """Returns the names of a dataset's classes in the order of their ids; names are unique.
 
-    ImageNet-22k's are WordNet's lemmas, with the synset's id where two synsets share them; the order of ids is that of
-    the synsets (classification/meta_data/22k_class_to_idx.json). The segmentation data sets' are mmsegmentation's
-    and the official code's; ids are those after ADE20K's "other" was taken out. The detection data sets' are mmdetection's
-    (COCO, LVIS v1, Pascal VOC), and those of Open Images' `class-descriptions-boxable.csv`.
+    ImageNet-22k: WordNet's lemmas, with the synset's id if two synsets share them, in the order of the synsets
+    (classification/meta_data/22k_class_to_idx.json). Segmentation datasets: the names of mmsegmentation and the official code,
+    without ADE20K's "other". Detection datasets: mmdetection's names (COCO, LVIS v1, Pascal VOC), and for Open Images those of
+    its `class-descriptions-boxable.csv`.
     """
     if data_set == "imagenet-1k":
         return list(IMAGENET_1K_LABELS)
@@ -31,7 +31,7 @@ def class_names(data_set: str) -> list[str]:
 
 
 def id2label(data_set: str | None, num_labels: int) -> dict[int, str]:
-    """Names for `num_labels` classes: those of the data set if it has as many, `LABEL_0` ... otherwise."""
+    """Returns names for `num_labels` classes: the dataset's if their number is equal, else `LABEL_0` ..."""
     names = class_names(data_set) if data_set is not None else []
     if len(names) != num_labels:
         names = [f"LABEL_{i}" for i in range(num_labels)]

@@ -1,4 +1,4 @@
-"""python -m convert.mask2former SOURCE --output DIR: a Mask2Former checkpoint with an InternImage backbone."""
+"""python -m convert.mask2former SOURCE --output DIR: converts a Mask2Former checkpoint with an InternImage backbone."""
 
 import argparse
 import re
@@ -24,7 +24,7 @@ _DECODER = r"transformer_decoder\.layers\.(\d+)\."
 _OUR_DECODER = _TM + r".decoder.layers.\1."
 _W = r"\.(weight|bias)"
 
-# mmdetection's names to transformers'; fused self-attention keeps its name here and is split afterwards
+# mmdetection's names and transformers'; fused self-attention keeps its name and is split afterwards
 _PATTERNS = [
     (re.compile(r"decode_head\." + pattern), target)
     for pattern, target in (
@@ -63,12 +63,12 @@ _PATTERNS = [
         (r"cls_embed" + _W, r"class_predictor.\1"),
     )
 ]
-# a classifier that the head inherits and never uses; files written by early versions of the official code hold it
+# an inherited, unused classifier in files of early versions of the official code
 _IGNORED = re.compile(r"decode_head\.conv_seg\.(weight|bias)")
 
 
 def _split_self_attention(head: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """q, k and v of the decoder's self-attention: the thirds of the fused tensors. Cross-attention stays fused."""
+    """Splits the fused tensors of the decoder's self-attention into q, k and v. Cross-attention stays fused."""
     result = {}
     for name, tensor in head.items():
         match = re.fullmatch(r"(.+\.self_attn)\.in_proj_(weight|bias)", name)
@@ -116,7 +116,7 @@ def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
         dim_feedforward=shape(f"{_TM}.decoder.layers.0.fc1.weight", 2)[0],
         num_queries=shape(f"{_TM}.queries_features.weight", 2)[0],
         encoder_layers=number_of(f"{_PD}.encoder.layers."),
-        decoder_layers=number_of(f"{_TM}.decoder.layers.") + 1,  # transformers builds one less than it is told
+        decoder_layers=number_of(f"{_TM}.decoder.layers.") + 1,  # transformers builds one layer less than configured
         pre_norm=False,
         enforce_input_projection=False,
         id2label=labels,
@@ -125,7 +125,7 @@ def make_plan(source: Source, arguments: argparse.Namespace) -> Plan:
     state_dict = backbone | head
     with torch.device("meta"):
         buffers = dict(Mask2FormerForUniversalSegmentation(config).named_buffers())
-    if "criterion.empty_weight" in buffers:  # the loss's class weights, which have no counterpart in the file
+    if "criterion.empty_weight" in buffers:  # class weights of the loss; the file has no counterpart
         state_dict["criterion.empty_weight"] = torch.ones(num_labels + 1)
         state_dict["criterion.empty_weight"][-1] = config.no_object_weight
     processor = Mask2FormerImageProcessorPil(ignore_index=255, **processor_options(source))

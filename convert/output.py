@@ -1,4 +1,4 @@
-"""Where a conversion writes: a work folder of its own beside the target, and a lock that one conversion holds at a time."""
+"""In: a target folder. Out: a work folder beside it, with a lock on the target for one conversion at a time."""
 
 import contextlib
 import errno
@@ -17,13 +17,13 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# Proves that a work folder is one: other folders of a similar name are the user's and stay.
+# Marks a work folder: folders of a similar name without it belong to the user and are kept.
 _MARKER = "work-folder-of-a-conversion"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def resolve(output: Path) -> Path:
-    """The absolute path, symbolic links followed, so that one place has one lock.
+    """Returns the absolute path without symbolic links: one folder has one lock.
 
     Raises:
         ConversionError: if no file can have this name.
@@ -37,12 +37,12 @@ def resolve(output: Path) -> Path:
 
 @contextlib.contextmanager
 def workplace(output: Path) -> Iterator[Path]:
-    """A new empty folder on the target's file system, removed at the end, and meanwhile the lock on the target.
+    """Within the block, locks the target and provides a new empty work folder on its file system, removed at the end.
 
-    What killed conversions into the same target left behind is removed first; the kernel has released their locks.
+    Leftovers of killed conversions into the same target are removed first; the kernel has released their locks.
 
     Args:
-        output: of `resolve`; its parents are created.
+        output: from `resolve`; its parents are created.
 
     Raises:
         ConversionError: if another conversion holds the lock, or nothing can be written there.
@@ -65,25 +65,25 @@ def workplace(output: Path) -> Iterator[Path]:
         yield work
     finally:
         if work is not None:
-            with contextlib.suppress(OSError):  # the next conversion tries again and says why it cannot
+            with contextlib.suppress(OSError):  # the next conversion tries again and reports the error
                 _remove(work)
         if lock is not None:
             _unlock(output, lock)
 
 
 def sweep(output: Path) -> None:
-    """Removes what killed conversions left beside a target that is finished."""
-    with contextlib.suppress(ConversionError, OSError):  # it is busy, or not to be written: nothing depends on it
+    """Removes leftovers of killed conversions beside a finished target."""
+    with contextlib.suppress(ConversionError, OSError):  # busy or read-only: nothing depends on the removal
         if _leftovers(output) or _lock_file(output).is_file():
             with workplace(output):
                 pass
 
 
 def publish(work: Path, output: Path) -> None:
-    """Gives what was written at `work` its final name, in one step.
+    """Renames the result at `work` to its final name, atomically.
 
     Raises:
-        ConversionError: if something that is not an empty folder has this name by now.
+        ConversionError: if anything but an empty folder has this name by now.
     """
     try:
         if output.is_dir() and (os.name == "nt" or work.is_file()):
@@ -100,7 +100,7 @@ def _prefix(output: Path) -> str:
 
 
 def _leftovers(output: Path) -> list[Path]:
-    """Work folders of this target. One without a marker is a work folder if it is empty: its maker was killed at once."""
+    """Lists the work folders of this target. An empty one without a marker counts: its conversion was killed at the start."""
     return [
         path
         for path in output.parent.iterdir()
@@ -112,7 +112,7 @@ def _leftovers(output: Path) -> list[Path]:
 
 
 def _remove(work: Path) -> None:
-    """The marker goes last: a removal that is killed is taken up by the next conversion."""
+    """Removes a work folder, its marker last: the next conversion completes a killed removal."""
     for path in work.iterdir():
         if path.name != _MARKER:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -124,10 +124,10 @@ def _lock_file(output: Path) -> Path:
 
 
 def _lock(output: Path) -> int | None:
-    """The descriptor that holds the lock; None on a file system without locks, where work folders alone must do."""
+    """Returns the descriptor that holds the lock; None on a file system without locks."""
     file = _lock_file(output)
     busy = ConversionError(f"another conversion is writing {output}: run this again when that one has ended")
-    if fcntl is None:  # Windows deletes the file when the process ends, however it ends
+    if fcntl is None:  # Windows deletes the file when the process ends
         try:
             return os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_TEMPORARY)
         except FileExistsError:
@@ -136,7 +136,7 @@ def _lock(output: Path) -> int | None:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the last holder may have removed the file in between: then this lock is on a file that nobody else sees
+            # the last holder may have removed the file meanwhile: this lock would be on a deleted file
             if os.path.samestat(os.fstat(descriptor), os.stat(file)):
                 return descriptor
         except BlockingIOError:
@@ -157,6 +157,8 @@ def _lock(output: Path) -> int | None:
 
 def _unlock(output: Path, descriptor: int) -> None:
     with contextlib.suppress(OSError):
-        if fcntl is not None and os.fstat(descriptor).st_size == 0:  # a file with content is not ours
+        if (
+            fcntl is not None and os.fstat(descriptor).st_size == 0
+        ):  # a lock file is empty: one with content belongs to the user
             os.unlink(_lock_file(output))
     os.close(descriptor)

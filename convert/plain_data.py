@@ -1,7 +1,7 @@
-"""Stand-ins for what training programs save beside the weights, so that such files are read without any code of theirs.
+"""In: names of classes in training programs' checkpoints. Out: stand-ins to unpickle such files without those programs' code.
 
-torch's restricted unpickler calls nothing but what it was told of. It is told of the names below; what it gets for them is an
-ordinary dictionary, or an object that takes any arguments and any state and keeps nothing.
+torch's restricted unpickler calls allowed names only. The names below are allowed; each stands for an ordinary dictionary, or
+for an object that accepts any arguments and state and keeps nothing.
 """
 
 from collections import OrderedDict
@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 class _Mapping:
     def __new__(cls, *args, **kwargs) -> OrderedDict:
-        return OrderedDict()  # the one mapping with attributes that the restricted unpickler fills
+        return OrderedDict()  # the only mapping with attributes that the restricted unpickler can fill
 
 
 class _Inert:
@@ -49,7 +49,7 @@ _OBJECTS = (
     ),
     "typing.Any",
     *(f"builtins.{name}" for name in ("bool", "int", "float", "str", "bytes", "list", "tuple", "dict")),
-    # accuracies and histories as NumPy's scalars and arrays
+    # accuracies and histories: NumPy's scalars and arrays
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     "numpy.ndarray",
     "numpy.dtype",
@@ -64,5 +64,5 @@ _OBJECTS = (
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
 )  # fmt: skip
 
-# As `torch.serialization.safe_globals` takes them. Each name has a class of its own, so that a message can tell it.
+# The argument of `torch.serialization.safe_globals`. Each name has its own class, for messages.
 STAND_INS = [(_Mapping, name) for name in _MAPPINGS] + [(type(name, (_Inert,), {}), name) for name in _OBJECTS]

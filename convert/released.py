@@ -1,14 +1,15 @@
-"""The checkpoints in https://huggingface.co/OpenGVLab/InternImage, as data.
+"""The checkpoints in https://huggingface.co/OpenGVLab/InternImage and https://huggingface.co/OpenGVLab/DCNv4, as data.
 
-Accuracy, FLOPs and resolutions are the authors' (README files of OpenGVLab/InternImage). Sizes, sha256 sums and the
-commit of the repository are not known: they could not be looked up where this was written, and are None. A file whose sum
-is known is checked.
+Accuracy, FLOPs and resolutions are the authors' (README files of OpenGVLab/InternImage and OpenGVLab/DCNv4). Sizes, sha256
+sums and the commits of the repositories are not known: they could not be looked up where this was written, and are None. A
+file whose sum is known is checked.
 """
 
 from dataclasses import dataclass
 
 
 REPOSITORY = "OpenGVLab/InternImage"
+DCNV4_REPOSITORY = "OpenGVLab/DCNv4"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Released:
         width: of the evaluation images, if they are not square; of a detector's, the length of their long side.
         precisions: of a detector, each as name, data set and value in percent.
         sha256, num_bytes: of the file, where known.
+        repository: on the Hub, that holds the file.
+        other_names: of the same file, without `.pth`: the authors' links and configurations do not agree on all of them.
     """
 
     name: str
@@ -44,10 +47,17 @@ class Released:
     precisions: tuple[tuple[str, str, float], ...] = ()
     sha256: str | None = None
     num_bytes: int | None = None
+    repository: str = REPOSITORY
+    other_names: tuple[str, ...] = ()
 
     @property
     def file(self) -> str:
         return f"{self.name}.pth"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names that the file may have in its repository, the one to try first at the beginning."""
+        return tuple(f"{name}.pth" for name in (self.name, *self.other_names))
 
     @property
     def labels_begin_at_one(self) -> bool:
@@ -56,9 +66,12 @@ class Released:
 
     @property
     def published_repository(self) -> str | None:
-        return f"OpenGVLab/{self.name}" if self.task == "classification" else None
+        """The repository in the layout of transformers that the authors made of the file; there are none of DCNv4's."""
+        is_published = self.task == "classification" and self.repository == REPOSITORY
+        return f"OpenGVLab/{self.name}" if is_published else None
 
 
+_1K = ("imagenet-1k",)
 _22K = ("imagenet-22k",)
 _22K_1K = ("imagenet-22k", "imagenet-1k")
 
@@ -293,6 +306,96 @@ _ALL = [
             ("segformer_internimage_xl_512x1024_80k_mapillary", "xl", 1024, (), 0.4),
         )
     ),
+    *(
+        Released(
+            name,
+            "classification",
+            variant,
+            data[-1],
+            size,
+            top1,
+            training_data=data,
+            repository=DCNV4_REPOSITORY,
+            other_names=other_names,
+        )
+        for name, variant, size, top1, data, other_names in (
+            ("flash_intern_image_t_1k_224", "flash_t", 224, 83.6, _1K, ()),
+            ("flash_intern_image_s_1k_224", "flash_s", 224, 84.4, _1K, ()),
+            ("flash_intern_image_b_1k_224", "flash_b", 224, 84.9, _1K, ()),
+            # The README links to the first name, which users report as dead; the configuration has the second.
+            (
+                "flash_internimage_l_22kto1k_384",
+                "flash_l",
+                384,
+                88.1,
+                _22K_1K,
+                ("flash_intern_image_l_22kto1k_384",),
+            ),
+            # Named in configurations alone.
+            ("flash_intern_image_l_22k_384", "flash_l", 384, None, _22K, ("flash_internimage_l_22k_384",)),
+        )
+    ),
+    *(
+        Released(
+            name,
+            name.partition("_")[0],
+            f"flash_{variant}",
+            "ade20k",
+            size,
+            miou,
+            training_data=("scene_parse_150",),
+            drop_path_rate=drop_path_rate,
+            repository=DCNV4_REPOSITORY,
+        )
+        for name, variant, size, miou, drop_path_rate in (
+            ("upernet_flash_internimage_t_512_160k_ade20k", "t", 512, 49.3, 0.2),
+            ("upernet_flash_internimage_s_512_160k_ade20k", "s", 512, 50.6, 0.3),
+            ("upernet_flash_internimage_b_512_160k_ade20k", "b", 512, 52.0, 0.3),
+            ("upernet_flash_internimage_l_640_160k_ade20k", "l", 640, 55.6, 0.4),
+            ("mask2former_flash_internimage_t_512_160k_ade20k_ss", "t", 512, 51.2, 0.2),
+            (
+                "mask2former_flash_internimage_s_640_160k_ade20k_ss",
+                "s",
+                640,
+                52.6,
+                0.3,
+            ),  # 52.2 in segmentation/README.md
+            ("mask2former_flash_internimage_b_640_160k_ade20k_ss", "b", 640, 53.4, 0.4),
+            ("mask2former_flash_internimage_l_640_160k_ade20k_ss", "l", 640, 56.7, 0.5),
+        )
+    ),
+    *(
+        Released(
+            name,
+            "backbone",
+            f"flash_{variant}",
+            "none",
+            800,
+            training_data=("coco",),
+            drop_path_rate=drop_path_rate,
+            repository=DCNV4_REPOSITORY,
+        )
+        for name, variant, drop_path_rate in (
+            ("mask_rcnn_flash_internimage_t_fpn_1x_coco", "t", 0.2),
+            ("mask_rcnn_flash_internimage_t_fpn_3x_coco", "t", 0.2),
+            ("mask_rcnn_flash_internimage_s_fpn_1x_coco", "s", 0.3),
+            ("mask_rcnn_flash_internimage_s_fpn_3x_coco", "s", 0.4),
+            ("mask_rcnn_flash_internimage_b_fpn_1x_coco", "b", 0.3),
+            ("mask_rcnn_flash_internimage_b_fpn_3x_coco", "b", 0.4),
+            ("cascade_flash_internimage_l_fpn_1x_coco", "l", 0.4),
+            ("cascade_flash_internimage_l_fpn_3x_coco", "l", 0.4),
+            ("dino_4scale_flash_internimage_t_1x_coco", "t", 0.2),
+            ("dino_4scale_flash_internimage_s_1x_coco", "s", 0.3),
+            ("dino_4scale_flash_internimage_b_1x_coco", "b", 0.3),
+            ("dino_4scale_flash_internimage_l_1x_coco", "l", 0.4),
+        )
+    ),
 ]
 
 RELEASED: dict[str, Released] = {released.name: released for released in _ALL}
+_NAMES = {name: released for released in _ALL for name in (released.name, *released.other_names)}
+
+
+def released_as(name: str) -> Released | None:
+    """The released checkpoint whose file has this name, or one of its other names, without `.pth`."""
+    return _NAMES.get(name)

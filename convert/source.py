@@ -1,4 +1,4 @@
-"""Finding and reading what is to be converted."""
+"""In: the name of a checkpoint. Out: its file, tensors and configuration."""
 
 import contextlib
 import hashlib
@@ -13,26 +13,32 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    StrictDataclassError,
+)
 from huggingface_hub.utils import httpx
 from safetensors.torch import load_file
 
 from .errors import ConversionError, describe, first_line
 from .plain_data import STAND_INS
-from .released import RELEASED, REPOSITORY, Released
+from .released import RELEASED, Released, released_as
 
 
 @dataclass
 class Source:
-    """A checkpoint that was found: its tensors as they are in the file, and what is known about it.
+    """A checkpoint, before its tensors are read.
 
     Args:
-        file: that holds it; not there, and only its name, if `find` had no need to download it.
-        released: the released checkpoint that it is, by its name.
-        config: the official fields, if they were given or lie beside the file.
-        sha256: of the file.
-        left_out: what the file holds beside the tensors that `read` returned, by name; filled by `read`.
-        unknown_fields: of `config`, which no model here has and which have no effect; filled by what builds the model's.
+        file: the checkpoint's file; only its name if `find` did not need to download it.
+        released: the released checkpoint of this name, if any.
+        config: the official fields, if given or beside the file.
+        sha256: the file's checksum.
+        left_out: the file's entries that `read` does not return, by name; set by `read`.
+        unknown_fields: fields of `config` without effect; set when the model's configuration is built.
     """
 
     file: Path
@@ -48,22 +54,22 @@ class Source:
 
 
 def find(name: str, config_file: str | None, revision: str | None, converted: str | None = None) -> Source:
-    """Finds the checkpoint that a command line names.
+    """Finds the checkpoint of a command line.
 
     Args:
         name: a local `.pth` or `.safetensors` file, a local folder in the published layout, the name of a released
             checkpoint, or the id of a Hub repository in the published layout.
-        config_file: JSON with the official fields, for what is not released under a known name.
-        revision: of the Hub repository; the default branch if None.
-        converted: the sha256 of a file that is converted already: a file on the Hub with this sum is not downloaded.
+        config_file: JSON with the official fields, for checkpoints without a released name.
+        revision: revision of the Hub repository; None for the default branch.
+        converted: sha256 of an already converted file: a Hub file with this checksum is not downloaded.
 
     Raises:
-        ConversionError: if there is no such thing, or no configuration for it.
+        ConversionError: if the checkpoint or its configuration cannot be found.
     """
     path = Path(name)
     digest = None
     config = _read_json(Path(config_file)) if config_file is not None else None
-    released = RELEASED.get(path.stem if path.suffix == ".pth" else path.name)
+    released = released_as(path.stem if path.suffix == ".pth" else path.name)
     if path.is_file():
         file = path
     elif path.is_dir():
@@ -74,10 +80,10 @@ def find(name: str, config_file: str | None, revision: str | None, converted: st
             raise ConversionError(f"the folder {path} has neither model.safetensors nor pytorch_model.bin{sharded}")
         if config is None:
             config = _read_json(path / "config.json")
-    elif name in RELEASED:
-        file, digest = _from_hub(REPOSITORY, released.file, revision, converted)
+    elif released is not None and name in (released.name, *released.other_names):
+        file, digest = _from_hub(released.repository, released.files, revision, converted)
     elif "/" in name and not name.startswith((".", "/")) and path.suffix != ".pth":
-        file, digest = _from_hub(name, "model.safetensors", revision, converted)
+        file, digest = _from_hub(name, ("model.safetensors",), revision, converted)
         if config is None:
             config = _read_json(_download(name, "config.json", revision))
     else:
@@ -101,7 +107,7 @@ def find(name: str, config_file: str | None, revision: str | None, converted: st
 
 @contextlib.contextmanager
 def configuration_of(source: Source) -> Iterator[None]:
-    """Around what builds a configuration of the official fields: what it raises names the source."""
+    """Within the block, errors of building a configuration become a ConversionError that names the source."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
@@ -135,24 +141,42 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _from_hub(
-    repository: str, file: str, revision: str | None, converted: str | None
+    repository: str, files: tuple[str, ...], revision: str | None, converted: str | None
 ) -> tuple[Path, None] | tuple[Path, str]:
-    """The file in the cache, downloaded if need be; or its name and its sum, if it is converted already and not cached."""
-    if converted is not None and not isinstance(try_to_load_from_cache(repository, file, revision=revision), str):
+    """Returns the cached or downloaded file; or its name and checksum, if it is converted already and not cached.
+
+    Args:
+        files: the names that the file may have. The next one is tried if the repository lacks the one before it.
+    """
+    cached = {file: try_to_load_from_cache(repository, file, revision=revision) for file in files}
+    files = tuple(sorted(files, key=lambda file: not isinstance(cached[file], str)))  # a cached file needs no network
+    for tried, file in enumerate(files, start=1):
+        if converted is not None and not isinstance(cached[file], str):
+            try:
+                url = hf_hub_url(repository, file, revision=revision)
+                etag = get_hf_file_metadata(url).etag  # the sha256 of a large file
+            except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
+                etag = None  # the download below raises the error
+            if etag == converted:
+                return Path(file), converted
         try:
-            etag = get_hf_file_metadata(hf_hub_url(repository, file, revision=revision)).etag  # a large file's sha256
-        except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
-            etag = None  # the download below says what is wrong
-        if etag == converted:
-            return Path(file), converted
-    return _download(repository, file, revision), None
+            return _download(repository, file, revision), None
+        except ConversionError as error:
+            lacks_it = isinstance(error.__cause__, RemoteEntryNotFoundError)
+            if lacks_it and tried < len(files):
+                continue
+            if tried == 1:
+                raise
+            before = " and ".join(files[: tried - 1])
+            raise ConversionError(f"{error} (tried before: {before}, which {repository} does not have)") from error
+    raise AssertionError("`files` is empty")
 
 
 def _download(repository: str, file: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(repository, file, revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
-        # huggingface_hub speaks of the connection in general; its cause says what happened
+        # huggingface_hub's message is general; the cause has the reason
         cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
         raise ConversionError(f"cannot download {file} of {repository}: {first_line(cause)}") from error
 
@@ -162,18 +186,17 @@ _WEIGHTS = ("model", "state_dict", "module")
 
 
 def read_tensors(file: Path, ema: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The state dict in a file, mapped into memory and not read: no code of the file is run.
+    """Maps a file's state dict into memory, without running code of the file.
 
-    Returns the tensors by name, without a `module.` that all names begin with, and what else the file holds: a description
-    by name.
+    Returns the tensors by name, without a common prefix `module.`, and descriptions of the file's other entries by name.
 
     Raises:
-        ConversionError: if the file is truncated, holds something else, or has no averaged weights although `ema`.
+        ConversionError: if the file is truncated, has another content, or lacks the averaged weights for `ema`.
     """
     checkpoint = _load(file)
     left_out: dict[str, str] = {}
     place = ""
-    for names in (_EMA, _WEIGHTS) if ema else (_WEIGHTS, _WEIGHTS):  # once more: {"state_dict": {"model": ...}}
+    for names in (_EMA, _WEIGHTS) if ema else (_WEIGHTS, _WEIGHTS):  # nested twice: {"state_dict": {"model": ...}}
         if not isinstance(checkpoint, dict):
             break
         name = next((name for name in names if isinstance(checkpoint.get(name), dict)), None)
@@ -195,10 +218,10 @@ def read_tensors(file: Path, ema: bool = False) -> tuple[dict[str, torch.Tensor]
 
 
 def shape_of(file: Path, tensors: dict[str, torch.Tensor], name: str, dimensions: int) -> torch.Size:
-    """The shape of a tensor that the architecture is derived from.
+    """Returns the shape of a tensor that determines the architecture.
 
     Raises:
-        ConversionError: if there is no such tensor, or it has another number of dimensions, or no elements.
+        ConversionError: if the tensor is missing, has another number of dimensions, or no elements.
     """
     if name not in tensors:
         raise ConversionError(f"{file}: {name} is missing")
@@ -238,7 +261,7 @@ def _load(file: Path) -> Any:
         raise ConversionError(f"{file} {kind}, not a checkpoint")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(STAND_INS):
-            warnings.simplefilter("ignore")  # about the format, in files that are refused or read all the same
+            warnings.simplefilter("ignore")  # warnings about the format: such files are read or refused here
             if kind == "safetensors" or (kind is None and file.suffix == ".safetensors"):
                 return load_file(file)
             try:
@@ -249,20 +272,20 @@ def _load(file: Path) -> Any:
                 return torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
     except OSError as error:
         raise ConversionError(f"cannot read {describe(error)}") from error
-    except Exception as error:  # whatever torch's and safetensors' parsers stumble on in a wrong file
+    except Exception as error:  # torch's and safetensors' parsers raise many kinds for an invalid file
         if kind is None and file.suffix != ".safetensors":
             reason = "it is neither a file of torch.save nor a safetensors file"
         elif isinstance(error, pickle.UnpicklingError):
             raise ConversionError(_refusal(file, str(error))) from error
         else:
             reason = (
-                f"it may be truncated or of another kind: {first_line(error).split('. ')[0]}"  # not torch's advice
+                f"it may be truncated or of another kind: {first_line(error).split('. ')[0]}"  # without torch's advice
             )
         raise ConversionError(f"{file} cannot be read as a checkpoint: {reason}") from error
 
 
 def _refusal(file: Path, message: str) -> str:
-    """Why a pickle is not read, and what to do: torch's own text is an essay with terminal codes."""
+    """Explains in one line why a pickle is refused; torch's own message is long and has terminal codes."""
     if found := re.search(r"GLOBAL (\S+)", message):
         what = f"an object of the class or function {found[1]}"
     else:
@@ -276,7 +299,7 @@ def _refusal(file: Path, message: str) -> str:
 
 
 def _kind(file: Path) -> str | None:
-    """What a file is, by how it begins: one of the formats that are read, or the end of a sentence; None if unknown."""
+    """Identifies a file by its first bytes: a readable format, or the end of an error message; None if unknown."""
     with open(file, "rb") as stream:
         start = stream.read(512)
     if not start:

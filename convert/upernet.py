@@ -1,4 +1,4 @@
-"""python -m convert.upernet SOURCE --output DIR: a UperNet checkpoint with an InternImage backbone."""
+"""python -m convert.upernet SOURCE --output DIR: converts a UperNet checkpoint with an InternImage backbone."""
 
 import argparse
 import re
@@ -16,7 +16,7 @@ from .labels import id2label
 from .source import Source, configuration_of, shape_of
 
 
-# mmsegmentation's ConvModule calls its norm `bn` where transformers says `batch_norm`
+# the norm of mmsegmentation's ConvModule is `bn`, of transformers' `batch_norm`
 _PATTERNS = [
     (re.compile(r"(decode_head|auxiliary_head)\.conv_seg\.(weight|bias)"), r"\1.classifier.\2"),
     (re.compile(r"((?:decode_head|auxiliary_head)\..+)\.bn\.(\w+)"), r"\1.batch_norm.\2"),
@@ -25,7 +25,7 @@ _PATTERNS = [
 
 
 def translate_segmentation(source: Source, ema: bool, patterns: list) -> tuple[dict, list[str]]:
-    """The tensors of a segmenter: the backbone's translated, the head's by patterns; and the names nothing matched."""
+    """Translates a segmenter's tensors, the head's by patterns; returns them and the unmatched names."""
     state_dict = source.read(ema)
     backbone = translated(source, {name: t for name, t in state_dict.items() if name.startswith("backbone.")})
     if not backbone:
@@ -44,7 +44,7 @@ def translate_segmentation(source: Source, ema: bool, patterns: list) -> tuple[d
 
 
 def processor_options(source: Source) -> dict:
-    """What the image processor of a segmenter needs: the size of the evaluation images, and whether label 0 is a class."""
+    """Returns fields for a segmenter's image processor: the evaluation size, and whether label 0 is no class."""
     released = source.released
     if released is None:
         return {"size": {"height": 512, "width": 512}, "do_reduce_labels": False}

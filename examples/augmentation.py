@@ -1,7 +1,7 @@
-"""The authors' augmentation for classification, on PIL images and tensors: RandAugment, random erasing, mixup, cutmix.
+"""In: images and labels of a training batch. Out: both augmented by RandAugment, random erasing, mixup and cutmix.
 
-After the papers (arXiv 1909.13719, 1708.04896, 1710.09412, 1905.04899), with the ranges that the authors' library, timm, has
-for them. `random` and torch's global generator decide, so that a resumed run goes on as it would have.
+After the papers (arXiv 1909.13719, 1708.04896, 1710.09412, 1905.04899), with the ranges of timm, which the official code uses.
+The random numbers come from `random` and torch's global generator: `Trainer` restores both when it resumes.
 """
 
 import math
@@ -29,7 +29,7 @@ def _solarize_add(image: Image.Image, amount: int) -> Image.Image:
     return image.point([min(255, v + amount) if v < 128 else v for v in range(256)] * len(image.getbands()))
 
 
-# Each with a strength from 0 to 1; all grow stronger with it (timm's "increasing" set).
+# Operations by name, each with a strength from 0 to 1 (timm's "increasing" set).
 OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "auto_contrast": lambda image, s: ImageOps.autocontrast(image),
     "equalize": lambda image, s: ImageOps.equalize(image),
@@ -50,7 +50,7 @@ OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 
 
 def rand_augment(image: Image.Image, magnitude: float, deviation: float = 0.5, count: int = 2) -> Image.Image:
-    """`count` of the operations, each applied with probability 1/2, with a strength around `magnitude` of 10."""
+    """Applies `count` random operations, each with probability 1/2 and a strength around `magnitude` of 10."""
     for name in random.choices(list(OPERATIONS), k=count):
         if random.random() < 0.5:
             strength = min(max(random.gauss(magnitude, deviation), 0.0), 10.0) / 10
@@ -59,7 +59,7 @@ def rand_augment(image: Image.Image, magnitude: float, deviation: float = 0.5, c
 
 
 def random_erasing(pixel_values: torch.Tensor, probability: float) -> torch.Tensor:
-    """With this probability, a rectangle of 2 % to 33 % of the area becomes normal noise; (channels, height, width)."""
+    """Replaces, with this probability, a rectangle of 2 % to 33 % of the area by noise; (channels, height, width)."""
     if random.random() >= probability:
         return pixel_values
     channels, height, width = pixel_values.shape
@@ -76,14 +76,14 @@ def random_erasing(pixel_values: torch.Tensor, probability: float) -> torch.Tens
 
 
 class Mix:
-    """Mixes each image of a batch with the one at the opposite place in it, by mixup or cutmix, the whole batch alike.
+    """Mixes each image of a batch with the image at the opposite index, by mixup or cutmix for the whole batch.
 
     Args:
         num_labels: number of classes.
-        mixup_alpha: of the beta distribution of mixup's weights; 0 for no mixup.
-        cutmix_alpha: of cutmix's; 0 for no cutmix. With both, one of them is drawn for each batch.
-        probability: that a batch is mixed at all.
-        switch_probability: that it is cutmix, where both are on.
+        mixup_alpha: parameter of the beta distribution of mixup's weights; 0 turns mixup off.
+        cutmix_alpha: the same for cutmix. With both on, one of them is drawn per batch.
+        probability: probability that a batch is mixed.
+        switch_probability: probability of cutmix if both are on.
 
     Raises:
         ValueError: if a number is out of range.
@@ -132,7 +132,7 @@ class Mix:
 
 
 def _box(size: int, area: float) -> slice:
-    """One side of a box of this part of the area, its centre anywhere, cut at the image's border."""
+    """Draws one side of a box with this part of the area; the box is clipped to the image."""
     half = int(size * area**0.5) // 2
     centre = int(torch.randint(size, ()))
     return slice(max(centre - half, 0), min(centre + half, size))

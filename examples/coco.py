@@ -1,4 +1,4 @@
-"""COCO's format: a JSON file for each split with images, categories, and annotations that name both by their ids."""
+"""In: a folder in COCO's format (a JSON file per split, with images, categories and annotations). Out: checked splits."""
 
 import json
 import os
@@ -10,17 +10,17 @@ from pathlib import Path
 from data import EVAL_NAMES, METADATA, InputError, LeftOut, find_images
 
 
-IN_FOLDER = "_annotations.coco.json"  # among the images, as Roboflow writes it
+IN_FOLDER = "_annotations.coco.json"  # Roboflow writes this file among the images
 
 
 @dataclass(slots=True)
 class Annotation:
-    """One object as its file has it, unchecked but for the category.
+    """One object of a file; only its category has been checked.
 
     Attributes:
-        name: in messages, such as "annotation 12".
+        name: its name in messages, such as "annotation 12".
         category: the number of its class; None if it has none.
-        bbox, area, iscrowd: as they are.
+        bbox, area, iscrowd: the file's values.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Annotation:
 
 @dataclass
 class CocoImage:
-    """An image and its objects; `width` and `height` as the file has them, unchecked."""
+    """An image and its objects; `width` and `height` are the file's values, unchecked."""
 
     path: Path
     width: object
@@ -42,15 +42,15 @@ class CocoImage:
 
 @dataclass
 class CocoData:
-    """What a folder in COCO's format holds.
+    """The content of a folder in COCO's format.
 
     Attributes:
-        splits: the images of each annotation file that is used, by its name relative to the folder.
+        splits: the images of each used annotation file, by its name relative to the folder.
         train, evaluation: the names of the splits; `evaluation` is None if there is none.
         classes: names of all categories of all annotation files, used or not, in the order of their ids.
-        layout: what was taken for what, in words.
+        layout: a description of how files and folders were interpreted.
         left_out: files and annotations that are in no split.
-        warnings: what does not fit together.
+        warnings: contradictions in the data.
     """
 
     splits: dict[str, list[CocoImage]]
@@ -73,15 +73,15 @@ def load_coco(
 ) -> CocoData | None:
     """Reads `annotations/instances_SPLIT.json` with images in `SPLIT/`, or `SPLIT/_annotations.coco.json` among the images.
 
-    A category is known by its name: the files may number theirs differently. Ids of images and categories are matched as they
-    are spelled: 10 and "10" are one id.
+    Categories are matched by name: files may number them differently. Ids of images and categories are compared as text: 10
+    and "10" are the same id.
 
     Args:
         root: the folder.
         train_annotations, eval_annotations: annotation files, relative to it; otherwise the one whose split begins with
             "train", and the one that begins with "val", "dev", "test" or "eval", in this order.
-        train_images, eval_images: folders of the images, likewise.
-        train_split, eval_split: names of splits, which are chosen among what is found.
+        train_images, eval_images: folders of the images, relative to the root too.
+        train_split, eval_split: names of the splits to choose.
 
     Returns:
         None if there are no annotation files.
@@ -137,7 +137,7 @@ def load_coco(
 def _choose(
     root: Path, files: dict[str, Path], flag: str, file: str | None, split: str | None, words: Iterable[str]
 ) -> str | None:
-    """The name of the annotation file of a split; one that a flag names is added to `files`."""
+    """Returns the name of a split's annotation file; adds one given by a flag to `files`."""
     if file is not None:
         if not (root / file).is_file():
             raise InputError(f"--{flag}_annotations {file} is not a file in {root}")
@@ -182,7 +182,7 @@ def _relative(path: Path, root: Path) -> str:
 
 
 def _places(name: str, folder: Path, root: Path) -> list[Path]:
-    """Where an image may lie: `file_name` is relative to the images' folder, or to the folder of all."""
+    """Lists an image's possible paths: `file_name` is relative to the images' folder or to the root."""
     name = name.replace("\\", "/")
     return [folder / name, root / name]
 
@@ -199,7 +199,7 @@ def _count_unnamed(folders: set[Path], named: set[str], expected: set[str], left
 
 
 def _read(file: Path) -> dict[str, list[dict]]:
-    """The lists `images`, `annotations` and `categories` of a file; a list that is null is empty."""
+    """Reads the lists `images`, `annotations` and `categories` of a file; null means an empty list."""
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
@@ -221,7 +221,7 @@ def _read(file: Path) -> dict[str, list[dict]]:
 
 
 def _id(entry: dict, key: str, where: str) -> str:
-    """An id as it is spelled: that of 10, 10.0 and "10" is "10"."""
+    """Returns an id as text: "10" for 10, 10.0 and "10"."""
     value = entry.get(key)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -242,14 +242,14 @@ def _is_text(entry: dict, key: str) -> bool:
 
 
 def _order(ids: Iterable[str]):
-    """The key to sort ids by: as numbers if all are."""
+    """Returns the sort key of ids: numeric if all are numbers."""
     return int if all(identifier.removeprefix("-").isdecimal() for identifier in ids) else str
 
 
 def _classes(
     files: dict[str, Path], contents: dict[str, dict], warnings: list[str]
 ) -> tuple[list[str], dict[str, dict[str, int]]]:
-    """The names of the categories of all files, and the class numbers of each file's category ids."""
+    """Returns the categories' names of all files, and the class numbers of each file's category ids."""
     by_file: dict[str, dict[str, str]] = {}
     repeated = set()
     for name, content in contents.items():
@@ -257,7 +257,7 @@ def _classes(
         for index, category in enumerate(content["categories"]):
             where = f"{files[name]}: categories[{index}]"
             identifier = _id(category, "id", where)
-            text = _id(category, "name", where)  # some number their categories and give no other name
+            text = _id(category, "name", where)  # some files use numbers as names
             if names.setdefault(identifier, text) != text:
                 raise InputError(f"{where}: the id {identifier} has two names, {names[identifier]} and {text}")
         repeated |= {text for text, count in Counter(names.values()).items() if count > 1}
@@ -279,7 +279,7 @@ def _classes(
 
 
 def _images(file: Path, folder: Path, root: Path, content: dict) -> dict[str, CocoImage]:
-    """The images of a file by their ids."""
+    """Reads the images of a file by their ids."""
     images, of_path, missing = {}, {}, []
     for index, entry in enumerate(content["images"]):
         where = f"{file}: images[{index}]"
@@ -313,10 +313,10 @@ def _annotate(
     left_out: LeftOut,
     warnings: list[str],
 ) -> None:
-    """Gives the images their annotations.
+    """Adds the annotations to their images.
 
     Raises:
-        InputError: if there are none, or an image or a category that an annotation names is not in the file.
+        InputError: if there are no annotations, or one names an image or a category that is not in the file.
     """
     entries, seen, repeated, unknown, unmatched = content["annotations"], {}, [], [], []
     as_text = {

@@ -1,10 +1,10 @@
-"""What the example programs share: flags, data sets, backbones, the Trainer, and the order of things at the end."""
+"""In: flags and datasets of a training program. Out: its model, its Trainer, the saved results and the final report."""
 
 import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,17 +17,17 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from internimage_hf import InternImageBackbone, InternImageConfig
-from internimage_hf.compatibility import whole_shape
+from internimage_hf.compatibility import gathered, whole_shape
 from internimage_hf.remote_code import write_remote_code
 from internimage_hf.training import InternImageTrainer, InternImageTrainingFlags, last_checkpoint
 
 
-# albumentations asks PyPI for a newer version of itself when it is imported, and waits for the answer
+# on import, albumentations asks PyPI for a newer version and waits for the answer
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-VARIANTS = ("t", "s", "b", "l", "xl", "h", "g")
+VARIANTS = ("t", "s", "b", "l", "xl", "h", "g", "flash_t", "flash_s", "flash_b", "flash_l")
 _WHEN = ["no", "steps", "epoch"]
-# what `TrainingArguments` lets pass, and what ends in a traceback or in nonsense later
+# Ranges that `TrainingArguments` does not check; values outside end in a traceback or in a useless run.
 _RANGES = (
     ("per_device_train_batch_size", 1, math.inf),
     ("per_device_eval_batch_size", 1, math.inf),
@@ -131,7 +131,7 @@ class ExampleTrainingArguments(InternImageTrainingFlags, TrainingArguments):
         super().__post_init__()
 
     def _why_not_the_best(self) -> str | None:
-        """Why `load_best_model_at_end` is not possible; None if it is."""
+        """Returns the reason why `load_best_model_at_end` is impossible; None if it is possible."""
         evaluate, save = (str(getattr(s, "value", s)) for s in (self.eval_strategy, self.save_strategy))
         if evaluate == "no":
             return "nothing is evaluated during training (eval_strategy no)"
@@ -152,16 +152,16 @@ class ExampleTrainingArguments(InternImageTrainingFlags, TrainingArguments):
 
 
 def choose_learning_rate(training: TrainingArguments, checkpoint: str | None, untrained: float) -> None:
-    """Where there is no `--learning_rate`: 1e-4, or `untrained` if `checkpoint` is None or the name of an architecture."""
+    """Sets a missing `--learning_rate`: `untrained` if `checkpoint` is None or the name of an architecture, else 1e-4."""
     if training.learning_rate is None:
         training.learning_rate = untrained if checkpoint is None or checkpoint in VARIANTS else 1e-4
 
 
 def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
-    """What `--resume_from_checkpoint` names; `last` is the newest checkpoint in the output folder, if there is one.
+    """Returns the folder of `--resume_from_checkpoint`; `last` is the newest checkpoint in the output folder, if any.
 
     Raises:
-        InputError: if it names no checkpoint of a `Trainer`.
+        InputError: if it is no complete checkpoint of a `Trainer`.
     """
     given = arguments.resume_from_checkpoint
     if given is None:
@@ -180,7 +180,7 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
 
 @contextmanager
 def loading(flag: str, value: object) -> Iterator[None]:
-    """What cannot be loaded in the block is an `InputError` that names the flag and its value."""
+    """Within the block, errors of loading become an `InputError` with the flag and its value."""
     try:
         yield
     except InputError:
@@ -218,10 +218,10 @@ def head_overrides(arguments: ModelArguments) -> dict:
 
 
 def make_backbone(arguments: ModelArguments, out_features: list[str]) -> InternImageBackbone:
-    """The backbone that the flags name, with its weights where they are trained.
+    """Builds the backbone of the flags, with trained weights for a checkpoint.
 
     Raises:
-        InputError: if it cannot be loaded, or is none of InternImage.
+        InputError: if it cannot be loaded, or is no InternImage.
     """
     fields = {"out_features": out_features}
     if arguments.drop_path_rate is not None:
@@ -242,15 +242,34 @@ def make_backbone(arguments: ModelArguments, out_features: list[str]) -> InternI
 
 
 def backbone_of(model: PreTrainedModel) -> InternImageBackbone:
-    """The InternImage in a head.
+    """Returns the InternImage backbone of a head.
 
     Raises:
-        InputError: if there is none.
+        InputError: if the head has none.
     """
     for module in model.modules():
         if isinstance(module, InternImageBackbone):
             return module
     raise InputError(f"--model holds no InternImage backbone, it is a {type(model).__name__}")
+
+
+@dataclass
+class Head:
+    """A head of transformers that a program trains.
+
+    Attributes:
+        model, config, processor: its classes.
+        out_features: the backbone's stages that it takes.
+        learning_rate: default for an untrained head.
+        demo: fields of its configuration for the small untrained backbone.
+    """
+
+    model: type[PreTrainedModel]
+    config: type[PreTrainedConfig]
+    processor: type
+    out_features: list[str]
+    learning_rate: float
+    demo: dict
 
 
 def build_head(
@@ -260,7 +279,7 @@ def build_head(
     arguments: ModelArguments,
     **fields,
 ) -> PreTrainedModel:
-    """An untrained head on the backbone. `--head_config_overrides` win over `fields`.
+    """Builds an untrained head on the backbone; `--head_config_overrides` take precedence over `fields`.
 
     Raises:
         InputError: if an override is not a field of the head's configuration.
@@ -270,7 +289,7 @@ def build_head(
         raise InputError(f"--head_config_overrides: {', '.join(unknown)} is not a field of {config_class.__name__}")
     with loading("head_config_overrides", overrides) if overrides else nullcontext():
         model = model_class(config_class(backbone_config=backbone.config, **{**fields, **overrides}))
-    # transformers draws RT-DETR's around 0 with a deviation of 0.01, its authors begin with 1 as PyTorch does
+    # transformers draws RT-DETR's BatchNorm weights around 0 with a deviation of 0.01; RT-DETR's authors start at 1
     norms = [m.weight for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d) and m.weight is not None]
     with gathered(norms):
         for weight in norms:
@@ -280,58 +299,46 @@ def build_head(
 
 
 def copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    """From a model to another of its class, each of which may be sharded already by DeepSpeed's ZeRO-3."""
+    """Copies weights to a model of the same class; either model may be sharded by DeepSpeed's ZeRO-3."""
     with gathered([*source.parameters(), *target.parameters()]):
         target.load_state_dict(source.state_dict())
 
 
-def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager:
-    """Whole parameters, to be changed by the first process, where ZeRO-3 has sharded them; nothing elsewhere."""
-    shards = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    if not shards:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(shards, modifier_rank=0)
-
-
 def count_parameters(model: PreTrainedModel) -> int:
-    """Of the whole model, also where ZeRO-3 has left a part of it to this process."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    """Counts the parameters of the whole model, sharded or not."""
+    return sum(whole_shape(parameter).numel() for parameter in model.parameters())
 
 
 def model_type_of(name: str | os.PathLike, flag: str = "model") -> str:
-    """The `model_type` of a saved model, "" if its configuration has none.
+    """Returns the `model_type` of a saved model, "" if its configuration has none.
 
     Raises:
-        InputError: if there is no such model; it names the flag.
+        InputError: if the model cannot be loaded; the message names the flag.
     """
     with loading(flag, name):
         config, _ = PreTrainedConfig.get_config_dict(name)
     return config.get("model_type", "")
 
 
-def load_head(model_classes: dict[str, type[PreTrainedModel]], arguments: ModelArguments, **fields) -> PreTrainedModel:
-    """What `--model` names, with new classifiers if it was trained for other classes.
+def load_head(heads: dict[str, Head], arguments: ModelArguments, **fields) -> PreTrainedModel:
+    """Loads the model of `--model`, with new classifiers if it was trained for other classes.
 
     Args:
-        model_classes: of the program's heads, by `model_type`.
+        heads: the program's heads, by `model_type`.
         arguments: with `model` set.
         **fields: of the configuration.
 
     Raises:
-        InputError: if it is none of these heads on an InternImage, or a flag would change what comes with it.
+        InputError: if the model is none of these heads on an InternImage, or a flag contradicts it.
     """
     for flag in ("backbone", "drop_path_rate", "head_config_overrides"):
         if getattr(arguments, flag) is not None:
             raise InputError(f"--{flag} is for an untrained head, --model {arguments.model} brings its own")
     model_type = model_type_of(arguments.model)
-    if model_type not in model_classes:
-        raise InputError(
-            f"--model {arguments.model} is a {model_type or 'file'}, not one of {', '.join(model_classes)}"
-        )
+    if model_type not in heads:
+        raise InputError(f"--model {arguments.model} is a {model_type or 'file'}, not one of {', '.join(heads)}")
     with loading("model", arguments.model):
-        model = model_classes[model_type].from_pretrained(arguments.model, ignore_mismatched_sizes=True, **fields)
+        model = heads[model_type].model.from_pretrained(arguments.model, ignore_mismatched_sizes=True, **fields)
     backbone_of(model)
     return model
 
@@ -339,18 +346,18 @@ def load_head(model_classes: dict[str, type[PreTrainedModel]], arguments: ModelA
 class RandomlyTransformed(torch.utils.data.Dataset):
     """A dataset whose examples go through a random transformation of albumentations.
 
-    The outcome depends on seed, epoch and index alone. A run that was interrupted in mid-epoch and resumed sees the same
-    images as one that was not, with any number of workers and processes.
+    The result depends only on seed, epoch and index. A run resumed within an epoch sees the same images as an uninterrupted
+    run, with any number of workers and processes.
 
     Args:
-        dataset: what is transformed.
+        dataset: the dataset to transform.
         transform: `transform(example, seed)` returns the transformed example.
         seed: of the run.
     """
 
     def __init__(self, dataset, transform: Callable[[dict, int], dict], seed: int):
         self.dataset, self.transform, self.seed = dataset, transform, seed
-        # shared with workers that outlive an epoch
+        # shared with persistent workers
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -370,7 +377,7 @@ class _CountEpochs(TrainerCallback):
 
 
 class _Repeating(torch.utils.data.Sampler):
-    """The indices of a sampler, and the first few of them once more at the end."""
+    """Yields a sampler's indices and repeats the first few at the end."""
 
     def __init__(self, sampler: torch.utils.data.Sampler, repeated: int):
         self.sampler, self.repeated = sampler, repeated
@@ -384,10 +391,10 @@ class _Repeating(torch.utils.data.Sampler):
 
 
 class ExampleTrainer(InternImageTrainer):
-    """`InternImageTrainer` with the package's code beside what is saved if `--remote_code` asks for it.
+    """`InternImageTrainer` that saves the package's code beside the model with `--remote_code`.
 
-    BatchNorm cannot normalise a map of one pixel over one image. Where the last batch of an epoch would hold a single image,
-    one image of the epoch comes twice, as accelerate fills up the last batches of several processes.
+    BatchNorm cannot normalise a map of one pixel over one image. If the last batch of an epoch would hold a single image, an
+    image of the epoch is repeated; accelerate fills up the last batches of several processes the same way.
     """
 
     def __init__(self, *, model: PreTrainedModel, **kwargs):
@@ -395,7 +402,7 @@ class ExampleTrainer(InternImageTrainer):
         super().__init__(model=model, **kwargs)
 
     def repeated_images(self) -> int:
-        """How many training images come twice in an epoch."""
+        """Returns the number of training images that are repeated in an epoch."""
         args, devices = self.args, max(1, self.args.n_gpu)
         batch_norm = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
         endless = isinstance(self.train_dataset, torch.utils.data.IterableDataset)
@@ -413,12 +420,12 @@ class ExampleTrainer(InternImageTrainer):
         sampler, repeated = super()._get_train_sampler(train_dataset), self.repeated_images()
         if not repeated or sampler is None or isinstance(sampler, torch.utils.data.BatchSampler):
             return sampler
-        if isinstance(sampler, torch.utils.data.RandomSampler):  # which accelerate knows and seeds
+        if isinstance(sampler, torch.utils.data.RandomSampler):  # a class that accelerate recognises and seeds
             return torch.utils.data.RandomSampler(sampler.data_source, num_samples=len(sampler) + repeated)
         return _Repeating(sampler, repeated)
 
     def _run_epoch(self, *args, **kwargs):
-        # `Trainer` takes one step more where it goes on from its last one in mid-epoch.
+        # `Trainer` would train one more step when it resumes at its last step within an epoch.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
@@ -444,17 +451,17 @@ class HeadTrainer(ExampleTrainer):
     """For a head of transformers."""
 
     def __init__(self, *, model: PreTrainedModel, train_dataset: RandomlyTransformed, **kwargs):
-        # The heads take any keyword, from which Trainer concludes that they scale the loss by the number of targets in
-        # all accumulated batches. They average over the batch.
+        # Heads accept any keyword, so `Trainer` assumes that they scale the loss by the number of targets in all accumulated
+        # batches. They average over the batch.
         model.accepts_loss_kwargs = False
-        # UperNet and RT-DETR say that they cannot, but their backbone can, which has most of the activations
+        # UperNet and RT-DETR declare no gradient checkpointing; their backbone, with most of the activations, supports it
         model.supports_gradient_checkpointing |= backbone_of(model).supports_gradient_checkpointing
         super().__init__(model=model, train_dataset=train_dataset, **kwargs)
         self.add_callback(_CountEpochs(train_dataset))
 
     @torch.no_grad()
     def predict_batch(self, model, inputs) -> tuple[torch.Tensor, object, dict]:
-        """The loss, the model's outputs, and the inputs on its device."""
+        """Returns the loss, the model's outputs, and the inputs on its device."""
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             outputs = model(**inputs)
@@ -462,10 +469,10 @@ class HeadTrainer(ExampleTrainer):
 
 
 def check_same_model(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
-    """Compares the model that is to be trained with the one in a checkpoint, by class, and by names and shapes of weights.
+    """Compares the model with that of a checkpoint by class, and by names and shapes of weights.
 
     Raises:
-        InputError: if they are not the same.
+        InputError: if they differ.
     """
     checkpoint = Path(checkpoint)
     advice = "another --output_dir, or the flags of the run that wrote it, were expected"
@@ -479,11 +486,11 @@ def check_same_model(model: PreTrainedModel, checkpoint: str | os.PathLike) -> N
     for file in sorted(checkpoint.glob("model*.safetensors")):
         with safe_open(file, framework="pt") as weights:
             theirs |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    if not theirs:  # in another form, which its reader checks
+    if not theirs:  # weights in another file format; their reader checks them
         return
     own = model.state_dict(keep_vars=True)
     shapes = {name: tuple(whole_shape(tensor)) for name, tensor in own.items()}
-    saved = {id(own[name]) for name in theirs if name in own}  # of tied weights one is
+    saved = {id(own[name]) for name in theirs if name in own}  # a checkpoint holds one of tied weights
     absent = [name for name in own if name not in theirs and id(own[name]) not in saved]
     for name in (*theirs, *absent):
         if theirs.get(name) != shapes.get(name):
@@ -495,10 +502,10 @@ def check_same_model(model: PreTrainedModel, checkpoint: str | os.PathLike) -> N
 
 
 def set_checkpoints_aside(folder: str | os.PathLike, checkpoint: str | None, step: int) -> None:
-    """Moves away what an output folder holds beyond the step at which a run begins: another run wrote it.
+    """Moves checkpoints of another run out of an output folder: those after the step at which this run begins.
 
-    A `Trainer` deletes the oldest checkpoints by their numbers, and `last` is the one with the highest: those of the run that
-    begins would be deleted, and the other run's be gone on with.
+    `Trainer` deletes checkpoints with the lowest numbers, and `last` means the highest number. Beside another run's
+    checkpoints, it would delete this run's, and `last` would resume the other run.
     """
     folder = Path(folder)
     if checkpoint is None or Path(checkpoint).resolve().parent != folder.resolve():
@@ -511,7 +518,9 @@ def set_checkpoints_aside(folder: str | os.PathLike, checkpoint: str | None, ste
     if not others:
         return
     number = 1
-    while (aside := folder / f"_earlier_run_{number}").exists():  # `Trainer` uploads no folder that begins with _
+    while (
+        aside := folder / f"_earlier_run_{number}"
+    ).exists():  # `Trainer` does not upload folders whose name begins with _
         number += 1
     aside.mkdir()
     for other in others:
@@ -521,12 +530,12 @@ def set_checkpoints_aside(folder: str | os.PathLike, checkpoint: str | None, ste
 
 
 def train_evaluate_save(trainer: ExampleTrainer, account: Account) -> tuple[dict[str, float], dict[str, float]]:
-    """Trains (or goes on), evaluates and saves the best model; returns the metrics of training and of evaluation.
+    """Trains or resumes, evaluates, and saves the best model; returns the metrics of training and of evaluation.
 
-    The account of the data is printed before the first step and kept beside the model.
+    The account of the data is printed before the first step and saved beside the model.
 
     Raises:
-        InputError: if the checkpoint to go on from was trained on other data or is of another model, or no batch is full.
+        InputError: if the checkpoint to resume is of other data or another model, or no batch would be full.
     """
     args, main = trainer.args, trainer.is_world_process_zero()
     checkpoint, step = checkpoint_to_resume(args), 0
@@ -552,7 +561,7 @@ def train_evaluate_save(trainer: ExampleTrainer, account: Account) -> tuple[dict
         check_resumed(args.output_dir, checkpoint, account)
         check_same_model(trainer.model, checkpoint)
         step = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    trainer.accelerator.wait_for_everyone()  # all have read what the run before left
+    trainer.accelerator.wait_for_everyone()  # all processes have read the earlier run's files
     if main:
         set_checkpoints_aside(args.output_dir, checkpoint, step)
         account.write(args.output_dir)
@@ -571,16 +580,16 @@ def train_evaluate_save(trainer: ExampleTrainer, account: Account) -> tuple[dict
 
 
 def load_without_the_others() -> None:
-    """Lets one process alone load models: under DeepSpeed's ZeRO-3 `from_pretrained` waits for all of them otherwise."""
+    """Lets one process load models: under DeepSpeed's ZeRO-3, `from_pretrained` would wait for all processes."""
     unset_hf_deepspeed_config()
 
 
 def finish(
     trainer: ExampleTrainer, picture: Callable[[Path], dict[str, object] | None], summary: dict[str, object]
 ) -> None:
-    """Draws the picture and prints the summary on the first process, and pushes all of it to the Hub if asked.
+    """Draws the picture and prints the summary in the first process; pushes the output folder to the Hub if asked.
 
-    What `picture(file)` returns is added to the summary.
+    `picture(file)` may return more lines for the summary.
     """
     if trainer.is_world_process_zero():
         load_without_the_others()

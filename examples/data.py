@@ -1,7 +1,4 @@
-"""What the example programs are given to read: images, folders of images and data sets of the Hub.
-
-In come paths, ids and flags; out come data sets whose images are not decoded yet, and an account of every file that is not used.
-"""
+"""In: paths, Hub ids and flags. Out: datasets of images, not decoded yet, and an account of every file that is not used."""
 
 import atexit
 import csv
@@ -20,41 +17,43 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from internimage_hf.remote_code import replace_file
+
 
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-# Pillow registers these endings, but has no decoder for them on every system.
+# Pillow registers these endings without a decoder on every system.
 _UNDECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 class InputError(ValueError):
-    """What a user gave cannot be used. The message is one line: file, field, value, and what was expected."""
+    """An input of the user cannot be used. The message is one line: file, field, value, and the expected value."""
 
 
 def run_program(main: Callable[[], object]) -> None:
-    """Runs a program's `main`; an `InputError` ends it with its one line and exit status 1."""
+    """Runs a program's `main`; an `InputError` ends the program with one line and exit status 1."""
     try:
         main()
     except InputError as error:
-        # A data loader's worker sends its whole traceback as the message; its last line is the error's own.
+        # A data loader's worker sends its traceback as the message; the last line is the original message.
         sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('data.InputError: ')}")
     leave_process_group()
 
 
 def leave_process_group() -> None:
-    """Ends a program that trains in several processes; in a single process nothing happens.
+    """Ends a program that trains in several processes; does nothing in a single process.
 
-    Gloo's threads keep the tensors of a collective for a moment after it is complete, and as long as anything refers to the
-    process group (a model in DDP, DeepSpeed) nothing waits for these threads. One that lets go of a tensor while Python's
-    interpreter is taken down aborts the process. So the process ends without taking it down, after all that comes before: other
-    threads and the functions of `atexit` end, and the output is written (as `multiprocessing` ends its processes).
+    Gloo's threads keep the tensors of a collective for a moment after its end. Nothing waits for these threads while a model in
+    DDP or DeepSpeed refers to the process group. A thread that releases a tensor during the interpreter's shutdown aborts the
+    process. The process therefore ends by `os._exit`, as `multiprocessing` ends its processes, after the other threads and
+    the `atexit` functions have ended and the output is flushed.
     """
     import torch
 
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    gc.collect()  # first: if a model in DDP held the group last, its destructor would wait for threads that wait for Python
+    gc.collect()  # first: if a model in DDP holds the last reference, the group's destructor waits for threads that wait for Python
     torch.distributed.destroy_process_group()
     threading._shutdown()
     atexit._run_exitfuncs()
@@ -67,7 +66,7 @@ def leave_process_group() -> None:
 
 
 def image_endings() -> frozenset[str]:
-    """The endings of file names, in lower case, whose formats Pillow decodes here."""
+    """Returns the lower-case file endings of the formats that Pillow can decode on this machine."""
     return frozenset(
         ending
         for ending, kind in Image.registered_extensions().items()
@@ -76,15 +75,15 @@ def image_endings() -> frozenset[str]:
 
 
 def open_image(source: object, name: str | None = None) -> Image.Image:
-    """Decodes an image and turns it upright as its EXIF orientation says. The mode stays as it is.
+    """Decodes an image and applies its EXIF orientation. The mode is unchanged.
 
     Args:
-        source: a path, the bytes of a file, a PIL image, or a dictionary with `bytes` or `path`, as `datasets` gives for
+        source: a path, the bytes of a file, a PIL image, or a dictionary with `bytes` or `path`, as from `datasets` with
             `Image(decode=False)`.
-        name: the name in error messages; that of the file by default.
+        name: the name in error messages; by default the file's.
 
     Raises:
-        InputError: if it is no image, or a truncated one.
+        InputError: if the source is no image, or a truncated one.
     """
     content = source
     if isinstance(source, dict):
@@ -103,20 +102,22 @@ def open_image(source: object, name: str | None = None) -> Image.Image:
 
             return datasets.Image().decode_example(
                 {"path": os.fspath(content), "bytes": None}
-            )  # which turns it upright
+            )  # applies the orientation
         else:
             image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
         image.load()
         return ImageOps.exif_transpose(image)
-    except Exception as error:  # the decoders raise many kinds
+    except Exception as error:  # decoders raise many kinds
         raise InputError(f"{name} cannot be read as an image: {one_line(error)}") from error
 
 
 def read_image(source: object, name: str | None = None) -> Image.Image:
-    """`open_image` in RGB, 8 bits a channel. Greyscale images of 16 bits are scaled; transparency is dropped.
+    """Decodes an image by `open_image` and converts it to RGB, 8 bits per channel.
+
+    16-bit greyscale is scaled; transparency is dropped.
 
     Raises:
-        InputError: if it is no image, a truncated one, or one of floating-point pixels, whose range is not defined.
+        InputError: if the source is no image, is truncated, or has floating-point pixels, whose range is undefined.
     """
     image = open_image(source, name)
     if image.mode == "F":
@@ -130,7 +131,7 @@ def read_image(source: object, name: str | None = None) -> Image.Image:
 
 
 def _metadata_behind_pixels(png: BinaryIO) -> bool:
-    """Whether a PNG, opened and read as far as its first pixels, has a chunk with an orientation behind them."""
+    """Whether a PNG, read up to its first pixels, has a chunk with an orientation after the pixels."""
     start, pixels = png.tell(), False
     png.seek(8)
     while len(head := png.read(8)) == 8:
@@ -147,10 +148,10 @@ def _metadata_behind_pixels(png: BinaryIO) -> bool:
 
 
 def upright_size(source: object, name: str | None = None) -> tuple[int, int]:
-    """Width and height of an image after it is turned upright, from the file's head where that is enough.
+    """Returns width and height of an image after its EXIF orientation, from the file's head where that suffices.
 
     Raises:
-        InputError: if it is no image.
+        InputError: if the source is no image.
     """
     content = source["bytes"] if isinstance(source, dict) and source.get("bytes") is not None else source
     path = content.get("path") if isinstance(content, dict) else content
@@ -158,17 +159,17 @@ def upright_size(source: object, name: str | None = None) -> tuple[int, int]:
         return open_image(source, name).size
     try:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else path) as image:
-            # Pillow decodes all of a PNG to look for an orientation behind its pixels
+            # Pillow would decode the whole PNG to look for an orientation after the pixels
             behind = image.format != "PNG" or _metadata_behind_pixels(image.fp)
             exif = image.getexif() if behind else Image.Image.getexif(image)
             turned = exif.get(0x0112) in (5, 6, 7, 8)
             return image.size[::-1] if turned else image.size
     except Exception:
-        return open_image(source, name).size  # says what is wrong with it
+        return open_image(source, name).size  # raises the error for a broken image
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks; its kind if it has none."""
+    """Returns an error's message without line breaks; its class name if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -176,7 +177,7 @@ def one_line(error: BaseException) -> str:
 
 
 class LeftOut:
-    """What a program does not use: how many for each reason, and the first few by name."""
+    """Counts unused files and rows by reason, with the first few names of each."""
 
     EXAMPLES = 3
 
@@ -208,10 +209,9 @@ class LeftOut:
 
 
 def files_below(root: str | os.PathLike, left_out: LeftOut) -> Iterator[Path]:
-    """The files in a folder and the folders below it, relative to it and in no order; links are followed.
+    """Yields the files of a folder tree, relative to the folder and in no order; links are followed.
 
-    Folders that cannot be read or that were read already under another name, and pipes, sockets and devices go to
-    `left_out`.
+    Unreadable folders, folders already read under another name, pipes, sockets and devices go to `left_out`.
     """
     seen = set()
 
@@ -229,14 +229,14 @@ def files_below(root: str | os.PathLike, left_out: LeftOut) -> Iterator[Path]:
         folders.sort()
         for file in files:
             path = os.path.join(folder, file)
-            if os.path.isfile(path) or not os.path.exists(path):  # reading a broken link is an error that names it
+            if os.path.isfile(path) or not os.path.exists(path):  # reading a broken link raises an error with its name
                 yield relative / file
             else:
                 left_out.add("no regular files", relative / file)
 
 
 def unusable(name: PurePath, endings: Container[str]) -> str | None:
-    """Why a file below a folder is not used, as a reason for `LeftOut`; None if its ending is one of `endings`."""
+    """Returns the reason for `LeftOut` why a file is not used; None if its ending is one of `endings`."""
     if any(part.startswith(".") or part == "__MACOSX" for part in name.parts):
         return "hidden"
     try:
@@ -249,10 +249,10 @@ def unusable(name: PurePath, endings: Container[str]) -> str | None:
 
 
 def find_images(root: Path, left_out: LeftOut, expected: Iterable[str] = METADATA) -> list[Path]:
-    """The images in a folder and the folders below it, relative to it and sorted; links are followed.
+    """Lists the images of a folder tree, relative to the folder and sorted; links are followed.
 
-    Hidden files and folders (`.name`, `__MACOSX`) and files of other formats go to `left_out`; those named in `expected` to
-    neither.
+    Hidden files and folders (`.name`, `__MACOSX`) and files of other formats go to `left_out`. Files named in `expected` are
+    neither listed nor left out.
     """
     endings, expected, images = image_endings(), set(expected), []
     for name in sorted(files_below(root, left_out)):
@@ -271,7 +271,7 @@ def find_images(root: Path, left_out: LeftOut, expected: Iterable[str] = METADAT
 
 @dataclass
 class DataArguments:
-    """The flags about data that all training programs have."""
+    """The flags about data of all training programs."""
 
     dataset: str = field(
         default="digits",
@@ -301,12 +301,12 @@ class DataArguments:
 
 @dataclass
 class Data:
-    """A data set as it was found.
+    """A dataset as found.
 
     Attributes:
-        name: as the user gave it.
-        layout: what was taken for what, in words.
-        splits: by the names that the data set has for them; image columns are `datasets.Image(decode=False)`.
+        name: as given by the user.
+        layout: a description of how folders and columns were interpreted.
+        splits: by the dataset's own names; image columns are `datasets.Image(decode=False)`.
         left_out: files and rows that are in no split.
     """
 
@@ -317,7 +317,7 @@ class Data:
 
 
 def undecoded(dataset):
-    """The data set with `datasets.Image(decode=False)` in place of `datasets.Image()`: our reader names a broken file."""
+    """Replaces `datasets.Image()` by `datasets.Image(decode=False)`: `read_image` names a broken file in its error."""
     import datasets
 
     for name, kind in (dataset.features or {}).items():
@@ -329,17 +329,17 @@ def undecoded(dataset):
 def load_data(
     arguments: DataArguments, class_folders: bool, streaming: bool = False, expected: Iterable[str] = METADATA
 ) -> Data:
-    """What `--dataset` names: a folder or a data set of the Hub.
+    """Loads the dataset of `--dataset`, a folder or a Hub id.
 
     Args:
         arguments: the flags.
-        class_folders: images in one folder per class are a data set with the columns `image` and `label`. Otherwise, and
-            also with it, a folder needs metadata: `metadata.csv`, `.jsonl` or `.parquet` with a column `file_name`.
-        streaming: of a data set of the Hub, read nothing yet.
+        class_folders: accept images in one folder per class, as columns `image` and `label`. A folder may have metadata in any
+            case: `metadata.csv`, `.jsonl` or `.parquet` with a column `file_name`.
+        streaming: do not download a dataset of the Hub.
         expected: see `find_images`.
 
     Raises:
-        InputError: if there is no such data set, or it is not laid out so.
+        InputError: if the dataset does not exist or has another layout.
     """
     import datasets
 
@@ -356,7 +356,7 @@ def load_data(
 
 
 def load_folder(arguments: DataArguments, class_folders: bool, expected: Iterable[str] = METADATA) -> Data:
-    """A folder of images as a data set; see `load_data`."""
+    """Loads a folder of images as a dataset; see `load_data`."""
     import datasets
 
     root, left_out = Path(arguments.dataset), LeftOut()
@@ -387,10 +387,10 @@ def _is_split(name: str, arguments: DataArguments) -> bool:
 
 
 def _class_folders(arguments: DataArguments, root: Path, images: list[Path], left_out: LeftOut) -> Data:
-    """Images in `class/` or `split/class/`, also deeper; the folder of an image is its class.
+    """Reads images in `class/` or `split/class/`, or deeper; an image's folder is its class.
 
-    The folders of the root are splits if one of them is called `train` or `training` (or as `--train_split` says) and has
-    class folders in it.
+    The root's folders are splits if one of them is named `train` or `training` (or as `--train_split` says) and contains class
+    folders.
     """
     import datasets
 
@@ -442,7 +442,7 @@ def _class_folders(arguments: DataArguments, root: Path, images: list[Path], lef
 def _with_metadata(
     arguments: DataArguments, root: Path, images: list[Path], files: list[Path], left_out: LeftOut
 ) -> Data:
-    """Images that `metadata.*` describes: `file_name` becomes the column `image`, `x_file_name` the column `x`."""
+    """Reads the images of `metadata.*`: `file_name` becomes the column `image`, `x_file_name` the column `x`."""
     import datasets
 
     rows, image_columns, named = [], set(), set()
@@ -471,7 +471,7 @@ def _with_metadata(
     columns = list(dict.fromkeys(key for row in rows for key in row))
     try:
         table = datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
-    except Exception as error:  # pyarrow's errors, where a column has values of several types
+    except Exception as error:  # pyarrow raises these for a column with values of several types
         raise InputError(
             f"the columns of {some([str(root / f) for f in files])} do not fit together: {one_line(error)}"
         ) from error
@@ -487,7 +487,7 @@ def _with_metadata(
 
 
 def _metadata_rows(file: Path) -> Iterable[tuple[int, dict]]:
-    """The rows of a metadata file, counted from 1 without the header; all values of a CSV file are text, "" is None."""
+    """Reads the rows of a metadata file, counted from 1 without the header; CSV values are text, "" is None."""
     try:
         if file.suffix == ".csv":
             with open(file, encoding="utf-8-sig", newline="") as stream:
@@ -513,15 +513,15 @@ def _metadata_rows(file: Path) -> Iterable[tuple[int, dict]]:
 
 
 def some(names: Sequence[str], most: int = 8) -> str:
-    """The first few of some names, and how many more there are."""
+    """Lists the first few names, and the number of the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def chosen_splits(splits: Iterable[str], arguments: DataArguments) -> tuple[str, str | None]:
-    """The names of the split to train on, and of that to evaluate on, if there is one.
+    """Returns the names of the training split and of the evaluation split, the latter None if there is none.
 
     Raises:
-        InputError: if there is none to train on, or a flag names one that is not there.
+        InputError: if there is no training split, or a flag names a missing one.
     """
     names = list(splits)
 
@@ -549,13 +549,13 @@ def chosen_splits(splits: Iterable[str], arguments: DataArguments) -> tuple[str,
 
 
 def train_and_evaluation(data: Data, arguments: DataArguments, seed: int, label_column: str | None = None) -> dict:
-    """The images to train and those to evaluate on, as `{"train": ..., "evaluation": ...}`, cut to the flags' sizes.
+    """Returns the images as `{"train": ..., "evaluation": ...}`, limited to the flags' sizes.
 
-    Where there is no split to evaluate on, `--eval_fraction` of the training images is held out: of each class of
-    `label_column`, if given, at least one image, but not its only one. `data.layout` says then what was done.
+    Without an evaluation split, `--eval_fraction` of the training images is held out. With `label_column`, each class gives at
+    least one image, except its only one. `data.layout` then describes this.
 
     Raises:
-        InputError: if a split is missing or empty, a flag out of range, or there is a single image.
+        InputError: if a split is missing or empty, a flag is out of range, or there is a single image.
     """
     if not 0 < arguments.eval_fraction < 1:
         raise InputError(f"--eval_fraction must be between 0 and 1, got {arguments.eval_fraction}")
@@ -594,7 +594,7 @@ def train_and_evaluation(data: Data, arguments: DataArguments, seed: int, label_
 
 
 def held_out(labels: list, fraction: float, seed: int) -> list[int]:
-    """Indices to hold out for evaluation: this fraction of each label, at least one and at most all but one."""
+    """Draws indices to hold out for evaluation: this fraction of each label, at least one and at most all but one."""
     rng = np.random.default_rng(seed)
     by_label: dict[object, list[int]] = {}
     for index, label in enumerate(labels):
@@ -610,7 +610,7 @@ def held_out(labels: list, fraction: float, seed: int) -> list[int]:
 
 
 def label_name(value: object) -> str | None:
-    """A class's name as a label column has it; None for a missing label."""
+    """Returns the class name of a label column's value; None for a missing label."""
     if value is None or (isinstance(value, float) and value != value):
         return None
     if isinstance(value, float) and value.is_integer():
@@ -621,17 +621,17 @@ def label_name(value: object) -> str | None:
 
 
 def names_in_order(names: Iterable[str]) -> list[str]:
-    """Names of classes, sorted: as numbers if all of them are whole numbers."""
+    """Sorts class names, as numbers if all are whole numbers."""
     names = set(names)
     numbers = all(name.lstrip("-").isdecimal() for name in names)
     return sorted(names, key=int) if numbers else sorted(names)
 
 
 def encode_labels(data: Data, column: str) -> list[str]:
-    """Makes `column` of all splits a `ClassLabel` with the same names, and returns these.
+    """Makes `column` of all splits a `ClassLabel` with the same names; returns the names.
 
-    The names are those of all splits together. Where all splits have one `ClassLabel`, it stays as it is, with classes that
-    no image has. A missing label (null, or -1 of a `ClassLabel`) becomes -1; see `check_labels`.
+    The names are those of all splits together. A common `ClassLabel` of all splits is kept, with its classes without images.
+    A missing label (null, or -1 of a `ClassLabel`) becomes -1; see `check_labels`.
 
     Raises:
         InputError: if a label is neither a name nor a whole number, or a number without a class.
@@ -686,7 +686,7 @@ def check_labels(dataset, column: str, name: str) -> None:
 
 
 def file_name(dataset, index: int, column: str = "image") -> str:
-    """How messages name an image: its file, or its row where the data set does not keep files' names."""
+    """Returns an image's name for messages: its file, or its row if the dataset has no file names."""
     value = dataset[index].get(column) if column in dataset.column_names else None
     path = value.get("path") if isinstance(value, dict) else None
     return path or f"row {index}"
@@ -696,7 +696,7 @@ def file_name(dataset, index: int, column: str = "image") -> str:
 
 
 def counted(counts: dict[str, int], unit: str, most: int = 20) -> str:
-    """Counts of classes in words: all of them, or of many the fewest and the most; classes without any by name."""
+    """Describes counts of classes: all of them, or the fewest and the most of many; empty classes by name."""
     empty = [name for name, count in counts.items() if not count]
     present = {name: count for name, count in counts.items() if count}
     if not present:
@@ -714,10 +714,10 @@ class Part:
     """One line of the account: a split as it is used.
 
     Attributes:
-        images: how many; None if they are streamed and were not counted.
-        counts: of images or objects per class; None if they were not counted.
-        unit: what `counts` counts.
-        empty: how many of the images have none of it.
+        images: number of images; None for a stream.
+        counts: number of images or objects per class; None if not counted.
+        unit: the unit of `counts`.
+        empty: number of images with none of this unit.
     """
 
     images: int | None
@@ -733,13 +733,13 @@ class Part:
 
 @dataclass
 class Account:
-    """What a training program says of its data before the first step, and keeps beside the model.
+    """The summary of a program's data: printed before the first step, saved beside the model.
 
     Attributes:
-        data: the data set as it was found.
+        data: the dataset as found.
         classes: the names of all classes.
-        parts: the splits as they are used, by name.
-        warnings: what does not fit together, a line each.
+        parts: the splits as used, by name.
+        warnings: contradictions in the data, one line each.
     """
 
     data: Data
@@ -774,22 +774,20 @@ class Account:
         }
 
     def write(self, folder: str | os.PathLike) -> None:
-        """Keeps the account as `data.json` in a folder."""
-        file = Path(folder) / ACCOUNT
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(self.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
+        """Saves the account as `data.json` in a folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        content = json.dumps(self.as_json(), indent=1, ensure_ascii=False) + "\n"
+        replace_file(Path(folder) / ACCOUNT, content.encode())
 
 
 ACCOUNT = "data.json"
 
 
 def check_resumed(output_dir: str | os.PathLike, checkpoint: str | os.PathLike, account: Account) -> None:
-    """Compares the account of the run that wrote a checkpoint with that of the run that is to go on with it.
+    """Compares the account of a checkpoint's run with that of the run that resumes it.
 
     Raises:
-        InputError: if the checkpoint is of other classes or of another data set.
+        InputError: if the checkpoint has other classes or another dataset.
     """
     new = account.as_json()
     config = Path(checkpoint) / "config.json"

@@ -1,4 +1,4 @@
-"""The small classifier of digits that examples use where no model is named."""
+"""In: nothing. Out: the folder of a small classifier of digits, the default model of the examples."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ from embedded_data import DIGIT_NAMES
 
 
 def is_demo(folder: Path) -> bool:
-    """Whether a folder holds a classifier of digits; the default folder of a program may hold any other model."""
+    """Whether a folder holds a classifier of digits; a program's default folder may hold another model."""
     if not (folder / "model.safetensors").is_file() or not (folder / "config.json").is_file():
         return False
     names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
@@ -17,9 +17,9 @@ def is_demo(folder: Path) -> bool:
 
 
 def demo_model(epochs: int = 8) -> Path:
-    """The folder of the model that `image_classification.py` trains without arguments; trains it if it is not there.
+    """Returns the folder of the model that `image_classification.py` trains without arguments; trains it if missing.
 
-    Where its folder is used for something else, that is left as it is, and the model goes to `outputs/demo`.
+    If that folder holds another model, the demo's model goes to `outputs/demo`.
     """
     folder, other = Path("outputs/image_classification"), Path("outputs/demo")
     if found := next((f for f in (folder, other) if is_demo(f)), None):

@@ -1,4 +1,4 @@
-"""Data sets for detectors: images with boxes, from COCO's format, metadata files or the Hub, checked and counted."""
+"""In: a folder in COCO's format or with metadata, or a Hub id. Out: checked and counted images with boxes."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +29,7 @@ from PIL import Image
 
 
 EMBEDDED_TRAIN, EMBEDDED_EVAL, EMBEDDED_SIZE = 800, 100, 96  # scenes, scenes, pixels
-TOLERANCE = 2  # pixels that a box may reach beyond its image without a word
+TOLERANCE = 2  # pixels that a box may extend beyond its image without a warning
 CATEGORY_FIELDS = ("category", "categories", "label", "labels", "category_id")
 COCO_FLAGS = ("train_annotations", "train_images", "eval_annotations", "eval_images")
 COLUMN_FLAGS = ("image_column", "objects_column")
@@ -44,11 +44,15 @@ class DetectionDataArguments(HeadDataArguments):
     train_annotations: str | None = field(
         default=None, metadata={"help": "COCO annotations of the training images, relative to the folder"}
     )
-    train_images: str | None = field(default=None, metadata={"help": "folder of the training images, likewise"})
-    eval_annotations: str | None = field(
-        default=None, metadata={"help": "COCO annotations of the evaluation images, likewise"}
+    train_images: str | None = field(
+        default=None, metadata={"help": "folder of the training images, relative to --dataset"}
     )
-    eval_images: str | None = field(default=None, metadata={"help": "folder of the evaluation images, likewise"})
+    eval_annotations: str | None = field(
+        default=None, metadata={"help": "COCO annotations of the evaluation images, relative to --dataset"}
+    )
+    eval_images: str | None = field(
+        default=None, metadata={"help": "folder of the evaluation images, relative to --dataset"}
+    )
     objects_column: str = field(default="objects", metadata={"help": "column of the boxes and categories"})
     box_format: str = field(
         default="xywh",
@@ -80,8 +84,8 @@ class DetectionDataArguments(HeadDataArguments):
 class Detections(torch.utils.data.Dataset):
     """Images and their objects.
 
-    An example has the `image` as `datasets.Image(decode=False)` gives it; its `name` in messages; an `image_id`, counted from
-    0; and `objects`: lists of `bbox` (left, top, width, height in pixels), `category` (counted from 0), `area` and `iscrowd`.
+    An example has the `image` as from `datasets.Image(decode=False)`, its `name` for messages, an `image_id` from 0, and
+    `objects`: lists of `bbox` (left, top, width, height in pixels), `category` (from 0), `area` and `iscrowd`.
     """
 
     def __init__(self, images: datasets.Dataset, objects: datasets.Dataset, name: str):
@@ -96,17 +100,17 @@ class Detections(torch.utils.data.Dataset):
 
 
 def _image_name(image: object, index: int, part: str) -> str:
-    """How messages name an image: its file, or its place where the data set does not keep files' names."""
+    """Returns an image's name for messages: its file, or its index if the dataset has no file names."""
     path = image.get("path") if isinstance(image, dict) else None
     return path or f"image {index} of {part}"
 
 
 def load_splits(arguments: DetectionDataArguments, seed: int) -> tuple[Detections, Detections, Account]:
-    """The images to train and to evaluate on, and the account of them; `Account.classes` are the categories' names.
+    """Loads the training and the evaluation images and their account; `Account.classes` are the categories' names.
 
     Raises:
-        InputError: if the data set cannot be used: see `load_coco` and `data.load_data`; an object is not a box within its
-            image of a category; or there are no objects.
+        InputError: if the dataset cannot be used (see `load_coco` and `data.load_data`), an object has no valid box or category,
+            or there are no objects.
     """
     root, coco = Path(arguments.dataset), None
     if arguments.dataset != "digits" and root.is_dir():
@@ -153,18 +157,18 @@ def _features(classes: list[str]) -> datasets.Features:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9  # not NaN either
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9  # refuses NaN too
 
 
 def _checked(
     annotations: Iterable[Annotation], where: Callable[[], str], classes: list[str], box_format: str, left_out: LeftOut
 ) -> dict[str, list]:
-    """An image's objects as lists of boxes (left, top, width, height), categories, areas and crowds.
+    """Returns an image's objects as lists of boxes (left, top, width, height), categories, areas and crowd flags.
 
-    Objects without a box, or with one of no width or no height, are left out.
+    Objects without a box, or with a box without area, are left out.
 
     Raises:
-        InputError: if a field is not what it should be.
+        InputError: if a field has an invalid value.
     """
     objects = {"bbox": [], "category": [], "area": [], "iscrowd": []}
     for annotation in annotations:
@@ -197,7 +201,7 @@ def _checked(
             raise wrong("area", area, "a number of pixels, or null, was expected")
         if crowd is None:
             crowd = 0
-        elif crowd not in (0, 1):  # also true and false
+        elif crowd not in (0, 1):  # accepts true and false too
             raise wrong("iscrowd", crowd, "0, 1 or null was expected")
         objects["bbox"].append([x, y, width, height])
         objects["category"].append(category)
@@ -220,7 +224,7 @@ def _checked_side(value: object, where: Callable[[], str], key: str) -> int | No
 def _coco_split(
     file: str, images: list[CocoImage], classes: list[str], box_format: str, data: Data
 ) -> datasets.Dataset:
-    """A split with the columns `image`, `width`, `height` (null where they are not recorded) and `objects`."""
+    """Builds a split with the columns `image`, `width`, `height` (null if not recorded) and `objects`."""
     columns = {"image": [], "width": [], "height": [], "objects": []}
     for image in images:
         columns["image"].append(str(image.path))
@@ -238,7 +242,7 @@ def _coco_split(
 
 
 def _load_columns(arguments: DetectionDataArguments) -> Data:
-    """The embedded data, metadata in a folder, or a data set of the Hub."""
+    """Loads the embedded data, a folder with metadata, or a dataset of the Hub."""
     if arguments.dataset == "digits":
         from embedded_data import load_digit_scenes
 
@@ -263,7 +267,7 @@ def _load_columns(arguments: DetectionDataArguments) -> Data:
 
 
 def _uniform_columns(data: Data, arguments: DetectionDataArguments) -> list[str]:
-    """Makes the splits that are used like those of `_coco_split`, and returns the names of the categories of all splits."""
+    """Converts the used splits to the columns of `_coco_split`; returns the categories' names of all splits."""
     image_column, column = arguments.image_column, arguments.objects_column
     used = [name for name in chosen_splits(data.splits, arguments) if name is not None]
     for name, flag in ((image_column, "image_column"), (column, "objects_column")):
@@ -272,7 +276,7 @@ def _uniform_columns(data: Data, arguments: DetectionDataArguments) -> list[str]
     for name, split in data.splits.items():
         if column in split.column_names:
             kinds[name], found[name] = _annotations(name, split, arguments)
-    flat = Data(data.name, data.layout, {})  # a row for each object
+    flat = Data(data.name, data.layout, {})  # one row per object
     for name, rows in found.items():
         columns = {
             "row": [index for index, row in enumerate(rows) for _ in row],
@@ -317,7 +321,7 @@ def _holds_numbers(split: datasets.Dataset, column: str) -> bool:
 def _annotations(
     name: str, split: datasets.Dataset, arguments: DetectionDataArguments
 ) -> tuple[object, list[list[Annotation]]]:
-    """The feature of the categories of a split, and the objects of its rows, from dictionaries of lists or lists of
+    """Returns the feature of a split's categories, and its rows' objects, from dictionaries of lists or lists of
     dictionaries."""
     column = arguments.objects_column
     feature = split.features[column]
@@ -354,10 +358,10 @@ def _annotations(
 
 
 def image_sizes(images: datasets.Dataset, name: str) -> Iterable[tuple[int, int]]:
-    """Width and height of each of the upright images of the column `image`, from the heads of their files.
+    """Returns width and height of each image of the column `image`, after its EXIF orientation, from the files' heads.
 
     Raises:
-        InputError: if one is no image.
+        InputError: if an entry is no image.
     """
 
     def size(numbered: tuple[int, object]) -> tuple[int, int]:
@@ -379,10 +383,10 @@ def _fit_to_images(
     data: Data,
     warnings: list[str],
 ) -> Detections:
-    """Compares recorded sizes and boxes with the images as they are decoded; boxes wholly outside are left out.
+    """Compares recorded sizes and boxes with the decoded images' sizes; leaves out boxes wholly outside.
 
     Raises:
-        InputError: if an image has another size than the one that is recorded for it, or all boxes look like fractions.
+        InputError: if an image's size differs from the recorded one, or all boxes look like fractions.
     """
 
     def image_name(index: int) -> str:
@@ -444,7 +448,7 @@ def _fit_to_images(
 
 
 def _count(name: str, part: Detections, classes: list[str], data: Data) -> Part:
-    """The line of the account. Crowds are neither trained on nor do they count in evaluation.
+    """Returns the part's line of the account. Crowds are used neither in training nor in evaluation.
 
     Raises:
         InputError: if there are no objects.
@@ -470,9 +474,9 @@ def _count(name: str, part: Detections, classes: list[str], data: Data) -> Part:
 
 
 def training_transform(arguments: DetectionDataArguments) -> Callable[[dict, int], dict]:
-    """`transform(example, seed)`: random crop, mirroring and colours, by albumentations, of an example of `Detections`.
+    """Returns `transform(example, seed)` for examples of `Detections`: random crop, flip and colours, by albumentations.
 
-    Crowds are left out, and objects of which a crop shows less than 30 %.
+    Crowds, and objects of which a crop shows less than 30 %, are left out.
 
     Raises:
         InputError: if `--random_crop_scale` is out of range.

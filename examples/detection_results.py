@@ -1,4 +1,4 @@
-"""What comes of a detector: its boxes in the images' pixels, COCO's metrics, and a picture."""
+"""In: a detector's outputs. Out: boxes in pixels of the images, COCO's metrics, and a picture."""
 
 import contextlib
 import io
@@ -7,20 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from drawing import panels
 from PIL import Image
 
 
-MAX_DETECTIONS = 100  # per image, as COCO counts them
+MAX_DETECTIONS = 100  # per image, COCO's limit
 
 
 def detect(processor, outputs, sizes: torch.Tensor, pixel_mask: torch.Tensor | None) -> list[dict[str, torch.Tensor]]:
-    """All `boxes` (left, top, right, bottom in pixels), `scores` and `labels` of each image, the best ones first.
+    """Returns `boxes` (left, top, right, bottom in pixels), `scores` and `labels` of each image, best first.
 
     Args:
-        processor: the head's.
-        outputs: the detector's.
+        processor: the head's image processor.
+        outputs: the detector's outputs.
         sizes: (batch, 2), height and width of the images before resizing.
-        pixel_mask: (batch, height, width), 0 where a batch was padded: boxes are fractions of the padded image.
+        pixel_mask: (batch, height, width), 0 for padding: the outputs' boxes are fractions of the padded image.
     """
     if pixel_mask is not None:
         inside = torch.stack([pixel_mask[:, :, 0].sum(1), pixel_mask[:, 0, :].sum(1)], dim=1)
@@ -37,11 +38,11 @@ def detect(processor, outputs, sizes: torch.Tensor, pixel_mask: torch.Tensor | N
 class CocoMetrics:
     """COCO's average precision and recall by pycocotools.
 
-    Called with detections (images, detections, [left, top, right, bottom, score, category]) and the images' ids. -1 is
-    pycocotools' figure where there is no object of a size.
+    Called with detections (images, detections, [left, top, right, bottom, score, category]) and the images' ids. pycocotools
+    returns -1 for a size without objects.
 
     Args:
-        objects: the true ones of each image, as in `detection_data.Detections`; its place is the image's id.
+        objects: the true objects of each image, as in `detection_data.Detections`; the index is the image's id.
         labels: the categories' names.
     """
 
@@ -102,33 +103,21 @@ class CocoMetrics:
 
 
 def draw_detections(images: list[Image.Image], truth: list[list[tuple]], found: list[list[tuple]], file: Path) -> None:
-    """Writes a PNG: each image with its true boxes, and beside it with the predicted ones.
+    """Writes a PNG: each image with its true boxes, and again with the predicted boxes.
 
     Args:
         images: RGB.
-        truth, found: of each image, tuples of left, top, width and height in pixels, and a text.
-        file: where to.
+        truth, found: tuples of left, top, width and height in pixels, and a text, for each image.
+        file: the PNG's path.
     """
-    import matplotlib
+    from matplotlib.patches import Rectangle
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    columns = 3
-    rows = max(1, -(-len(images) // columns))
-    figure, axes = plt.subplots(rows, 2 * columns, figsize=(4.4 * columns, 2.4 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for number, (image, *both) in enumerate(zip(images, truth, found, strict=True)):
-        row, column = divmod(number, columns)
-        for axis, boxes, title, color in zip(
-            axes[row, 2 * column : 2 * column + 2], both, ("truth", "predicted"), ("lime", "red"), strict=True
-        ):
-            axis.imshow(image)
-            axis.set_title(title, fontsize=8)
-            for x, y, width, height, name in boxes:
-                axis.add_patch(plt.Rectangle((x, y), width, height, fill=False, color=color))
-                axis.text(x, y, name[:24], fontsize=6, color="white", backgroundcolor=(0, 0, 0, 0.6))
-    figure.tight_layout()
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    with panels(file, 2 * len(images), columns=6, width=2.2, height=2.4) as axes:
+        for image, *both in zip(images, truth, found, strict=True):
+            for boxes, title, color in zip(both, ("truth", "predicted"), ("lime", "red"), strict=True):
+                axis = next(axes)
+                axis.imshow(image)
+                axis.set_title(title, fontsize=8)
+                for x, y, width, height, name in boxes:
+                    axis.add_patch(Rectangle((x, y), width, height, fill=False, color=color))
+                    axis.text(x, y, name[:24], fontsize=6, color="white", backgroundcolor=(0, 0, 0, 0.6))

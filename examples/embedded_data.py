@@ -1,4 +1,4 @@
-"""Small scenes that need no download: handwritten digits pasted on photographs, with boxes and masks.
+"""In: numbers and sizes. Out: scenes of handwritten digits on photographs, with boxes and masks, without a download.
 
 Digits and photographs come with scikit-learn. Training and evaluation share neither a digit nor a part of a photograph.
 """
@@ -14,16 +14,16 @@ DIGIT_NAMES = [f"digit {i}" for i in range(10)]
 def _scene(
     rng: np.random.Generator, photos: list[Image.Image], digits: np.ndarray, values: np.ndarray, size: int
 ) -> tuple[Image.Image, Image.Image, dict[str, list]]:
-    """One image, its mask of classes (0 is background, 1 + n is the digit n), and its objects in COCO's terms."""
+    """Draws an image, its class mask (0: background, 1 + n: digit n), and its objects in COCO's terms."""
     photo = photos[rng.integers(len(photos))]
     side = int(rng.integers(size, min(photo.size) + 1))
     left, top = (int(rng.integers(0, extent - side + 1)) for extent in photo.size)
     background = photo.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    pixels = np.asarray(background, dtype=np.float32) * 0.5  # darker than the ink
+    pixels = np.asarray(background, dtype=np.float32) * 0.5  # the background is darker than the digits
     mask = np.zeros((size, size), dtype=np.uint8)
     objects = {"bbox": [], "category": [], "area": [], "iscrowd": []}
     taken = np.zeros((size, size), dtype=bool)
-    for _ in range(rng.integers(2, 9)):  # some find no place
+    for _ in range(rng.integers(2, 9)):  # some digits find no free place
         pick = rng.integers(len(digits))
         digit_side = int(rng.integers(size // 3, int(size / 2.3)))
         alpha = np.asarray(
@@ -58,12 +58,12 @@ def _scene(
 
 
 def load_digit_scenes(train: int, evaluation: int, size: int = 96, seed: int = 0) -> datasets.DatasetDict:
-    """Scenes of a few bright digits on a darkened part of a photograph.
+    """Draws scenes of a few bright digits on a darkened part of a photograph.
 
     Args:
         train, evaluation: numbers of scenes.
         size: side of the square images in pixels, 32 to 213: a third of a photograph has 214 columns.
-        seed: of everything random.
+        seed: seed of all random numbers.
 
     Returns:
         The splits `train` and `validation` with the columns `image`; `annotation`, an image of classes where 0 is the

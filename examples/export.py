@@ -1,19 +1,18 @@
-"""Exports InternImage to ONNX or to an AOTInductor package, checks the file against the model, and only then keeps it.
+"""In: an InternImage checkpoint. Out: an ONNX file or an AOTInductor package, kept only if its outputs equal the model's.
 
     python examples/export.py --model OpenGVLab/internimage_t_1k_224 --output outputs/internimage_t
     python examples/export.py --model OpenGVLab/internimage_t_1k_224 --task backbone --out_features stage2 stage3 stage4
     python examples/export.py --model my-model --format aoti --image_size 384 --output my-model.pt2
 
-Without `--model` it takes the demo's classifier of digits, which it trains if `image_classification.py` has not yet, and
-measures the accuracy of the file on the held-out images too; with `--dataset` it does so for any classifier, whose classes are
-matched with those of the data set by name:
+Without `--model` the program exports the demo's classifier of digits, trains it first if necessary, and measures the file's
+accuracy on the held-out images. `--dataset` measures the accuracy of any classifier; classes are matched by name:
 
     python examples/export.py --quantize int8
 
-`--output` is a folder, for `model.onnx` or `model.pt2` with the configuration and the image processor, or the file alone.
+`--output` is a folder, for `model.onnx` or `model.pt2` with the configuration and the image processor, or a file.
 ONNX files take any batch size, height and width (of at least 33 pixels), AOTInductor packages any batch size of one image
-size; `--no_dynamic` fixes them. The largest difference to the model is printed; where it is too large, nothing is kept and
-the status is 1.
+size; `--no_dynamic` fixes the sizes. The program prints the largest difference from the model. If it is too large, no file is
+kept and the exit status is 1.
 """
 
 import contextlib
@@ -43,7 +42,7 @@ from internimage_hf.dcnv3 import dcnv3_as_operator
 from internimage_hf.onnx_export import MIN_OPSET, expand_dcnv3, export_onnx, export_program, output_names
 
 
-# What the file's outputs may differ by, as a part of the largest output, or of 1 where that is smaller.
+# Tolerances of the outputs, relative to the largest output or to 1, whichever is larger.
 TOLERANCES = {"float32": 1e-3, "float16": 2e-2}
 
 Run = Callable[[torch.Tensor], list[torch.Tensor]]
@@ -102,10 +101,10 @@ class ExportArguments:
 
 
 def load_model(arguments: ExportArguments, name: str | Path) -> PreTrainedModel:
-    """The model to export, in evaluation mode.
+    """Loads the model to export, in evaluation mode.
 
     Raises:
-        InputError: if it cannot be loaded, or is no InternImage.
+        InputError: if the model cannot be loaded, or is no InternImage.
     """
     with loading("model", name):
         if arguments.task == "backbone":
@@ -119,7 +118,7 @@ def load_model(arguments: ExportArguments, name: str | Path) -> PreTrainedModel:
 
 
 def image_size(arguments: ExportArguments, config: InternImageConfig) -> tuple[int, int]:
-    """Height and width of the images, as the flag says, or else the configuration.
+    """Returns height and width of the images, from the flag or else the configuration.
 
     Raises:
         InputError: if the flag is neither one nor two positive numbers.
@@ -134,7 +133,7 @@ def image_size(arguments: ExportArguments, config: InternImageConfig) -> tuple[i
 
 
 def quantize_int8(model: PreTrainedModel) -> None:
-    """Makes the weights of all linear layers int8, with one scale for each output channel."""
+    """Converts the weights of all linear layers to int8, with one scale per output channel."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(model, Int8WeightOnlyConfig())
@@ -161,7 +160,7 @@ def onnx_session(file: Path) -> Run:
 
 
 def write_onnx(model: PreTrainedModel, image_size: tuple[int, int], arguments: ExportArguments, file: Path) -> Run:
-    """Writes the ONNX file; returns what runs it."""
+    """Writes the ONNX file; returns a function that runs it."""
     import onnx
 
     program = export_onnx(
@@ -172,12 +171,12 @@ def write_onnx(model: PreTrainedModel, image_size: tuple[int, int], arguments: E
         dcnv3_op=arguments.dcnv3_op,
     )
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    external = size > 1.9e9  # a file of Protocol Buffers ends at 2 GiB
+    external = size > 1.9e9  # Protocol Buffers limits a file to 2 GiB
     program.save(file, external_data=external)
     onnx.checker.check_model(file)
     if arguments.dcnv3_op == "native":
         return onnx_session(file)
-    # ONNX Runtime does not have the operator: it checks the same graph with the operator's definition in its place.
+    # ONNX Runtime lacks the operator: the check runs the same graph with the operator expanded.
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         nodes = expand_dcnv3(program.model)
         if nodes != sum(model.config.depths):
@@ -187,7 +186,7 @@ def write_onnx(model: PreTrainedModel, image_size: tuple[int, int], arguments: E
 
 
 def write_aoti(model: PreTrainedModel, image_size: tuple[int, int], arguments: ExportArguments, file: Path) -> Run:
-    """Writes the AOTInductor package; returns what runs it."""
+    """Writes the AOTInductor package; returns a function that runs it."""
     as_operator = dcnv3_as_operator() if arguments.dcnv3_op == "custom" else contextlib.nullcontext()
     with as_operator:
         program = export_program(model, image_size=image_size, dynamic=("batch",) if arguments.dynamic else ())
@@ -197,7 +196,7 @@ def write_aoti(model: PreTrainedModel, image_size: tuple[int, int], arguments: E
 
 
 def compare(run: Run, reference: Run, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> tuple[float, float]:
-    """The largest difference of the two on random images of the given shapes, and the largest output."""
+    """Returns the largest difference of both on random images of the given shapes, and the largest output."""
     generator = torch.Generator().manual_seed(0)
     difference = largest = 0.0
     for shape in shapes:
@@ -209,20 +208,20 @@ def compare(run: Run, reference: Run, shapes: list[tuple[int, ...]], dtype: torc
                 f"{[tuple(e.shape) for e in expected]}"
             )
         for a, e in zip(actual, expected, strict=True):
-            # not max(): a NaN must not get lost in it
+            # max() could drop a NaN
             difference = np.fmax(difference, np.nan_to_num((a.float() - e.float()).abs().max().item(), nan=np.inf))
             largest = max(largest, e.float().abs().max().item())
     return float(difference), largest
 
 
 def matching_classes(model_names: list[str], data_names: list[str], data: str) -> tuple[dict[int, int], str]:
-    """The model's class for each of a data set's that has one, by number, and how they were matched, in words.
+    """Maps the dataset's class numbers to the model's; returns the map and a description of the matching.
 
-    By name, and where no name is the same also without regard to case and spaces. Where the model has no names (LABEL_0, ...), by
-    number if there are as many.
+    Classes are matched by name; if no name matches, without regard to case and spaces. If the model has no names (LABEL_0, ...),
+    classes are matched by number, provided that their numbers are equal.
 
     Raises:
-        InputError: if no class of the data set has one of the model.
+        InputError: if no class matches.
     """
 
     def normal(name: str) -> str:
@@ -247,10 +246,10 @@ def matching_classes(model_names: list[str], data_names: list[str], data: str) -
 
 
 def evaluation_images(arguments: ExportArguments, config: InternImageConfig) -> tuple[object, list[str]]:
-    """The data set's held-out images of the model's classes, with the model's numbers as labels, and what to say of them.
+    """Loads the dataset's held-out images of the model's classes, labelled with the model's numbers, and a description.
 
     Raises:
-        InputError: if the data set cannot be used, or no image of it has a class of the model.
+        InputError: if the dataset cannot be used, or no image has a class of the model.
     """
     names = ("dataset", "dataset_config", "train_split", "eval_split", "eval_fraction", "image_column", "label_column")
     flags = {name: getattr(arguments, name) for name in (*names, "max_eval_samples")}
@@ -276,7 +275,7 @@ def evaluation_images(arguments: ExportArguments, config: InternImageConfig) -> 
 
 
 def accuracy(run: Run, images, processor: BaseImageProcessor, dtype: torch.dtype, batch_size: int) -> float:
-    """The part of a dataset's images that are classified right."""
+    """Returns the fraction of correctly classified images."""
     right = 0
     for batch in images.iter(batch_size=batch_size):
         logits = run(processor(decoded(batch), return_tensors="pt")["pixel_values"].to(dtype))[0]
@@ -285,7 +284,7 @@ def accuracy(run: Run, images, processor: BaseImageProcessor, dtype: torch.dtype
 
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
-    """Runs the program; returns what it prints at the end."""
+    """Runs the program; returns its summary."""
     (arguments,) = parse_flags(argv, ExportArguments)
     suffix = {"onnx": ".onnx", "aoti": ".pt2"}[arguments.format]
     output = Path(arguments.output)

@@ -1,4 +1,4 @@
-"""The command line of the example programs: flags, optionally after a YAML file with flags (see `recipes/`)."""
+"""In: a command line, optionally with a YAML file of flags (see `recipes/`) first. Out: checked dataclasses."""
 
 import argparse
 import difflib
@@ -17,7 +17,7 @@ from transformers.hf_argparser import string_to_bool
 
 @dataclass
 class RecipeFlags:
-    """What recipes state and `TrainingArguments` has no flag for; turned into flags that it has."""
+    """Flags of recipes that `TrainingArguments` lacks; they are converted to flags of it."""
 
     total_train_batch_size: int | None = field(
         default=None,
@@ -36,23 +36,23 @@ class _Parser(HfArgumentParser):
         raise InputError(message)
 
     def flags(self) -> dict[str, argparse.Action]:
-        """What each flag does, by the name of its field."""
+        """Maps field names to their argparse actions."""
         return {action.dest: action for action in reversed(self._actions) if action.dest != "help"}
 
     def given(self, argv: list[str]) -> dict[str, object]:
-        """The fields that a command line sets, in whatever spelling of their flags, and their values."""
+        """Returns the fields that a command line sets, in any spelling of their flags, and their values."""
         absent = object()
         namespace = argparse.Namespace(**dict.fromkeys(self.flags(), absent))
         self.parse_known_args(argv, namespace)
         return {name: value for name, value in vars(namespace).items() if value is not absent}
 
     def parse(self, argv: list[str]) -> list:
-        """An instance of each dataclass."""
+        """Creates an instance of each dataclass."""
         try:
             *result, rest = self.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
         except InputError:
             raise
-        except (ValueError, TypeError) as error:  # of the classes' own checks
+        except (ValueError, TypeError) as error:  # raised by the classes' own checks
             raise InputError(one_line(error)) from error
         if rest:
             name = rest[0].lstrip("-").partition("=")[0]
@@ -65,16 +65,15 @@ class _Parser(HfArgumentParser):
 
 
 def parse_flags(argv: list[str] | None, *classes: type) -> tuple:
-    """An instance of each dataclass from the command line.
+    """Creates an instance of each dataclass from the command line.
 
-    `program.py [FILE.yaml] [--flag value ...]`: the keys of the file are flags, and flags after it override it. Where one of
-    the classes is a `TrainingArguments`, the flags of `RecipeFlags` are there as well.
+    `program.py [FILE.yaml] [--flag value ...]`: the keys of the file are flags; later flags override them. With a
+    `TrainingArguments` among the classes, the flags of `RecipeFlags` are accepted too.
 
-    Values in the file are what they would be on the command line, as they are written there: `no` is the text "no", and 1e-4
-    is a number. `null` is None.
+    Values in the file mean the same as on the command line: `no` is the text "no", and 1e-4 is a number. `null` is None.
 
     Args:
-        argv: the command line without the program's name; that of the process if None.
+        argv: the command line without the program's name; by default that of the process.
         classes: the dataclasses, as for `HfArgumentParser`.
 
     Raises:
@@ -96,13 +95,13 @@ def parse_flags(argv: list[str] | None, *classes: type) -> tuple:
         raise InputError(f"--load_best_model_at_end is not possible: {why}")
     follows = _accumulation(recipe, training, given) + _warmup(recipe, training, given)
     if follows:
-        # once more: TrainingArguments hands what it is made with to accelerate and DeepSpeed
+        # constructed again: TrainingArguments passes its values to accelerate and DeepSpeed on construction
         result = parser.parse(argv + follows)
     return tuple(result[:-1])
 
 
 def _with_file(argv: list[str], parser: _Parser, classes: tuple[type, ...]) -> list[str]:
-    """Writes out the YAML file that `argv` may begin with; what follows it comes later and so wins."""
+    """Replaces a YAML file at the start of `argv` by its flags; the flags after it override them."""
     if not argv or not argv[0].endswith((".yaml", ".yml")):
         return argv
     file = Path(argv[0])
@@ -138,7 +137,7 @@ def _with_file(argv: list[str], parser: _Parser, classes: tuple[type, ...]) -> l
 
 
 def _words(value: yaml.Node, action: argparse.Action, where: str) -> list[str]:
-    """A flag with the value that a file has for it, as a command line has them."""
+    """Returns a file's flag and value as words of a command line."""
     flag = action.option_strings[0]
     if isinstance(value, yaml.SequenceNode):
         if action.nargs != "+":
@@ -155,7 +154,7 @@ def _words(value: yaml.Node, action: argparse.Action, where: str) -> list[str]:
 
 
 def _parsed(node: yaml.Node, where: str) -> object:
-    """A value within a mapping, as JSON has it; numbers such as 1e-4, which YAML takes for text, are numbers."""
+    """Converts a value within a mapping to JSON; 1e-4, text for YAML, becomes a number."""
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value]
         if twice := next((key for key in keys if keys.count(key) > 1), None):

@@ -1,7 +1,7 @@
-"""Fine-tunes InternImage on images in classes, evaluates it, and uses the result.
+"""In: images in classes. Out: a fine-tuned InternImage classifier, its accuracy, and a picture of its predictions.
 
-Without arguments it takes scikit-learn's handwritten digits (nothing is downloaded), builds a small InternImage, trains
-it to more than 97 % accuracy on the fifth that it has not seen, and writes model, metrics and a picture of predictions:
+Without arguments the program takes scikit-learn's handwritten digits (no download), trains a small InternImage to more than
+97 % accuracy on the held-out fifth, and writes model, metrics and a picture of predictions:
 
     python examples/image_classification.py
 
@@ -11,20 +11,20 @@ checkpoint:
     python examples/image_classification.py --dataset photos/ --model OpenGVLab/internimage_t_1k_224 \
         --output_dir outputs/photos --num_train_epochs 20 --learning_rate 1e-4 --bf16 --gradient_checkpointing
 
-`--dataset` also takes the id of a dataset on the Hub. Folders called `train` and `validation`, `test` or the like are splits if
-class folders are in them; what was taken for what, and what was left out, is printed before the first step. All flags of `transformers.TrainingArguments` work, and
-`--layer_decay`, `--offset_lr_multiplier` and `--ema_decay` as the authors fine-tuned. A YAML file with flags may come first,
-such as one of the authors' recipes, and flags after it override it:
+`--dataset` also takes the id of a dataset on the Hub. Folders named `train`, `validation`, `test` and similar are splits if
+they contain class folders. The program prints its interpretation of the data, and the unused files, before the first step. All
+flags of `transformers.TrainingArguments` work, and `--layer_decay`, `--offset_lr_multiplier` and `--ema_decay` of the official
+fine-tuning. A YAML file with flags may come first, for instance a recipe; later flags override it:
 
     python examples/image_classification.py examples/recipes/imagenet1k_t.yaml --per_device_train_batch_size 64
 
-`--resume_from_checkpoint last` goes on where an interrupted run of the same `--output_dir` was.
+`--resume_from_checkpoint last` resumes an interrupted run of the same `--output_dir`.
 
-On several devices, by the files in `examples/accelerate/` (with `--use_cpu` in several processes on CPUs):
+On several devices, with the files in `examples/accelerate/` (with `--use_cpu` in several processes on CPUs):
 
     accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 8 examples/image_classification.py ...
 
-`--streaming` reads the training images while it trains, nothing is downloaded first. The stream has no end: it needs
+`--streaming` reads the training images during training, without a download before. The stream has no end: it needs
 `--max_steps`, and `--eval_strategy steps --save_strategy steps --eval_steps 1000 --save_steps 1000` to evaluate and save.
 """
 
@@ -64,6 +64,7 @@ from data import (
     undecoded,
 )
 from data import DataArguments as SharedDataArguments
+from drawing import panels
 from flags import parse_flags
 from PIL import Image
 from torch.nn.functional import cross_entropy
@@ -80,7 +81,7 @@ from internimage_hf import InternImageConfig, InternImageForImageClassification,
 from internimage_hf.training import EndlessStream
 
 
-# Columns that are taken for the classes where none has the type for it, as in a CSV file.
+# Names of the class column if no column is a `ClassLabel`, as in a CSV file.
 LABEL_COLUMNS = ("label", "labels", "class", "category")
 
 
@@ -133,7 +134,7 @@ class DataArguments(SharedDataArguments):
         for name in ("image_size", "shuffle_buffer_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"--{name} must be at least 1, got {value}")
-        self.mix(2)  # checks its flags
+        self.mix(2)  # raises for bad flags
 
     def mix(self, classes: int) -> Mix:
         return Mix(classes, self.mixup_alpha, self.cutmix_alpha, self.mixup_prob, self.mixup_switch_prob)
@@ -164,7 +165,7 @@ class ClassificationTrainingArguments(ExampleTrainingArguments):
 
 
 class ClassificationTrainer(ExampleTrainer):
-    """Cross-entropy with soft targets: in training, batches are mixed and labels smoothed."""
+    """A Trainer with soft targets in training: mixed batches and smoothed labels."""
 
     def __init__(self, *args, mix: Mix, **kwargs):
         super().__init__(*args, **kwargs)
@@ -181,7 +182,7 @@ class ClassificationTrainer(ExampleTrainer):
 
 
 def load_digits() -> datasets.DatasetDict:
-    """scikit-learn's 1797 handwritten digits of 8x8 pixels as 32x32 RGB images; the fifth held out is stratified."""
+    """Loads scikit-learn's 1797 handwritten digits of 8x8 pixels as 32x32 RGB images; a stratified fifth is held out."""
     from sklearn.datasets import load_digits as load_sklearn_digits
 
     digits = load_sklearn_digits()
@@ -199,7 +200,7 @@ def load_digits() -> datasets.DatasetDict:
 
 
 def find_column(data: Data, split: str, given: str | None, kind: type, names: tuple[str, ...], flag: str) -> str:
-    """The column that a flag names, or the one of a type, or the one with a usual name. `data.layout` says a doubtful choice.
+    """Finds a column by its flag, its type, or a usual name; `data.layout` reports an ambiguous choice.
 
     Raises:
         InputError: if there is no such column.
@@ -218,17 +219,17 @@ def find_column(data: Data, split: str, given: str | None, kind: type, names: tu
             f"--dataset {data.name}: no column of the split {split} is {kind.__name__} or called {' or '.join(names)}; "
             f"--{flag} was expected to name one of {some(list(features))}"
         )
-    column = min(found, key=lambda name: name.lower() not in names)  # the first, but for one with a usual name
+    column = min(found, key=lambda name: name.lower() not in names)  # one with a usual name, or the first
     if len(found) > 1:
         data.layout += f"; --{flag} is {column}, others are {some([name for name in found if name != column])}"
     return column
 
 
 def take_columns(data: Data, arguments: DataArguments) -> None:
-    """Leaves the columns `image` and `label` in all splits. Splits without labels are left out, as test splits often are.
+    """Reduces all splits to the columns `image` and `label`; leaves out splits without labels, such as hidden tests.
 
     Raises:
-        InputError: if a column is not in a split that is to be used.
+        InputError: if a used split lacks a column.
     """
     train, _ = chosen_splits(data.splits, arguments)
     image = find_column(data, train, arguments.image_column, datasets.Image, ("image", "img"), "image_column")
@@ -255,15 +256,15 @@ def take_columns(data: Data, arguments: DataArguments) -> None:
 
 
 def has_label(value: object) -> bool:
-    """Whether a value of a label column is a class: not null, NaN or -1, which datasets have where they keep it secret."""
+    """Whether a label is a class, and not null, NaN or -1, the marks of a hidden label."""
     return value is not None and value == value and value != -1
 
 
 def load_splits(arguments: DataArguments, seed: int) -> tuple[dict, Account]:
-    """The images to train and those to evaluate on, as `{"train": ..., "evaluation": ...}`, and the account of them.
+    """Loads the images as `{"train": ..., "evaluation": ...}`, and their account.
 
-    The columns are `image`, not decoded yet; `label`, a `ClassLabel` with the same names in both; and, unless it is streamed
-    from the Hub, `row`, the number in the split. With `--streaming` they are iterable.
+    The columns are `image`, not decoded yet; `label`, a `ClassLabel` with the same names in both; and, unless the dataset is
+    streamed from the Hub, `row`, the index in the split. With `--streaming` the datasets are iterable.
 
     Raises:
         InputError: if the dataset has no images, no classes or no training split, or an image has no class.
@@ -305,10 +306,10 @@ def load_splits(arguments: DataArguments, seed: int) -> tuple[dict, Account]:
 
 
 def streamed_splits(data: Data, arguments: DataArguments, train: str, evaluation: str) -> tuple[dict, Account]:
-    """`load_splits` of what is read from the Hub while it trains.
+    """`load_splits` for a dataset streamed from the Hub.
 
     Raises:
-        InputError: if the labels are no `ClassLabel`: their names would be known when all is read.
+        InputError: if the labels are no `ClassLabel`: their names would be known only at the end of the stream.
     """
     used = {"train": data.splits[train], "evaluation": data.splits[evaluation]}
     names: list[list[str]] = []
@@ -341,10 +342,10 @@ def streamed_splits(data: Data, arguments: DataArguments, train: str, evaluation
 
 
 def build_model(arguments: ModelArguments, labels: list[str], image_size: int | None):
-    """The model with a new head for `labels`, and its image processor.
+    """Builds the model with a new head for `labels`, and its image processor.
 
     Raises:
-        InputError: if `--model` is no InternImage, or its image processor gives images of different sizes.
+        InputError: if `--model` is no InternImage, or its image processor returns images of different sizes.
     """
     fields = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     if arguments.drop_path_rate is not None:
@@ -380,10 +381,10 @@ def build_model(arguments: ModelArguments, labels: list[str], image_size: int | 
 
 
 def output_size(processor) -> tuple[int, int]:
-    """Height and width of the images that an image processor gives.
+    """Returns height and width of an image processor's images.
 
     Raises:
-        InputError: if they depend on the image: a batch needs images of one size.
+        InputError: if the size depends on the image: a batch needs images of one size.
     """
     for step, name in (("do_center_crop", "crop_size"), ("do_resize", "size")):
         size = getattr(processor, name, None)
@@ -396,7 +397,7 @@ def output_size(processor) -> tuple[int, int]:
 
 
 def random_resized_crop(image: Image.Image, height: int, width: int, min_scale: float) -> Image.Image:
-    """A random part of the image of at least `min_scale` of its area and an aspect of 3/4 to 4/3, resized."""
+    """Crops a random part with at least `min_scale` of the area and an aspect of 3/4 to 4/3, and resizes it."""
     for _ in range(10):
         area = image.width * image.height * random.uniform(min_scale, 1.0)
         aspect = random.uniform(3 / 4, 4 / 3)
@@ -410,15 +411,15 @@ def random_resized_crop(image: Image.Image, height: int, width: int, min_scale: 
 
 
 def image_name(image: object, row: int | None) -> str | None:
-    """How messages name an image: None, which is its file's name, if it has one."""
+    """Returns an image's name for messages; None, for the file's name, if it has a file."""
     return None if row is None or (isinstance(image, dict) and image.get("path")) else f"row {row} of its split"
 
 
 def decoded(batch: dict) -> list[Image.Image]:
-    """The images of a batch.
+    """Reads the images of a batch.
 
     Raises:
-        InputError: if one cannot be read, or has no class (in a stream; elsewhere it is found before).
+        InputError: if an image cannot be read, or has no class (in a stream; other datasets are checked before).
     """
     rows = batch.get("row") or [None] * len(batch["image"])
     names = [image_name(image, row) for image, row in zip(batch["image"], rows, strict=True)]
@@ -430,7 +431,7 @@ def decoded(batch: dict) -> list[Image.Image]:
 
 
 def training_transform(processor, arguments: DataArguments):
-    """What a batch of training examples goes through: random crop, mirroring, RandAugment, image processor, erasing."""
+    """Returns the transform of training batches: random crop, flip, RandAugment, image processor, erasing."""
     height, width = output_size(processor)
     flip = arguments.random_flip if arguments.random_flip is not None else arguments.dataset != "digits"
 
@@ -473,32 +474,20 @@ def accuracy(prediction) -> dict[str, float]:
 
 
 def draw_predictions(images: list[Image.Image], truth: list[str], predictions: list[dict], file: Path) -> None:
-    """Writes a PNG: each image with its predicted class, green where that is the truth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    columns = 6
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2 * columns, 2.3 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, label, prediction in zip(axes.flat, images, truth, predictions, strict=False):
-        axis.imshow(image)
-        axis.set_title(
-            f"{prediction['label'][:24]}\n{prediction['score']:.0%}",
-            fontsize=9,
-            color="green" if prediction["label"] == label else "red",
-            parse_math=False,  # a class may be called $5
-        )
-    figure.tight_layout()
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    """Writes a PNG: each image with its predicted class, green if correct, red otherwise."""
+    with panels(file, len(images), columns=6, width=2.0, height=2.3) as axes:
+        for image, label, prediction, axis in zip(images, truth, predictions, axes, strict=False):
+            axis.imshow(image)
+            axis.set_title(
+                f"{prediction['label'][:24]}\n{prediction['score']:.0%}",
+                fontsize=9,
+                color="green" if prediction["label"] == label else "red",
+                parse_math=False,  # a class may be called $5
+            )
 
 
 def use_model(folder: Path, samples: dict[str, list], labels: list[str], file: Path) -> dict[str, str]:
-    """Loads what was saved in the three ways people use it: classifier, pipeline, backbone; draws the predictions."""
+    """Loads the saved model as classifier, pipeline and backbone; draws the predictions."""
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     classify = pipeline("image-classification", model=str(folder), device="cpu")
     images, truth = decoded(samples), [labels[label] for label in samples["label"]]

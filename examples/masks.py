@@ -1,4 +1,4 @@
-"""Masks of segmentation: where they lie beside images, how their values become classes, and what all of them together say."""
+"""In: folders or datasets of images and masks. Out: checked pairs, the classes, and masks as class numbers."""
 
 import io
 import json
@@ -32,7 +32,7 @@ from PIL import Image
 IMAGES, MASKS = "images", ("annotations", "masks", "labels")
 NAMES_FILE = "id2label.json"
 IGNORED, NO_CLASS = -1, -2
-LARGEST = 65535  # of masks' values, and the number of classes that masks can tell apart
+LARGEST = 65535  # limits of a mask's values and of the number of classes
 LAYOUTS = (
     "images/train/ and annotations/train/, or train/images/ and train/masks/, or images/ and masks/, with masks of the images' "
     "names, or a metadata file with `file_name` and `annotation_file_name`, was expected"
@@ -43,13 +43,13 @@ LAYOUTS = (
 
 
 def load_pairs(arguments: DataArguments, mask_column: str) -> Data:
-    """What `--dataset` names: folders of images and of masks, or whatever `data.load_data` reads.
+    """Loads the dataset of `--dataset`: folders of images and of masks, or any input of `data.load_data`.
 
-    Folders become splits with the columns `image` and `annotation`. Metadata without the column `mask_column` is left out beside
-    such folders.
+    Folders become splits with the columns `image` and `annotation`. Beside such folders, metadata without the column
+    `mask_column` is left out.
 
     Raises:
-        InputError: if there is no such data set, it is not laid out so, or an image has no mask or several.
+        InputError: if the dataset does not exist or has another layout, or an image has no mask or several.
     """
     expected, root = (*METADATA, NAMES_FILE), Path(arguments.dataset)
     if not root.is_dir():
@@ -72,7 +72,7 @@ def load_pairs(arguments: DataArguments, mask_column: str) -> Data:
 
 
 def _images_and_masks(files: list[Path], left_out: LeftOut) -> tuple[dict, dict, str]:
-    """Images and masks by the parts of their names without `images` or `masks` and without the ending."""
+    """Groups images and masks by the parts of their names, without `images` or `masks` and without the ending."""
     found: dict[str, dict[tuple, list[Path]]] = {kind: {} for kind in (IMAGES, *MASKS)}
     for file in files:
         folders = [part.lower() for part in file.parts[:-1][:2]]
@@ -156,14 +156,14 @@ def _paired(
 
 @dataclass
 class MaskRules:
-    """How the values of masks become classes.
+    """The rules that turn a mask's values into classes.
 
     Attributes:
-        ignore_index: the value of pixels that count in neither loss nor metric, 0 to 255 or 65535; -1 for none.
-        reduce_labels: 0 is such a value, too, and 1 is the first class.
-        mask_values: the values in the order of the classes, as numbers, or all of them as colours such as `#ff0000`; None
-            if the values are the classes' numbers. A value of this list is never ignored.
-        ignore_other_values: values that `mask_values` does not have are ignored.
+        ignore_index: the value of ignored pixels, which count in neither loss nor metric: 0 to 255 or 65535; -1 for none.
+        reduce_labels: 0 is ignored too, and 1 is the first class.
+        mask_values: the values in the order of the classes, as numbers, or all as colours such as `#ff0000`; None if the
+            values are the classes' numbers. Listed values are never ignored.
+        ignore_other_values: values missing in `mask_values` are ignored.
 
     Raises:
         InputError: if a value is out of range, or two attributes contradict each other.
@@ -208,14 +208,16 @@ class MaskRules:
         return value
 
     def text(self, value: int) -> str:
-        """A value as the flags have it."""
+        """Formats a value as in the flags."""
         return f"#{value:06x}" if self.colours else str(value)
 
     def read(self, source: object, name: str) -> np.ndarray:
-        """The values of a mask: (height, width) of unsigned integers, upright; a colour is 65536 * red + 256 * green + blue.
+        """Reads a mask's values, (height, width) of unsigned integers, after its EXIF orientation.
+
+        A colour is 65536 * red + 256 * green + blue.
 
         Raises:
-            InputError: if it is no image, or its pixels have no single value.
+            InputError: if the source is no image, or its mode gives a pixel no single value.
         """
         image = open_image(source, name)
         expected = "a greyscale or palette image whose values are the classes was expected, or --mask_values with the classes' colours"
@@ -249,7 +251,7 @@ class MaskRules:
         return pixels.astype(np.uint8 if pixels.max(initial=0) <= 255 else np.uint16)
 
     def summary(self, pixels: np.ndarray) -> list[int]:
-        """The values that occur in a mask as `read` returns it; of those that `mask_values` does not list a few."""
+        """Returns the values in a mask of `read`; at most a few of those that `mask_values` does not list."""
         values = np.flatnonzero(np.bincount(pixels.ravel())) if pixels.dtype.itemsize <= 2 else np.unique(pixels)
         if self.values is not None:
             listed = np.isin(values, self.values)
@@ -257,7 +259,7 @@ class MaskRules:
         return values.tolist()
 
     def classes(self, values: np.ndarray) -> np.ndarray:
-        """The classes of values, as int64: `IGNORED` and `NO_CLASS` are below 0."""
+        """Returns the classes of values as int64; `IGNORED` and `NO_CLASS` are negative."""
         values = values.astype(np.int64)
         if self.values is not None:
             order = np.argsort(self.values)
@@ -270,9 +272,9 @@ class MaskRules:
         return np.where(values == self.ignore_index, IGNORED, values)
 
     def mask(self, source: object, name: str, num_labels: int) -> np.ndarray:
-        """The classes of a mask's pixels: (height, width) of uint8, or uint16 for more than 255 classes.
+        """Returns the classes of a mask's pixels: (height, width) of uint8, or uint16 for more than 255 classes.
 
-        Where pixels are ignored, it has the largest value of its type, `ignored_label(num_labels)`.
+        Ignored pixels have the type's largest value, `ignored_label(num_labels)`.
 
         Raises:
             InputError: if the mask cannot be read, or a pixel is of no class.
@@ -290,7 +292,7 @@ class MaskRules:
         return np.where(classes == IGNORED, ignored_label(num_labels), classes).astype(dtype)
 
     def expected(self, num_labels: int) -> str:
-        """Which values there may be, for messages."""
+        """Describes the valid values, for messages."""
         if self.values is not None:
             text = f"{some([self.text(value) for value in self.values.tolist()], 20)} of --mask_values"
         else:
@@ -305,7 +307,7 @@ class MaskRules:
 
 
 def ignored_label(num_labels: int) -> int:
-    """What pixels have that count in neither loss nor metric: the largest value of the masks' type."""
+    """Returns the label of ignored pixels: the largest value of the masks' type."""
     return 255 if num_labels <= 255 else LARGEST
 
 
@@ -313,7 +315,7 @@ def ignored_label(num_labels: int) -> int:
 
 
 def read_names(file: Path, rules: MaskRules) -> list[str]:
-    """The classes' names of a JSON file, by number; one for the ignored value is left out.
+    """Reads the classes' names of a JSON file, by number; the ignored value's name is left out.
 
     Raises:
         InputError: if it is not a JSON object from the numbers 0, 1, ... to names.
@@ -342,7 +344,7 @@ def read_names(file: Path, rules: MaskRules) -> list[str]:
 def find_names(
     arguments: DataArguments, id2label: str | None, rules: MaskRules
 ) -> tuple[list[str] | None, str | None]:
-    """The classes' names from `--id2label` or the data set's own `id2label.json`, None without; and a warning.
+    """Finds the classes' names in `--id2label` or the dataset's `id2label.json`; returns them or None, and warnings.
 
     Raises:
         InputError: if the file is not as `read_names` expects.
@@ -359,25 +361,25 @@ def find_names(
         file = hf_hub_download(arguments.dataset, NAMES_FILE, repo_type="dataset")
     except (OSError, ValueError, EntryNotFoundError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return None, None  # the Hub says that there is none
+            return None, None  # the Hub's repository has no such file
         return None, f"whether {arguments.dataset} has an {NAMES_FILE} could not be found out: {one_line(error)}"
     return read_names(Path(file), rules), None
 
 
 def survey(data: Data, rules: MaskRules, used: Iterable[str | None]) -> list[str]:
-    """Reads every mask of every split once, and compares its size with its image's; returns warnings.
+    """Reads every mask of every split once and compares its size with its image's; returns warnings.
 
-    The splits have the columns `image` and `annotation`, and get three more: `name` and `mask_name`, by which messages call
-    the two, and `values`, those that occur in the mask.
+    The splits have the columns `image` and `annotation` and get three more: `name` and `mask_name` for messages, and `values`,
+    the mask's values.
 
     Args:
-        data: its splits are changed.
-        rules: how masks are read.
-        used: names of the splits to train and evaluate on. In others masks may be missing, and sizes differ.
+        data: the dataset; its splits are changed.
+        rules: the rules to read masks by.
+        used: names of the splits to train and evaluate on. In other splits masks may be missing and sizes differ.
 
     Raises:
-        InputError: if a mask cannot be read or is a JPEG file of several values; in a split of `used` also if it is missing or
-            has another size than its image.
+        InputError: if a mask cannot be read or is a JPEG file of several values; in a split of `used` also if a mask is missing
+            or differs in size from its image.
     """
     import datasets
 
@@ -425,9 +427,9 @@ def survey(data: Data, rules: MaskRules, used: Iterable[str | None]) -> list[str
 
 
 class _Pair:
-    """What there is to know of an image and its mask: names, the mask's values, and with `sizes` both sizes (width, height).
+    """The names of an image and its mask, the mask's values, and with `sizes` both sizes (width, height).
 
-    `size` is the mask's, None without a mask; `orientation` is the image's in EXIF, 1 unless it alone is turned upright by it.
+    `size` is the mask's, None without a mask. `orientation` is the image's in EXIF; it is 1 if the mask has one too.
     """
 
     def __init__(self, row: dict, place: str, rules: MaskRules, sizes: bool):
@@ -457,12 +459,12 @@ class _Pair:
         return f"{text}; the same size was expected"
 
     def doubtful(self) -> bool:
-        """Whether the mask would have this size for the image as it is stored, too."""
+        """Whether the mask's size also fits the stored image, before its EXIF orientation."""
         return self.orientation > 1 and (self.orientation < 5 or self.size[0] == self.size[1])
 
 
 def _head(source: dict) -> bytes:
-    """The first bytes of a file; none of a URL, or of a file that cannot be read."""
+    """Reads the first bytes of a file; returns none for a URL or an unreadable file."""
     if source.get("bytes") is not None:
         return source["bytes"][:3]
     if "://" in source["path"]:
@@ -471,11 +473,11 @@ def _head(source: dict) -> bytes:
         with open(source["path"], "rb") as file:
             return file.read(3)
     except OSError:
-        return b""  # which `open_image` will say
+        return b""  # `open_image` will raise the error
 
 
 def _orientation(source: dict) -> int:
-    """EXIF's orientation of an image that can be opened, 1 to 8; 1 without one, or of a URL."""
+    """Returns the EXIF orientation of a readable image, 1 to 8; 1 without one, or for a URL."""
     if source.get("bytes") is None and "://" in source["path"]:
         return 1
     with Image.open(io.BytesIO(source["bytes"]) if source.get("bytes") is not None else source["path"]) as image:
@@ -484,12 +486,12 @@ def _orientation(source: dict) -> int:
 
 
 def class_names(data: Data, rules: MaskRules, names: list[str] | None) -> tuple[list[str], list[str]]:
-    """The classes' names, checked against the masks of all splits, or derived from these; and warnings.
+    """Checks the classes' names against the masks of all splits, or derives names from the masks; returns names and warnings.
 
     Args:
-        data: as `survey` left it.
-        rules: how values become classes.
-        names: those that are given.
+        data: the dataset after `survey`.
+        rules: the rules that turn values into classes.
+        names: the given names, or None.
 
     Raises:
         InputError: if a mask has a value of no class, the masks have fewer than two classes, or their values leave out more
@@ -562,7 +564,7 @@ def class_names(data: Data, rules: MaskRules, names: list[str] | None) -> tuple[
 
 
 def masks_per_class(dataset, rules: MaskRules, labels: Sequence[str]) -> dict[str, int]:
-    """In how many masks of a split each class occurs, by its name."""
+    """Counts the masks of a split in which each class occurs, by its name."""
     counts: Counter[int] = Counter()
     for values in dataset["values"]:
         counts.update(set(rules.classes(np.array(values, dtype=np.int64)).tolist()))

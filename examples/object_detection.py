@@ -1,7 +1,7 @@
-"""Trains a detector of transformers on an InternImage backbone, measures COCO's mAP, and uses the result.
+"""In: images with boxes. Out: a detector of transformers on an InternImage backbone, COCO's mAP, and a picture.
 
-Without arguments it takes handwritten digits on photographs (nothing is downloaded), trains a small RT-DETR to an
-mAP@50 well above 0.5 on scenes that it has not seen, and writes model, metrics and a picture of predictions:
+Without arguments the program takes handwritten digits on photographs (no download), trains a small RT-DETR to an mAP@50 well
+above 0.5 on held-out scenes, and writes model, metrics and a picture of predictions:
 
     python examples/object_detection.py
 
@@ -11,11 +11,12 @@ On your own images in COCO's format, with a pretrained backbone:
         --output_dir outputs/coco --num_train_epochs 12 --learning_rate 1e-4 --layer_decay 0.9 --bf16
 
 `--dataset` is a folder with COCO annotations (`annotations/instances_train*.json` beside `train*/`, or
-`train/_annotations.coco.json` among the images; likewise `val` or `valid`, otherwise `test`; `--train_annotations` and so
-on name anything else), a folder with a `metadata.jsonl`, or the id of a dataset on the Hub; the latter two have a column
-`objects` with `bbox` and `category`. What is read, counted and left out is printed first. All flags of `transformers.TrainingArguments` work, and those of
-`internimage_hf.training`; a YAML file with flags may come first. `--resume_from_checkpoint last` goes on where an
-interrupted run of the same `--output_dir` was; `--model FOLDER` starts from a detector that was trained before.
+`train/_annotations.coco.json` among the images; the same for `val` or `valid`, else `test`; flags such as
+`--train_annotations` name other files), a folder with a `metadata.jsonl`, or the id of a dataset on the Hub; the latter two have
+a column `objects` with `bbox` and `category`. The program first prints the numbers of used and unused files and objects. All
+flags of `transformers.TrainingArguments` work, and those of `internimage_hf.training`; a YAML file with flags may come first.
+`--resume_from_checkpoint last` resumes an interrupted run of the same `--output_dir`; `--model FOLDER` starts from a trained
+detector.
 """
 
 import math
@@ -25,6 +26,7 @@ from pathlib import Path
 import torch
 from common import (
     ExampleTrainingArguments,
+    Head,
     HeadTrainer,
     ModelArguments,
     RandomlyTransformed,
@@ -52,7 +54,7 @@ from transformers import (
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-# from where they are defined: they need no torchvision, and transformers 5.17 hides them where it is absent
+# imported from their own modules: without torchvision, transformers 5.17 does not export these classes
 from transformers.models.deformable_detr.image_processing_pil_deformable_detr import DeformableDetrImageProcessorPil
 from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
 from transformers.models.rt_detr.image_processing_pil_rt_detr import RTDetrImageProcessorPil
@@ -76,18 +78,6 @@ class DetectionTrainingArguments(ExampleTrainingArguments):
     per_device_eval_batch_size: int = 16
     num_train_epochs: float = 8
     metric_for_best_model: str | None = "map"
-
-
-@dataclass
-class Head:
-    """What the program has to know of a detector."""
-
-    model: type
-    config: type
-    processor: type
-    out_features: list[str]
-    learning_rate: float  # of an untrained one
-    demo: dict  # configuration over the small untrained backbone
 
 
 HEADS = {
@@ -132,17 +122,19 @@ HEADS = {
 
 
 def build_model(arguments: DetectionModelArguments, labels: list[str], image_size: int | None):
-    """The detector for `labels`, and its image processor.
+    """Builds the detector for `labels`, and its image processor.
 
     Args:
-        arguments, labels, image_size: the flags, the categories' names.
+        arguments: the flags.
+        labels: the categories' names.
+        image_size: side of the images in pixels; None for the default.
 
     Raises:
         InputError: if `--model` is none of the heads on an InternImage backbone, or the images are too small for the head.
     """
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     if arguments.model is not None:
-        model = load_head({name: head.model for name, head in HEADS.items()}, arguments, **names)
+        model = load_head(HEADS, arguments, **names)
         head = HEADS[model.config.model_type]
         if image_size is None:
             return model, head.processor.from_pretrained(arguments.model)
@@ -167,8 +159,8 @@ def build_model(arguments: DetectionModelArguments, labels: list[str], image_siz
 def check_queries(model, side: int) -> None:
     """
     Raises:
-        InputError: if a head that begins with the best places of its maps has more queries than places in small images, or
-            RT-DETR's maps do not fit together.
+        InputError: if a two-stage head has more queries than its maps of small images have positions, or the sizes of RT-DETR's
+            maps do not fit together.
     """
     config = model.config
     if isinstance(config, RTDetrConfig):
@@ -191,7 +183,7 @@ def check_queries(model, side: int) -> None:
 
 
 def _processor_fields(head: Head, side: int | None) -> dict:
-    """Resizing as the head's authors have it, with `side` in place of theirs, and ImageNet's mean and deviation."""
+    """Returns the fields of the head's official resizing with another `side`, and ImageNet's mean and deviation."""
     fields = {"do_normalize": True, "image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
     if side is not None and head.processor is RTDetrImageProcessorPil:
         fields["size"] = {"height": side, "width": side}
@@ -201,7 +193,7 @@ def _processor_fields(head: Head, side: int | None) -> dict:
 
 
 class Collate:
-    """Examples to a batch of the model's inputs, by the head's image processor: resized, normalised, padded."""
+    """Turns examples into a batch of the model's inputs by the head's image processor: resized, normalised, padded."""
 
     def __init__(self, processor):
         self.processor = processor
@@ -225,7 +217,7 @@ class Collate:
 
 
 class DetectionTrainer(HeadTrainer):
-    """Evaluation gathers tensors of a fixed shape from all processes: the detections, and which image they belong to."""
+    """Evaluation gathers detections and their images' ids from all processes, as tensors of a fixed shape."""
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         loss, outputs, inputs = self.predict_batch(model, inputs)
@@ -242,7 +234,7 @@ class DetectionTrainer(HeadTrainer):
 
 
 def draw_predictions(folder: Path, samples: list[dict], file: Path) -> None:
-    """Loads the saved detector and writes a PNG of the truth and its predictions on examples of `Detections`."""
+    """Loads the saved detector and writes a PNG of truth and predictions for examples of `Detections`."""
     model = AutoModelForObjectDetection.from_pretrained(folder).eval()
     processor = HEADS[model.config.model_type].processor.from_pretrained(folder)
     names = model.config.id2label

@@ -1,7 +1,7 @@
-"""Trains a segmenter of transformers on an InternImage backbone, measures its mean IoU, and uses the result.
+"""In: images with masks. Out: a segmenter of transformers on an InternImage backbone, its mean IoU, and a picture.
 
-Without arguments it takes handwritten digits on photographs (nothing is downloaded), trains a small UperNet to a mean IoU
-well above 0.6 on scenes that it has not seen, and writes model, metrics and a picture of predictions:
+Without arguments the program takes handwritten digits on photographs (no download), trains a small UperNet to a mean IoU well
+above 0.6 on held-out scenes, and writes model, metrics and a picture of predictions:
 
     python examples/semantic_segmentation.py
 
@@ -14,11 +14,11 @@ On your own images and masks, with a pretrained backbone:
 `--dataset` is a folder with `images/train`, `images/validation` and masks of the same names in `annotations/train` and so on
 (or `train/images` and `train/masks`; without splits, `images` and `masks`), a folder with a `metadata.jsonl` of the columns
 `file_name` and `annotation_file_name`, or the id of a dataset on the Hub with the columns `image` and `annotation`. A mask is a
-greyscale or palette image whose values are the classes, 0, 1, 2 and so on; 255 counts for nothing. For other values, such as
-0 and 255 of a binary mask, `--mask_values 0 255` lists those of the classes. All masks are read and checked before the first
-step. All flags of `transformers.TrainingArguments` work, and those of
-`internimage_hf.training`; a YAML file with flags may come first. `--resume_from_checkpoint last` goes on where an
-interrupted run of the same `--output_dir` was; `--model FOLDER` starts from a segmenter that was trained or converted before.
+greyscale or palette image whose values are the classes, 0, 1, 2 and so on; 255 is ignored. For other values, such as 0 and 255
+of a binary mask, `--mask_values 0 255` lists the values of the classes. All masks are read and checked before the first step.
+All flags of `transformers.TrainingArguments` work, and those of `internimage_hf.training`; a YAML file with flags may come
+first. `--resume_from_checkpoint last` resumes an interrupted run of the same `--output_dir`; `--model FOLDER` starts from a
+trained or converted segmenter.
 """
 
 import math
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from common import (
     ExampleTrainingArguments,
+    Head,
     HeadDataArguments,
     HeadTrainer,
     ModelArguments,
@@ -55,6 +56,7 @@ from data import (
     train_and_evaluation,
     undecoded,
 )
+from drawing import panels
 from flags import parse_flags
 from masks import MaskRules, class_names, find_names, ignored_label, load_pairs, masks_per_class, survey
 from PIL import Image
@@ -67,7 +69,7 @@ from transformers import (
     set_seed,
 )
 
-# from where they are defined: they need no torchvision, and transformers 5.17 hides them where it is absent
+# imported from their own modules: without torchvision, transformers 5.17 does not export these classes
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
@@ -116,7 +118,9 @@ class SegmentationDataArguments(HeadDataArguments):
         default=None,
         metadata={"help": "smallest size of a training image before the crop, 1 is --image_size; 0.5, digits 1"},
     )
-    max_scale: float | None = field(default=None, metadata={"help": "largest size, likewise; 2, digits 1"})
+    max_scale: float | None = field(
+        default=None, metadata={"help": "largest size of a training image before the crop; 2, digits 1"}
+    )
 
 
 @dataclass
@@ -135,22 +139,12 @@ class SegmentationTrainingArguments(ExampleTrainingArguments):
     metric_for_best_model: str | None = "mean_iou"
 
 
-@dataclass
-class Head:
-    """What the program has to know of a segmenter."""
-
-    model: type
-    config: type
-    processor: type
-    learning_rate: float  # of an untrained one
-    demo: dict  # configuration over the small untrained backbone
-
-
 HEADS = {
     "upernet": Head(
         UperNetForSemanticSegmentation,
         UperNetConfig,
         SegformerImageProcessorPil,
+        ["stage1", "stage2", "stage3", "stage4"],
         4e-3,
         {"hidden_size": 64, "auxiliary_channels": 32},
     ),
@@ -158,6 +152,7 @@ HEADS = {
         Mask2FormerForUniversalSegmentation,
         Mask2FormerConfig,
         Mask2FormerImageProcessorPil,
+        ["stage1", "stage2", "stage3", "stage4"],
         5e-4,
         {
             "feature_size": 64, "mask_feature_size": 64, "hidden_dim": 64, "encoder_feedforward_dim": 128,
@@ -169,10 +164,10 @@ HEADS = {
 
 
 def load_columns(arguments: SegmentationDataArguments) -> Data:
-    """What `--dataset` names, with the columns `image` and `annotation`, both not decoded.
+    """Loads the dataset of `--dataset` with the columns `image` and `annotation`, both not decoded.
 
     Raises:
-        InputError: if there is no such data set, or it has no such columns.
+        InputError: if the dataset does not exist or lacks a column.
     """
     import datasets
 
@@ -214,12 +209,13 @@ def mask_rules(arguments: SegmentationDataArguments) -> MaskRules:
 
 
 def load_data_and_account(arguments: SegmentationDataArguments, seed: int) -> tuple:
-    """The images to train on, those to evaluate on, and the account of both, after all masks of all splits were read.
+    """Reads all masks of all splits; returns the training images, the evaluation images, and their account.
 
-    Rows have the columns `image` (PIL, RGB) and `mask` (see `MaskRules.mask`), and to evaluate `full_mask`, the mask as int64.
+    Rows have the columns `image` (PIL, RGB) and `mask` (see `MaskRules.mask`); evaluation rows also `full_mask`, the mask as
+    int64.
 
     Raises:
-        InputError: if an image or a mask, or all of them together, cannot be used.
+        InputError: if an image, a mask or the set of classes cannot be used.
     """
     rules, data = mask_rules(arguments), load_columns(arguments)
     if arguments.dataset == "digits":
@@ -254,10 +250,10 @@ def load_data_and_account(arguments: SegmentationDataArguments, seed: int) -> tu
 
 
 def _warnings(data: Data, parts: dict, counts: dict[str, dict[str, int]], rules: MaskRules) -> list[str]:
-    """What the two parts lack.
+    """Returns warnings for classes that a part lacks.
 
     Raises:
-        InputError: if one of them has no class at all.
+        InputError: if a part has no class at all.
     """
     warnings = []
     for name, part in parts.items():
@@ -286,7 +282,7 @@ def _warnings(data: Data, parts: dict, counts: dict[str, dict[str, int]], rules:
 
 
 def check_queries(model, part, rules: MaskRules) -> list[str]:
-    """A warning if masks have more classes than the head can find in an image; transformers leaves out the others."""
+    """Returns a warning if masks have more classes than the head has queries; transformers drops the others."""
     queries = getattr(model.config, "num_queries", math.inf)
     classes = [
         int((rules.classes(np.array(values, dtype=np.int64)) >= 0).sum())
@@ -302,13 +298,13 @@ def check_queries(model, part, rules: MaskRules) -> list[str]:
 
 
 def load_splits(arguments: SegmentationDataArguments, seed: int) -> tuple:
-    """`load_data_and_account` with the classes' names in place of the account."""
+    """`load_data_and_account`, with the classes' names instead of the account."""
     train, evaluation, account = load_data_and_account(arguments, seed)
     return train, evaluation, list(account.classes)
 
 
 def build_model(arguments: SegmentationModelArguments, data: SegmentationDataArguments, labels: list[str]):
-    """The segmenter for `labels`, and its image processor.
+    """Builds the segmenter for `labels`, and its image processor.
 
     Raises:
         InputError: if `--model` is none of the heads on an InternImage backbone.
@@ -324,14 +320,14 @@ def build_model(arguments: SegmentationModelArguments, data: SegmentationDataArg
     if side is not None and side < 1:
         raise InputError(f"--image_size must be at least 1, got {side}")
     if arguments.model is not None:
-        model = load_head({name: head.model for name, head in HEADS.items()}, arguments, **fields)
+        model = load_head(HEADS, arguments, **fields)
         head = HEADS[head_type]
         if side is None:
             size = head.processor.from_pretrained(arguments.model).size
             return model, head.processor(size={"height": size["height"], "width": size["width"]}, **processor)
     else:
         head = HEADS[head_type]
-        backbone = make_backbone(arguments, ["stage1", "stage2", "stage3", "stage4"])
+        backbone = make_backbone(arguments, head.out_features)
         if arguments.backbone is None:
             fields |= head.demo
         model = build_head(head.model, head.config, backbone, arguments, **fields)
@@ -340,7 +336,7 @@ def build_model(arguments: SegmentationModelArguments, data: SegmentationDataArg
 
 
 def training_transform(arguments: SegmentationDataArguments, height: int, width: int, ignored: int = 255):
-    """`transform(example, seed)`: random size, crop, mirroring and colours, by albumentations.
+    """Returns `transform(example, seed)`: random size, crop, flip and colours, by albumentations.
 
     Raises:
         InputError: if the scales are out of range.
@@ -374,9 +370,9 @@ def training_transform(arguments: SegmentationDataArguments, height: int, width:
 
 
 class Collate:
-    """Examples to a batch of the model's inputs, by the head's image processor: resized and normalised.
+    """Turns examples into a batch of the model's inputs by the head's image processor: resized and normalised.
 
-    Examples to evaluate have a `full_mask` of their image's size besides, which the metric is measured with.
+    Evaluation examples also have a `full_mask` of their image's size, for the metric.
     """
 
     def __init__(self, processor):
@@ -388,7 +384,7 @@ class Collate:
         masks = [torch.from_numpy(resized(example["mask"], height, width).astype(np.int64)) for example in examples]
         if isinstance(self.processor, SegformerImageProcessorPil):
             batch["labels"] = torch.stack(masks)
-        else:  # one binary mask for each class of an image
+        else:  # one binary mask per class of an image
             batch["class_labels"] = [mask.unique() for mask in masks]
             batch["class_labels"] = [found[found != self.processor.ignore_index] for found in batch["class_labels"]]
             batch["mask_labels"] = [
@@ -401,17 +397,16 @@ class Collate:
 
 
 def resized(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The values of the nearest pixels."""
+    """Resizes a mask by nearest pixels."""
     rows = ((np.arange(height) + 0.5) * (mask.shape[0] / height)).astype(np.int64)
     columns = ((np.arange(width) + 0.5) * (mask.shape[1] / width)).astype(np.int64)
     return mask[rows[:, None], columns]
 
 
 class OneValueBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that normalises by its running statistics where a batch has one value for each channel.
+    """BatchNorm that uses its running statistics for a batch with one value per channel.
 
-    UperNet pools a map to a single pixel. With one image in the batch, its mean is the value itself and its variance 0, and
-    PyTorch refuses to train.
+    UperNet pools a map to a single pixel. With one image in the batch the variance is 0, and PyTorch refuses to train.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -423,7 +418,7 @@ class OneValueBatchNorm2d(nn.BatchNorm2d):
 
 
 class SegmentationTrainer(HeadTrainer):
-    """Evaluation gathers, for each image, three numbers of pixels for each class: right, true, predicted."""
+    """Evaluation gathers three numbers of pixels per image and class: correct, true, predicted."""
 
     def __init__(self, *, model, **kwargs):
         super().__init__(model=model, **kwargs)
@@ -437,7 +432,7 @@ class SegmentationTrainer(HeadTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def of_counted_pixels(self, loss: torch.Tensor, inputs: dict) -> torch.Tensor:
-        """The loss; 0 for a batch whose pixels are all ignored, of which UperNet takes the mean: not a number."""
+        """Returns the loss; 0 for a batch of ignored pixels only, for which UperNet's mean would be NaN."""
         if "labels" not in inputs:
             return loss
         config = self.accelerator.unwrap_model(self.model).config
@@ -461,14 +456,14 @@ class SegmentationTrainer(HeadTrainer):
                 for one, mask in zip(predicted, masks, strict=True)
             ]
         )
-        return loss, areas, areas.new_zeros(len(areas))  # without labels there are no metrics
+        return loss, areas, areas.new_zeros(len(areas))  # `Trainer` computes metrics only with labels
 
 
 def class_areas(predicted: torch.Tensor, mask: torch.Tensor, num_labels: int, ignore_index: int) -> torch.Tensor:
-    """Numbers of pixels of each class that are right, that are of the class, and that were predicted to be.
+    """Counts the correct, the true and the predicted pixels of each class.
 
     Args:
-        predicted, mask: (height, width) of integers. Where the mask is `ignore_index`, nothing counts.
+        predicted, mask: (height, width) of integers. Pixels with the mask `ignore_index` do not count.
 
     Returns:
         (3, num_labels) of int64.
@@ -481,7 +476,7 @@ def class_areas(predicted: torch.Tensor, mask: torch.Tensor, num_labels: int, ig
 
 
 def segmentation_metrics(prediction) -> dict[str, float]:
-    """Mean IoU and mean accuracy over the classes that occur, and the part of all pixels that is right."""
+    """Computes mean IoU and mean accuracy over the occurring classes, and the fraction of correct pixels."""
     right, true, predicted = prediction.predictions.sum(0).astype(np.float64)
     union = true + predicted - right
     return {
@@ -493,36 +488,24 @@ def segmentation_metrics(prediction) -> dict[str, float]:
 
 def draw_predictions(folder: Path, samples, ignore_index: int, file: Path) -> None:
     """Loads the saved segmenter and writes a PNG: each image, its true mask, and the predicted one."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     head = HEADS[model_type_of(folder)]
     model = head.model.from_pretrained(folder).eval()
     processor = head.processor.from_pretrained(folder)
-    colors = plt.get_cmap("nipy_spectral", model.config.num_labels)
-    columns = 2
-    rows = -(-len(samples) // columns)
-    figure, axes = plt.subplots(rows, 3 * columns, figsize=(6.4 * columns, 2.3 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for number, sample in enumerate(samples):
-        image, mask = sample["image"], sample["mask"]
-        with torch.no_grad():
-            outputs = model(pixel_values=processor(images=[image], return_tensors="pt")["pixel_values"])
-        predicted = processor.post_process_semantic_segmentation(outputs, target_sizes=[mask.shape])[0].numpy()
-        row, column = divmod(number, columns)
-        for axis, content, title in (
-            (axes[row, 3 * column], image, "image"),
-            (axes[row, 3 * column + 1], np.ma.masked_equal(mask, ignore_index), "truth"),
-            (axes[row, 3 * column + 2], predicted, "predicted"),
-        ):
-            axis.imshow(content, cmap=colors, vmin=0, vmax=model.config.num_labels - 1, interpolation="nearest")
-            axis.set_title(title, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    import matplotlib
+
+    classes = model.config.num_labels
+    colors = matplotlib.colormaps["nipy_spectral"].resampled(classes)
+    with panels(file, 3 * len(samples), columns=6, width=2.13, height=2.3) as axes:
+        for sample in samples:
+            image, mask = sample["image"], sample["mask"]
+            with torch.no_grad():
+                outputs = model(pixel_values=processor(images=[image], return_tensors="pt")["pixel_values"])
+            predicted = processor.post_process_semantic_segmentation(outputs, target_sizes=[mask.shape])[0].numpy()
+            truth = np.ma.masked_equal(mask, ignore_index)
+            for content, title in ((image, "image"), (truth, "truth"), (predicted, "predicted")):
+                axis = next(axes)
+                axis.imshow(content, cmap=colors, vmin=0, vmax=classes - 1, interpolation="nearest")
+                axis.set_title(title, fontsize=8)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

@@ -5,9 +5,12 @@ from .configuration_internimage import InternImageConfig
 from .configuration_internimage_composite import InternImageCompositeConfig
 from .configuration_internimage_dino import InternImageDinoConfig
 from .configuration_internimage_rcnn import InternImageRcnnConfig
+from .dcn_modules import DCNv3, DCNv4
 from .dcnv3 import dcnv3_backend_report, use_dcnv3_backend
+from .dcnv4 import dcnv4
 from .image_processing_internimage import InternImageImageProcessor
 from .image_processing_internimage_detection import InternImageDetectionImageProcessor
+from .kernel_loader import load_dcnv3_kernel
 from .modeling_internimage import (
     InternImageBackbone,
     InternImageForImageClassification,
@@ -24,6 +27,8 @@ from .remote_code import save_with_remote_code
 __version__ = "0.1.0"
 
 __all__ = [
+    "DCNv3",
+    "DCNv4",
     "InternImageBackbone",
     "InternImageCompositeBackbone",
     "InternImageCompositeConfig",
@@ -39,6 +44,8 @@ __all__ = [
     "InternImageRcnnConfig",
     "InternImageRcnnForInstanceSegmentation",
     "dcnv3_backend_report",
+    "dcnv4",
+    "load_dcnv3_kernel",
     "save_with_remote_code",
     "use_dcnv3_backend",
 ]

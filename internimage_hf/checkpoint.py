@@ -1,15 +1,16 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
-"""Names of the official InternImage, in configurations and checkpoints, and ours.
+"""In: configurations and state dicts with the official names. Out: the same values under this package's names.
 
-Three layouts exist: the `.pth` files that the authors released (OpenGVLab/InternImage on GitHub), their Hub
-repositories (the same names after `model.`, `gamma1` called `layer_scale1`), and the backbone inside a detection or
-segmentation checkpoint (the same names after `backbone.`). All functions here are pure, pass our own names unchanged,
-and serve `InternImageConfig`, `from_pretrained` and the conversion scripts alike.
+Three official layouts exist: the released `.pth` files (OpenGVLab/InternImage and OpenGVLab/DCNv4), the authors' Hub
+repositories (prefix `model.`, `gamma1` renamed to `layer_scale1`), and the backbone inside a detection or segmentation
+checkpoint (prefix `backbone.`). All functions are pure and leave this package's names unchanged. `InternImageConfig`,
+`from_pretrained` and the conversion scripts use them.
 """
 
 import re
 from typing import Any
 
+import torch
 from transformers.core_model_loading import WeightRenaming
 
 
@@ -22,39 +23,54 @@ _CONFIG_NAMES = {
     "layer_scale": "layer_scale_init_value",
     "in_chans": "num_channels",
 }
-# Fields without a counterpart: the op has one definition here, checkpointing is a choice at run time (`with_cp`), and
-# the rest belongs to the frameworks that the official code was run in.
+# Fields without a counterpart: DCNv3 has one definition here (`core_op`), gradient checkpointing is switched at run time
+# (`with_cp`), and the other fields belong to mmdetection and mmsegmentation.
 _CONFIG_DROPPED = ("core_op", "with_cp", "level2_post_norm", "type", "init_cfg", "pretrained", "frozen_stages")
 _CONFIG_MARKERS = {*_CONFIG_NAMES, "core_op", "with_cp", "level2_post_norm"}
 _ACTIVATIONS = {"GELU": "gelu", "ReLU": "relu", "SiLU": "silu"}
-_CORE_OPS = ("DCNv3", "DCNv3_pytorch")
+# The version of the deformable convolution, by the official name of the operator and of the backbone's class.
+_CORE_OPS = {"DCNv3": 3, "DCNv3_pytorch": 3, "DCNv4": 4}
+_TYPES = {"InternImage": 3, "FlashInternImage": 4}
 
 
 def is_official_config(config: dict[str, Any]) -> bool:
-    """Whether a configuration uses a field name that only the official code has."""
-    return not _CONFIG_MARKERS.isdisjoint(config) or config.get("type") == "InternImage"
+    """Whether a configuration has a field of the official code only."""
+    return not _CONFIG_MARKERS.isdisjoint(config) or _is_backbone(config)
+
+
+def _is_backbone(config: dict[str, Any]) -> bool:
+    """Whether a configuration is a backbone's dictionary of mmdetection or mmsegmentation."""
+    return isinstance(config.get("type"), str) and config["type"] in _TYPES
 
 
 def translate_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Translates a configuration from the official or the published spelling; our own comes back equal.
+    """Translates the fields of an official or published configuration; a configuration of this package comes back equal.
 
-    Known as: the keyword arguments of `InternImage.__init__` (classification/models/intern_image.py), the published
-    `config.json`, and the backbone's dictionary in mmdetection or mmsegmentation configurations, whose `out_indices`
-    count the stages from 0 while the stem is 0 here.
+    Sources: the keyword arguments of `InternImage.__init__` (classification/models/intern_image.py) and of
+    `FlashInternImage.__init__` (flash_intern_image.py in OpenGVLab/DCNv4), the published `config.json`, and the backbone's
+    dictionary in mmdetection or mmsegmentation configurations. The `out_indices` of that dictionary count stages from 0;
+    here the stem is 0 and the first stage 1.
 
     Raises:
-        ValueError: for an activation or core operator that the official code does not have either, or a field that
-            is given twice with different values.
+        ValueError: for an activation or core operator that the official code lacks, an operator that the class in `type`
+            lacks, or a field given twice with different values.
     """
     if not is_official_config(config):
         return dict(config)
 
-    if (core_op := config.get("core_op", "DCNv3")) not in _CORE_OPS:
-        raise ValueError(f"`core_op` must be one of {', '.join(map(repr, _CORE_OPS))}, got {core_op!r}")
-
     translated: dict[str, Any] = {}
+    versions = {config["type"]: _TYPES[config["type"]]} if _is_backbone(config) else {}
+    if "core_op" in config:
+        core_op = config["core_op"]
+        if not isinstance(core_op, str) or core_op not in _CORE_OPS:
+            raise ValueError(f"`core_op` must be one of {', '.join(map(repr, _CORE_OPS))}, got {core_op!r}")
+        versions[core_op] = _CORE_OPS[core_op]
+    if len(set(versions.values())) > 1:
+        raise ValueError(f"`core_op` must be an operator of `type` {config['type']!r}, got {config['core_op']!r}")
+    if versions:
+        translated["dcn_version"] = next(iter(versions.values()))
     for name, value in config.items():
-        if name in _CONFIG_DROPPED or name == "auto_map":  # the files that auto_map names cannot be loaded any more
+        if name in _CONFIG_DROPPED or name == "auto_map":  # recent versions of transformers cannot load its files
             continue
         if name == "act_layer":
             if value not in _ACTIVATIONS:
@@ -62,13 +78,13 @@ def translate_config(config: dict[str, Any]) -> dict[str, Any]:
             value = _ACTIVATIONS[value]
         elif name == "architectures":
             value = ["InternImageForImageClassification"]
-        elif name == "out_indices" and config.get("type") == "InternImage":
+        elif name == "out_indices" and _is_backbone(config):
             value = [index + 1 for index in value]
         name = _CONFIG_NAMES.get(name, name)
         if name in translated and translated[name] != value:
             raise ValueError(f"`{name}` is given twice, as {translated[name]!r} and as {value!r}")
         translated[name] = value
-    # The block ids count only where `level2_post_norm` says so.
+    # The official code ignores the block ids unless `level2_post_norm` is true.
     if "level2_post_norm" in config and not config["level2_post_norm"]:
         translated["level2_post_norm_block_ids"] = None
     return translated
@@ -76,8 +92,8 @@ def translate_config(config: dict[str, Any]) -> dict[str, Any]:
 
 _LAYER = r"levels\.(\d+)\.blocks\.(\d+)\."
 _OUR_LAYER = r"encoder.stages.\1.layers.\2."
-# A norm sits in an nn.Sequential with the permutations around it, hence the 0 or 1 (after a permutation) behind its
-# name; LayerNorm and BatchNorm differ in that number.
+# The official code wraps each norm in an nn.Sequential with permutations. The norm's index is 1 after a permutation and 0
+# otherwise; it differs between LayerNorm and BatchNorm.
 _KEY_PATTERNS: list[tuple[re.Pattern, str]] = [
     (re.compile(rf"(?:module\.)?(?:model\.)?{pattern}"), target)
     for pattern, target in (
@@ -89,6 +105,10 @@ _KEY_PATTERNS: list[tuple[re.Pattern, str]] = [
         (_LAYER + r"dcn\.dw_conv\.0\.(weight|bias)", _OUR_LAYER + r"dcn.dw_conv.\3"),
         (_LAYER + r"dcn\.dw_conv\.1\.[01]\.(\w+)", _OUR_LAYER + r"dcn.dw_norm.\3"),
         (_LAYER + r"dcn\.(offset|mask|input_proj|output_proj)\.(weight|bias)", _OUR_LAYER + r"dcn.\3.\4"),
+        (_LAYER + r"dcn\.value_proj\.(weight|bias)", _OUR_LAYER + r"dcn.input_proj.\3"),
+        (_LAYER + r"dcn\.offset_mask_dw\.(weight|bias)", _OUR_LAYER + r"dcn.dw_conv.\3"),
+        # `translate_state_dict` splits this layer in two.
+        (_LAYER + r"dcn\.offset_mask\.(weight|bias)", _OUR_LAYER + r"dcn.offset_mask.\3"),
         (
             _LAYER + r"dcn\.center_feature_scale_proj_(weight|bias)",
             _OUR_LAYER + r"dcn.center_feature_scale_proj.\3",
@@ -120,10 +140,10 @@ _COMPOSITE_PATTERN = re.compile(r"(?:module\.)?cb_(?:modules\.(\d)\.(.+)|linears
 
 
 def translate_key(key: str) -> str:
-    """Translates one parameter or buffer name to that of `InternImageForImageClassification`.
+    """Translates an official parameter or buffer name to the one of `InternImageForImageClassification`.
 
-    The names of a CB-InternImage (`cb_modules.0.`, `cb_linears.0.1.`) become those of `InternImageCompositeBackbone`. Any
-    other name, ours included, comes back unchanged.
+    The names of a CB-InternImage (`cb_modules.0.`, `cb_linears.0.1.`) are translated to those of
+    `InternImageCompositeBackbone`. Other names come back unchanged, those of this package included.
     """
     if match := _COMPOSITE_PATTERN.fullmatch(key):
         return _translate_composite_key(key, *match.groups())
@@ -150,15 +170,55 @@ def _translate_composite_key(
     return key
 
 
-def translate_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Translates a released state dict; the values are passed on as they are.
+# Sampling points of the models' deformable convolution; three rows of `offset_mask` for each: x, y and modulation.
+_POINTS = 9
 
-    A classification checkpoint, as `.pth` or in the published layout, gets the names of
-    `InternImageForImageClassification`. Of a downstream checkpoint, known by keys that begin with `backbone.`, the
-    backbone's part alone is taken and gets the names of `InternImageBackbone`, or of `InternImageCompositeBackbone`.
+
+def split_offset_mask(key: str, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of DCNv4's layer `offset_mask` that give sampling offsets, and those that give the modulation mask.
+
+    The published layer has 27 rows per group, 18 of sampling offsets before 9 of the mask, and then 0 to 7 rows of padding,
+    which no output depends on.
+
+    Args:
+        key: the tensor's name, for the message.
+        packed: weight (rows, channels) or bias (rows,).
+
+    Returns:
+        (groups * 18, channels) and (groups * 9, channels), or without the channels.
 
     Raises:
-        ValueError: if a name belongs to neither layout nor to ours, or two names become one.
+        ValueError: if there is no number of groups with so many rows.
+    """
+    groups = packed.shape[0] // (3 * _POINTS) if packed.ndim else 0
+    if groups == 0 or packed.shape[0] != -(-groups * 3 * _POINTS // 8) * 8:
+        raise ValueError(
+            f"{key} must have 27 rows for each group and up to 7 rows of padding to a multiple of 8, "
+            f"got the shape {tuple(packed.shape)}"
+        )
+    rows = packed[: groups * 3 * _POINTS].unflatten(0, (groups, 3 * _POINTS))
+    return rows[:, : 2 * _POINTS].flatten(0, 1), rows[:, 2 * _POINTS :].flatten(0, 1)
+
+
+def join_offset_mask(offset: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The inverse of `split_offset_mask`: the rows of DCNv4's layer `offset_mask`. The padding is zero."""
+    groups = mask.shape[0] // _POINTS
+    rows = torch.cat([part.unflatten(0, (groups, -1)) for part in (offset, mask)], dim=1).flatten(0, 1)
+    return torch.cat([rows, rows.new_zeros(-len(rows) % 8, *rows.shape[1:])])
+
+
+def translate_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Translates the names of a released state dict. The values stay the same objects, except DCNv4's `offset_mask`.
+
+    DCNv4's layers `offset_mask` are split into `offset` and `mask`; see `split_offset_mask`.
+
+    A classification checkpoint, as `.pth` or in the published layout, gets the names of
+    `InternImageForImageClassification`. A downstream checkpoint, recognised by keys with the prefix `backbone.`, is reduced
+    to its backbone and gets the names of `InternImageBackbone` or `InternImageCompositeBackbone`.
+
+    Raises:
+        ValueError: if a name is neither official nor of this package, two names are translated to the same one, or an
+            `offset_mask` has a wrong number of rows.
     """
     backbone = {key.removeprefix("backbone."): value for key, value in state_dict.items() if key[:9] == "backbone."}
     translated: dict[str, Any] = {}
@@ -170,9 +230,14 @@ def translate_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
             continue
         if backbone:
             new_key = new_key.removeprefix(f"{BASE_MODEL_PREFIX}.")
-        if new_key in translated:
-            raise ValueError(f"two entries of the state dict are {new_key!r}, the second is {key!r}")
-        translated[new_key] = value
+        entries = {new_key: value}
+        if ".dcn.offset_mask." in new_key:
+            names = [new_key.replace(".offset_mask.", f".{name}.") for name in ("offset", "mask")]
+            entries = dict(zip(names, split_offset_mask(key, value), strict=True))
+        for name, entry in entries.items():
+            if name in translated:
+                raise ValueError(f"two entries of the state dict are {name!r}, the second is {key!r}")
+            translated[name] = entry
     if unknown:
         shown = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         raise ValueError(f"the state dict has {len(unknown)} entries that no InternImage has: {shown}")
@@ -182,17 +247,25 @@ def translate_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
 class OfficialNames(WeightRenaming):
     """`translate_key` as a step of transformers' weight loading.
 
-    It only works on the way in: a transform that transformers sees in use is undone when the model is saved, and a
-    fine-tuned model would go back to names that only this package and the unmaintained code can read.
+    It works on loading only. transformers undoes a conversion that it has recorded as used when it saves the model; a
+    fine-tuned model would get the official names back.
     """
 
     __slots__ = ()
 
     def __init__(self):
-        super().__init__("official InternImage names", "ours")  # shown in messages alone
+        super().__init__("official InternImage names", "ours")  # shown in messages only
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         return translate_key(source_key), None
 
 
-__all__ = ["OfficialNames", "is_official_config", "translate_config", "translate_key", "translate_state_dict"]
+__all__ = [
+    "OfficialNames",
+    "is_official_config",
+    "join_offset_mask",
+    "split_offset_mask",
+    "translate_config",
+    "translate_key",
+    "translate_state_dict",
+]

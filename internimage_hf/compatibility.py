@@ -1,12 +1,12 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
-"""Workarounds for faults of other libraries: what each one is for, where it shows, and when it can be deleted.
+"""In: models, modules and parameters. Out: the result that a library without its fault would have given.
 
-In go models, modules and parameters; out comes what the rest of the package would have got from a library without the fault.
+Each workaround names the fault, the versions that have it, the test that shows it, and the condition to delete it.
 """
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial, wraps
 
@@ -15,16 +15,17 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checkpoint import OfficialNames
+from .dcnv3 import is_exporting
 
 
 class LoadsOfficialNames:
-    """A mix-in for `PreTrainedModel`: official parameter names are translated when a model is loaded, never when it is saved.
+    """A mix-in for `PreTrainedModel` that translates official parameter names on loading and leaves saving alone.
 
-    Fault: a renaming that is registered by `register_checkpoint_conversion_mapping` is undone on saving, so that a fine-tuned
-    model would go back to names that the official code alone can read.
+    Fault: transformers undoes a renaming of `register_checkpoint_conversion_mapping` on saving. A fine-tuned model would get
+    the official names back, and only the official code reads those.
     Versions: transformers 5.17 to 5.22 (`transformers/conversion_mapping.py`, `core_model_loading.py`).
-    Test: `tests/test_checkpoint.py::test_what_was_published_is_saved_under_our_names`.
-    Delete when: a mapping can be registered for loading alone.
+    Test: `tests/test_checkpoint.py::test_published_checkpoint_is_saved_under_new_names`.
+    Delete when: a mapping can be registered for loading only.
     """
 
     @staticmethod
@@ -36,12 +37,12 @@ class LoadsOfficialNames:
 
 
 def none_is_unset(forward: Callable) -> Callable:
-    """Lets `output_hidden_states=None` and `return_dict=None` mean the configuration's value, as if not given.
+    """Removes `output_hidden_states=None` and `return_dict=None`: the configuration's value applies.
 
-    Fault: `capture_outputs` takes a given `output_hidden_states=None` for False, whatever the configuration says; heads pass
-    on None where their caller gave nothing.
-    Versions: transformers 5.17 to 5.22 (`transformers/utils/output_capturing.py`); its own models have it as well.
-    Test: `tests/test_modeling.py::test_return_dict_and_hidden_states`.
+    Fault: `capture_outputs` reads an explicit `output_hidden_states=None` as False and ignores the configuration. Heads pass
+    on None when their caller gave no value.
+    Versions: transformers 5.17 to 5.22 (`transformers/utils/output_capturing.py`); its own models have the fault too.
+    Test: `tests/test_modeling.py::test_return_dict_and_output_hidden_states_follow_config`.
     Delete when: `ConvNextV2Model` with `config.output_hidden_states` returns hidden states for `output_hidden_states=None`.
     """
 
@@ -56,35 +57,84 @@ def none_is_unset(forward: Callable) -> Callable:
 
 
 def is_sharded_away(module: nn.Module) -> bool:
-    """Whether DeepSpeed's ZeRO-3 has left empty tensors in the place of a module's own parameters.
+    """Whether DeepSpeed's ZeRO-3 has replaced a module's own parameters by empty tensors.
 
-    Fault: transformers initialises a head's modules under ZeRO-3 after the backbone's parameters were sharded, and hands
-    `_init_weights` modules of empty tensors, which it cannot fill. The backbone was initialised when it was made.
+    Fault: under ZeRO-3 transformers calls `_init_weights` for the whole head after the backbone's parameters were sharded.
+    Empty tensors cannot be initialised. The backbone's parameters were initialised on its construction.
     Versions: transformers 5.17 to 5.22 with DeepSpeed 0.17 and 0.18 (`PreTrainedModel.initialize_weights`).
-    Test: `tests/test_distributed.py::test_heads_on_a_checkpoint_under_deepspeed`.
-    Delete when: `initialize_weights` gathers what it initialises.
+    Test: `tests/test_distributed.py::test_heads_load_backbone_under_deepspeed`.
+    Delete when: `initialize_weights` gathers the parameters first.
     """
     return any(hasattr(p, "ds_id") and p.numel() == 0 for p in module.parameters(recurse=False))
 
 
-def whole_shape(parameter: torch.Tensor) -> torch.Size:
-    """The shape of a parameter, also where ZeRO-3 has left an empty tensor in its place.
+def halve(conv: nn.Conv2d, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Applies a 3x3 convolution of stride 2: (N, C, H, W) -> (N, C', ceil(H/2), ceil(W/2)).
 
-    Fault: a parameter that ZeRO-3 has sharded has the shape (0,), from which its kind (matrix or bias) cannot be told.
+    Fault: Inductor compares strides of channels-last maps by their remainder. The symbolic height after such a convolution is
+    (H-1)//2 + 1, sympy does not cancel products of such sums, and compilation for a second image size fails with "Invalid
+    ranges [0:-1]". Here a compiled model pads odd sizes by the row and column of zeros that the convolution would read
+    anyway. The height is then -(-H//2), one factor of a product, which cancels. For sizes that are constants and even, the
+    padding is empty and the compiler removes it.
+    Versions: torch 2.11 to 2.13 (`torch/_inductor/sizevars.py`).
+    Test: `tests/test_modeling.py::test_compiled_convolutions_take_a_second_image_size`.
+    Delete when: that test passes with `conv(hidden_states)` alone.
+    """
+    if torch.compiler.is_compiling() and not is_exporting():
+        height, width = hidden_states.shape[2:]
+        rows, columns = -2 * (-height // 2) - height, -2 * (-width // 2) - width
+        hidden_states = nn.functional.pad(hidden_states, (0, columns, 0, rows))
+    return conv(hidden_states)
+
+
+def channels_last(pixel_values: torch.Tensor) -> torch.Tensor:
+    """The images in channels-last memory format, except in compiled code, where the compiler chooses the layout.
+
+    Fault: `vmap` has no rule for memory formats, and torch has no public function that tells whether it is active.
+    Versions: torch 2.11 to 2.13 (`torch/_functorch`).
+    Test: `tests/test_dcnv3.py::test_per_sample_gradients_of_the_classifier`.
+    Delete when: `Tensor.contiguous(memory_format=torch.channels_last)` works within `torch.func.vmap`.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return pixel_values
+    return pixel_values.contiguous(memory_format=torch.channels_last)
+
+
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """Returns the full shape of a parameter, whether or not ZeRO-3 has sharded it.
+
+    Fault: ZeRO-3 gives a sharded parameter the shape (0,). Matrices and biases look the same.
     Versions: DeepSpeed 0.17 and 0.18 (`deepspeed/runtime/zero/partition_parameters.py`).
-    Test: `tests/test_training.py::test_parameters_that_deepspeed_has_sharded`.
+    Test: `tests/test_training.py::test_sharded_parameters_keep_their_weight_decay`.
     Delete when: DeepSpeed's parameters keep their shapes, as FSDP2's do.
     """
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def answer_for_input_embeddings(model: PreTrainedModel) -> None:
-    """Lets `model.get_input_embeddings()` return None where it raises NotImplementedError.
+def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager:
+    """Within the block, the parameters are whole tensors; the changes of process 0 go to all processes afterwards.
 
-    Fault: under FSDP2, accelerate asks every model for its input embeddings; many heads of transformers have none and raise.
+    Fault: transformers shards a head's parameters under ZeRO-3 while it constructs the model. Code that sets their values
+    afterwards would write into empty tensors.
+    Versions: transformers 5.17 to 5.22 with DeepSpeed 0.17 and 0.18 (`deepspeed/runtime/zero/partition_parameters.py`).
+    Test: `tests/test_distributed.py::test_heads_load_backbone_under_deepspeed`.
+    Delete when: a context manager of transformers or accelerate does this for any kind of sharding.
+    """
+    shards = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not shards:
+        return nullcontext()
+    # no import statement, for the reason in `mean_number_of_targets`
+    return sys.modules["deepspeed"].zero.GatheredParameters(shards, modifier_rank=0)
+
+
+def answer_for_input_embeddings(model: PreTrainedModel) -> None:
+    """Makes `model.get_input_embeddings()` return None instead of raising NotImplementedError.
+
+    Fault: under FSDP2, accelerate calls `get_input_embeddings()` of every model. Heads of transformers without input
+    embeddings raise.
     Versions: accelerate 1.10 to 1.15 (`accelerate/utils/fsdp_utils.py`), transformers 5.17 to 5.22.
-    Test: `tests/test_distributed.py::test_the_segmentation_example_in_two_processes`.
-    Delete when: accelerate takes the exception for an answer.
+    Test: `tests/test_distributed.py::test_segmentation_example_runs_in_two_processes`.
+    Delete when: accelerate catches the exception.
     """
     try:
         model.get_input_embeddings()
@@ -94,13 +144,13 @@ def answer_for_input_embeddings(model: PreTrainedModel) -> None:
 
 @contextmanager
 def saved_under_own_names(model: nn.Module) -> Iterator[None]:
-    """Within the block, `Trainer` saves a model's parameters under the names that they have in it.
+    """Within the block, `Trainer` saves parameters under the model's own names.
 
-    Fault: `save_pretrained` gives parameters of DETR-like heads older names, which `from_pretrained` translates back, but
-    `Trainer` does not when it resumes or loads its best model: it goes on without the backbone's weights.
+    Fault: `save_pretrained` writes older names for parameters of DETR-like heads. `from_pretrained` translates them back;
+    `Trainer` does not when it resumes or loads its best model, and silently loses the backbone's weights.
     Versions: transformers 5.17 to 5.22 (`Trainer._load_from_checkpoint`, `_load_best_model`).
-    Test: `tests/test_training.py::test_a_detector_keeps_its_backbone`.
-    Delete when: `Trainer` loads weights the way that `from_pretrained` does.
+    Test: `tests/test_training.py::test_resumed_detector_keeps_backbone`.
+    Delete when: `Trainer` translates names as `from_pretrained` does.
     """
     if not isinstance(model, PreTrainedModel):
         yield
@@ -141,7 +191,7 @@ def has_no_video_processor(config_class: type[PreTrainedConfig]) -> None:
     VIDEO_PROCESSOR_MAPPING.register(config_class, None, exist_ok=True)
 
 
-# The modules of transformers that take `accelerate.utils.reduce`, which is a mean, for a sum over the processes.
+# Modules of transformers that use `accelerate.utils.reduce` as a sum over the processes; its default is the mean.
 _SET_LOSSES = (
     "transformers.loss.loss_for_object_detection",
     "transformers.models.mask2former.modeling_mask2former",
@@ -152,18 +202,18 @@ _SET_LOSSES = (
 
 @contextmanager
 def mean_number_of_targets(processes: int) -> Iterator[None]:
-    """Within the block, losses of set prediction are normalised by the mean number of targets of a process.
+    """Within the block, losses of set prediction are normalised by the mean number of targets per process.
 
-    Fault: transformers divides the mean of `accelerate.utils.reduce` by the number of processes once more, which makes the
-    losses of DETR, MaskFormer and their like that many times too large.
+    Fault: transformers divides the mean of `accelerate.utils.reduce` by the number of processes again. The losses of DETR,
+    MaskFormer and related heads are too large by that factor.
     Versions: transformers 5.17 to 5.22 (`loss_for_object_detection.py` and three modeling files).
-    Test: `tests/test_distributed.py::test_the_detection_example_in_two_processes`.
+    Test: `tests/test_distributed.py::test_detection_example_runs_in_two_processes`.
     Delete when: these modules call `reduce(..., reduction="sum")`, or no longer divide.
     """
     if processes == 1:
         yield
         return
-    # Not an import: this file is a part of the remote code, whose imports transformers takes for requirements.
+    # No import statement: transformers requires every package that a file of remote code imports, and this is such a file.
     reduce = sys.modules["accelerate.utils"].reduce
     modules = [
         module
@@ -182,6 +232,9 @@ def mean_number_of_targets(processes: int) -> Iterator[None]:
 __all__ = [
     "LoadsOfficialNames",
     "answer_for_input_embeddings",
+    "channels_last",
+    "gathered",
+    "halve",
     "has_no_video_processor",
     "is_sharded_away",
     "let_pipelines_know",

@@ -1,9 +1,9 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
-"""Configuration of InternImage (CVPR 2023, https://arxiv.org/abs/2211.05778).
+"""Configuration of InternImage (DCNv3) and of FlashInternImage (DCNv4): fields, validation, released architectures.
 
-Field names are the paper's for what is InternImage's own and transformers' for what every vision model has. The
-spelling of the official code and of the repositories that its authors published on the Hub is accepted too; see
-`checkpoint.translate_config`.
+Papers: https://arxiv.org/abs/2211.05778 (InternImage, CVPR 2023), https://arxiv.org/abs/2401.06197 (DCNv4, CVPR 2024).
+Fields that only InternImage has carry the paper's names; fields that every vision model has carry transformers' names.
+`checkpoint.translate_config` also accepts the names of the official code and of the repositories on the Hub.
 """
 
 import math
@@ -16,8 +16,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from .checkpoint import is_official_config, translate_config
 
 
-# The released architectures, as in `classification/configs/*.yaml` of OpenGVLab/InternImage; image_size is that of the
-# released ImageNet-1k checkpoint.
+# The released architectures: `classification/configs/*.yaml` of OpenGVLab/InternImage and, for `flash_*`, of
+# OpenGVLab/DCNv4. `image_size` is that of the released ImageNet-1k checkpoint.
 VARIANTS: dict[str, dict[str, Any]] = {
     "t": {"channels": 64, "depths": [4, 4, 18, 4], "groups": [4, 8, 16, 32], "image_size": 224},
     "s": {
@@ -77,6 +77,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "image_size": 512,
     },
 }
+VARIANTS |= {
+    "flash_t": {**VARIANTS["t"], "dcn_version": 4},
+    "flash_s": {**VARIANTS["s"], "dcn_version": 4, "dw_kernel_size": 3},
+    "flash_b": {**VARIANTS["b"], "dcn_version": 4, "dw_kernel_size": 3, "offset_scale": 0.5},
+    "flash_l": {
+        **VARIANTS["l"],
+        "dcn_version": 4,
+        "dw_kernel_size": 3,
+        "dcn_output_bias": True,
+        "mlp_fc2_bias": True,
+    },
+}
 
 
 class InternImageConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -88,34 +100,40 @@ class InternImageConfig(BackboneConfigMixin, PreTrainedConfig):
         image_size (`int` or pair, defaults to 224): Size the checkpoint was trained for; the model takes any size.
         channels (`int`, defaults to 64): Width of stage 1 (C1 in the paper); every stage doubles it. Even.
         depths (`list[int]`, defaults to `[4, 4, 18, 4]`): Layers per stage (L1..L4).
-        groups (`list[int]`, defaults to `[4, 8, 16, 32]`): DCNv3 groups per stage (G1..G4).
+        groups (`list[int]`, defaults to `[4, 8, 16, 32]`): Groups of the deformable convolution per stage (G1..G4).
         mlp_ratio (`float`, defaults to 4.0): Hidden width of the feed-forward network over the stage's width.
         hidden_act (`str`, defaults to `"gelu"`): Activation; the official models use `"gelu"`, `"relu"` or `"silu"`.
-        norm_layer (`"LN"` or `"BN"`): Norm of the stem, the downsample layers, the depth-wise branch and the CLIP
-            projector. Norms inside blocks and at stage ends are always LayerNorm.
+        norm_layer (`"LN"` or `"BN"`): Norm of the stem, the downsample layers, DCNv3's depth-wise branch and the CLIP
+            projector. Norms inside layers and at stage ends are always LayerNorm.
         layer_norm_eps (`float`, defaults to 1e-6): Epsilon of every LayerNorm.
         batch_norm_eps (`float`, defaults to 1e-5): Epsilon of every BatchNorm.
         hidden_dropout_prob (`float`, defaults to 0.0): Dropout after the stem and in the feed-forward networks.
         drop_path_rate (`float`, defaults to 0.0): Stochastic depth rate (of the last layer if linear).
         drop_path_type (`"linear"` or `"uniform"`): How the rate grows over the layers.
         layer_scale_init_value (`float`, *optional*): Initial layer scale; `None` for no layer scale.
-        offset_scale (`float`, defaults to 1.0): Stretches the sampling grid and the learned offsets of DCNv3.
-        dw_kernel_size (`int`, *optional*): Kernel of DCNv3's depth-wise convolution, odd; `None` means 3.
+        dcn_version (`3` or `4`, defaults to 3): 3 for DCNv3 (InternImage), 4 for DCNv4 (FlashInternImage).
+        dcn_output_bias (`bool`, *optional*): Bias of the deformable convolution's output projection. `None` means True
+            for DCNv3 and False for DCNv4.
+        mlp_fc2_bias (`bool`, *optional*): Bias of the feed-forward networks' second layer. `None` means True for DCNv3
+            and False for DCNv4.
+        offset_scale (`float`, defaults to 1.0): Factor of the sampling grid and of the learned sampling offsets.
+        dw_kernel_size (`int`, *optional*): Kernel size of the depth-wise convolution before the sampling offsets, odd.
+            `None` means 3 for DCNv3 and no depth-wise convolution for DCNv4.
         post_norm (`bool`): Norm after each branch instead of before it. Wins over `res_post_norm`.
         res_post_norm (`bool`): A second norm after each branch (InternImage-H). No effect with layer scale.
         level2_post_norm_block_ids (`list[int]`, *optional*): Layers of the third stage that a further norm follows.
-        center_feature_scale (`bool`): Blend each group with its projected input by a learned gate (H and G).
-        remove_center (`bool`): Leave the centre point out of the DCNv3 kernel.
+        center_feature_scale (`bool`): Blend each group with its projected input by a learned gate (H and G). DCNv3 only.
+        remove_center (`bool`): Leave the centre point out of the sampling grid. DCNv3 only.
         use_clip_projector (`bool`): The attention-pool head of H and G instead of convolution and average pool.
         cls_scale (`float`, defaults to 1.5): Width of the ordinary head's convolution over that of stage 4.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the linear layers' initial weights.
         out_features (`list[str]`, *optional*): Stages an [`InternImageBackbone`] returns: `"stem"`, `"stage1"`, ...
         out_indices (`list[int]`, *optional*): The same by position, the stem being 0.
 
-    A model with 1000 labels and no `id2label` is taken to be an ImageNet-1k classifier and gets its label names.
+    A configuration with 1000 labels and no `id2label` gets the label names of ImageNet-1k.
 
     Raises:
-        ValueError: if a field has a value that no model can be built from; the message names field and value.
+        ValueError: if no model can be built from the value of a field. The message names the field and the value.
     """
 
     model_type = "internimage"
@@ -134,6 +152,9 @@ class InternImageConfig(BackboneConfigMixin, PreTrainedConfig):
     drop_path_rate: float = 0.0
     drop_path_type: str = "linear"
     layer_scale_init_value: float | None = None
+    dcn_version: int = 3
+    dcn_output_bias: bool | None = None
+    mlp_fc2_bias: bool | None = None
     offset_scale: float = 1.0
     dw_kernel_size: int | None = None
     post_norm: bool = False
@@ -160,9 +181,12 @@ class InternImageConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("depths", "groups", "level2_post_norm_block_ids", "image_size"):
             if isinstance(getattr(self, name), (tuple, list)):
                 setattr(self, name, list(getattr(self, name)))
+        for name in ("dcn_output_bias", "mlp_fc2_bias"):
+            if getattr(self, name) is None:
+                setattr(self, name, self.dcn_version != 4)
         self._validate()
 
-        # Derived, and written to config.json for readers that are not this class: what comes back is not an input.
+        # config.json has the derived fields for other readers; they are recomputed here, so their values are dropped.
         for derived in ("hidden_sizes", "stage_names", "num_stages"):
             kwargs.pop(derived, None)
         self.hidden_sizes = [self.channels * 2**i for i in range(len(self.depths))]
@@ -234,11 +258,22 @@ class InternImageConfig(BackboneConfigMixin, PreTrainedConfig):
         require(
             self.dw_kernel_size is None or (is_int(self.dw_kernel_size, 1) and self.dw_kernel_size % 2 == 1),
             "dw_kernel_size",
-            "an odd positive integer, or None for 3",
+            "an odd positive integer, or None for the default of `dcn_version`",
         )
-        for name in ("post_norm", "res_post_norm", "center_feature_scale", "remove_center", "use_clip_projector"):
+        for name in (
+            *("post_norm", "res_post_norm", "center_feature_scale", "remove_center", "use_clip_projector"),
+            *("dcn_output_bias", "mlp_fc2_bias"),
+        ):
             require(isinstance(getattr(self, name), (bool, int)), name, "a bool")
             setattr(self, name, bool(getattr(self, name)))
+        require(is_int(self.dcn_version, 3) and self.dcn_version <= 4, "dcn_version", "3 or 4")
+        if self.dcn_version == 4:
+            require(
+                not self.remove_center, "remove_center", "False with `dcn_version` 4, which keeps the centre point"
+            )
+            require(
+                not self.center_feature_scale, "center_feature_scale", "False with `dcn_version` 4, which has no gate"
+            )
         ids = self.level2_post_norm_block_ids
         if ids is not None:
             require(
@@ -251,10 +286,10 @@ class InternImageConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in transformers, from a dictionary in our own, the official or the published spelling."""
+        """As in transformers. The field names may be our own, those of the official code, or those on the Hub."""
         config_dict = translate_config(config_dict)
         if cls._auto_class is None:
-            # This class is saved without its code: the files that `auto_map` names would not be beside the new config.json.
+            # `save_pretrained` does not copy the code of this class, so `auto_map` would name missing files.
             config_dict.pop("auto_map", None)
         return super().from_dict(config_dict, **kwargs)
 
@@ -263,7 +298,8 @@ class InternImageConfig(BackboneConfigMixin, PreTrainedConfig):
         """A released architecture, with 1000 labels unless `num_labels` or `id2label` is given.
 
         Args:
-            variant: `"t"`, `"s"`, `"b"`, `"l"`, `"xl"`, `"h"` or `"g"` (Table 1 of the paper; H and G after it).
+            variant: InternImage: `"t"`, `"s"`, `"b"`, `"l"`, `"xl"` (Table 1 of the paper), `"h"`, `"g"`.
+                FlashInternImage: `"flash_t"`, `"flash_s"`, `"flash_b"`, `"flash_l"`.
             **kwargs: fields that differ.
 
         Raises:
@@ -280,7 +316,7 @@ class InternImageConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_stacking_rules(
         cls, channels: int = 64, group_channels: int = 16, depth: int = 4, depth_stage3: int = 18, **kwargs
     ) -> "InternImageConfig":
-        """A model from the paper's four free hyper-parameters (section 3.2, stacking rules).
+        """The configuration given by the paper's four free hyper-parameters (section 3.2, stacking rules).
 
         The rules: C_i = 2^(i-1) C_1; G_i = C_i / C'; L_1 = L_2 = L_4; L_1 <= L_3.
 

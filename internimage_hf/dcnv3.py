@@ -14,7 +14,8 @@ from types import ModuleType
 
 import torch
 
-from .dcnv3_torch import Geometry, dcnv3_cpu, dcnv3_cpu_compiled, dcnv3_plain
+from .dcnv3_chunked import dcnv3_cpu
+from .dcnv3_reference import Geometry, dcnv3_plain
 from .kernel_loader import get_dcnv3_kernel
 
 
@@ -178,7 +179,7 @@ _KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def _kernel(device_type: str, backend: str | None, dtypes: tuple[torch.dtype, ...]) -> ModuleType | None:
-    """The kernel to use, None for the PyTorch definition.
+    """The compiled kernel to use, None for the PyTorch implementations.
 
     Raises:
         RuntimeError: if a kernel was asked for and there is none.
@@ -195,34 +196,33 @@ def _kernel(device_type: str, backend: str | None, dtypes: tuple[torch.dtype, ..
     return None if unknown else kernel
 
 
-# torch.compile can follow a look-up in a global dictionary, and take an answer for granted that is a bool.
-_kernels_while_compiling: dict[str, ModuleType] = {}
+# torch.compile cannot trace ContextVars or environment variables, so the backend is fixed at trace time: a function whose
+# result, a bool, it takes as constant, and a look-up in a global dictionary.
+_kernels_in_compiled_code: dict[str, ModuleType] = {}
 
 
 @torch.compiler.assume_constant_result
-def _is_exporting() -> bool:
-    # itself, torch.compiler.is_exporting is always true for what torch 2.11 compiles
-    return torch.compiler.is_exporting()
-
-
-@torch.compiler.assume_constant_result
-def _has_kernel_while_compiling(device_type: str, backend: str | None, dtypes: tuple[torch.dtype, ...]) -> bool:
+def _has_kernel_for_compiled_code(device_type: str, backend: str | None, dtypes: tuple[torch.dtype, ...]) -> bool:
     kernel = _kernel(device_type, backend, dtypes)
     if kernel is not None:
-        _kernels_while_compiling[device_type] = kernel
+        _kernels_in_compiled_code[device_type] = kernel
     return kernel is not None
 
 
-def _call_kernel(
-    kernel: ModuleType,
-    input: torch.Tensor,
-    offset: torch.Tensor,
-    mask: torch.Tensor,
-    geometry: Geometry,
-    softmax: bool,
-) -> torch.Tensor:
-    function = kernel.dcnv3_softmax if softmax else kernel.dcnv3
-    return function(input, offset, mask, **geometry._asdict())
+def _kernel_for_compiled_code(
+    device_type: str, backend: str | None, dtypes: tuple[torch.dtype, ...]
+) -> ModuleType | None:
+    has_kernel = _has_kernel_for_compiled_code(device_type, backend, dtypes)
+    return _kernels_in_compiled_code[device_type] if has_kernel else None
+
+
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether torch.export is tracing. In code that torch 2.11 compiles, `torch.compiler.is_exporting()` is always true."""
+    return torch.compiler.is_exporting()
+
+
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def _call(
@@ -233,35 +233,27 @@ def _call(
     softmax: bool,
     backend: str | None,
 ) -> torch.Tensor:
-    # Compilers cannot look into ContextVars and the environment: what they say while compiling holds. Exporters want
-    # standard operators alone, if not told otherwise, and so do tensors without data, those that only look like tensors,
-    # and the transforms of torch.func.
-    if _as_operator_in_export and _is_exporting():
-        return dcnv3_cpu_compiled(input, offset, mask, geometry, softmax)
-    dtypes = (input.dtype, offset.dtype, mask.dtype)
-    if torch.compiler.is_compiling() and not _is_exporting():
-        if torch._C._are_functorch_transforms_active():
-            return dcnv3_plain(input, offset, mask, geometry, softmax, by_gathering=True)
-        if _has_kernel_while_compiling(input.device.type, backend, dtypes):
-            return _call_kernel(_kernels_while_compiling[input.device.type], input, offset, mask, geometry, softmax)
-        if input.device.type == "cpu":
-            return dcnv3_cpu_compiled(input, offset, mask, geometry, softmax)
-        return dcnv3_plain(input, offset, mask, geometry, softmax, by_gathering=True)
+    """Computes DCNv3 of checked arguments: by the kernel, the chunked implementation (CPU), or the reference one."""
+    exporting = torch.compiler.is_compiling() and is_exporting()
+    compiling = torch.compiler.is_compiling() and not exporting
+    if exporting and _as_operator_in_export:
+        return dcnv3_cpu(input, offset, mask, geometry, softmax)
+    # What needs standard operators: exporters, tensors without data, tensor subclasses, the transforms of torch.func.
     if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or input.is_meta
+        exporting
         or torch._C._are_functorch_transforms_active()  # there is no public way to ask
-        or type(input) not in (torch.Tensor, torch.nn.Parameter)
+        or (not compiling and (torch.jit.is_tracing() or input.is_meta or type(input) not in _PLAIN_TENSORS))
     ):
-        return dcnv3_plain(input, offset, mask, geometry, softmax)
+        return dcnv3_plain(input, offset, mask, geometry, softmax, by_gathering=compiling)
 
-    kernel = _kernel(input.device.type, backend, dtypes)
+    find = _kernel_for_compiled_code if compiling else _kernel
+    kernel = find(input.device.type, backend, (input.dtype, offset.dtype, mask.dtype))
     if kernel is not None:
-        return _call_kernel(kernel, input, offset, mask, geometry, softmax)
+        function = kernel.dcnv3_softmax if softmax else kernel.dcnv3
+        return function(input, offset, mask, **geometry._asdict())
     if input.device.type == "cpu":
         return dcnv3_cpu(input, offset, mask, geometry, softmax)
-    return dcnv3_plain(input, offset, mask, geometry, softmax)
+    return dcnv3_plain(input, offset, mask, geometry, softmax, by_gathering=compiling)
 
 
 # ------------------------------------------------------------------------------------------------------------- checks

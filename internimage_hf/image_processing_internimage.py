@@ -1,5 +1,8 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
-"""The evaluation transform of the official code: shortest edge to size, bicubic; centre crop; ImageNet statistics."""
+"""In: images. Out: `pixel_values` (batch, channels, height, width) as from the official evaluation transform.
+
+Shortest edge to size, bicubic; centre crop; ImageNet mean and standard deviation.
+"""
 
 from typing import Any
 
@@ -11,9 +14,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 class InternImageImageProcessor(CLIPImageProcessorPil):
     """CLIP's image processor with ImageNet's mean and standard deviation and torchvision's centre crop.
 
-    The published repositories name CLIP's processor, which `AutoImageProcessor` then uses. It rounds the crop's margin
-    down where torchvision, and with it the official code (`build_transform` in classification/dataset/build.py), rounds
-    half to even: one pixel apart where the margin is 3 modulo 4. Images smaller than the crop are padded with zeros.
+    The official code (`build_transform` in classification/dataset/build.py) crops by torchvision. The published repositories
+    name CLIP's processor. It rounds the crop's margin down, torchvision rounds half to even: their crops differ by one pixel
+    where the total margin is 3 modulo 4. Images smaller than the crop are padded with zeros.
     """
 
     image_mean = IMAGENET_DEFAULT_MEAN
@@ -21,7 +24,7 @@ class InternImageImageProcessor(CLIPImageProcessorPil):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
-        """As in transformers. `auto_map` is left out where this class is saved without its code."""
+        """As in transformers, without `auto_map` unless the class is saved with its code."""
         if cls._auto_class is None:
             image_processor_dict = {name: v for name, v in image_processor_dict.items() if name != "auto_map"}
         return super().from_dict(image_processor_dict, **kwargs)

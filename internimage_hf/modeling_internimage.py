@@ -1,8 +1,11 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
-"""InternImage: Exploring Large-Scale Vision Foundation Models with Deformable Convolutions (CVPR 2023).
+"""InternImage (DCNv3) and FlashInternImage (DCNv4): images in; feature maps, pooled features or logits out.
 
-Paper: https://arxiv.org/abs/2211.05778. Official code and weights: https://github.com/OpenGVLab/InternImage, MIT.
-This is an implementation of its own with the same arithmetic; `checkpoint.py` translates the official names.
+Papers: https://arxiv.org/abs/2211.05778 (InternImage, CVPR 2023), https://arxiv.org/abs/2401.06197 (DCNv4, CVPR 2024).
+Official code and weights: https://github.com/OpenGVLab/InternImage and https://github.com/OpenGVLab/DCNv4, MIT. This is an
+independent implementation of the same arithmetic; `checkpoint.py` translates the official names. "Official" in a docstring
+names the corresponding class of classification/models/intern_image.py (FlashInternImage: flash_intern_image.py), unless
+another file is given.
 
 Feature maps are (batch, channels, height, width) between modules and (batch, height, width, channels) within a stage.
 """
@@ -27,14 +30,17 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .compatibility import LoadsOfficialNames, is_sharded_away, none_is_unset
+from .compatibility import LoadsOfficialNames, channels_last, halve, is_sharded_away, none_is_unset
 from .configuration_internimage import InternImageConfig
-from .dcnv3 import _is_exporting, chosen_backend, dcnv3_softmax
+from .dcnv3 import chosen_backend, dcnv3, dcnv3_softmax
 from .kernel_loader import offer_kernel_layer
 
 
 class InternImageDropPath(nn.Module):
-    """Stochastic depth: drops a branch for whole samples and rescales the others (https://arxiv.org/abs/1603.09382)."""
+    """Stochastic depth: drops a branch for whole samples and rescales the others (https://arxiv.org/abs/1603.09382).
+
+    Official: timm's `DropPath`.
+    """
 
     def __init__(self, drop_prob: float):
         super().__init__()
@@ -52,17 +58,17 @@ class InternImageDropPath(nn.Module):
 
 
 class InternImageLayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of a (batch, channels, height, width) map."""
+    """LayerNorm over the channels of a (batch, channels, height, width) map. Official: `build_norm_layer` with "LN"."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = super().forward(hidden_states.permute(0, 2, 3, 1))
-        # The result is dense in channels-last order already; said aloud, it lets inductor fuse this chain for
-        # symbolic heights and widths.
+        # `contiguous` copies nothing: the result is dense already. Inductor needs the call to fuse the permutations of maps
+        # with a symbolic height and width.
         return hidden_states.contiguous().permute(0, 3, 1, 2)
 
 
 class InternImageTokenBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the last dimension of (..., channels)."""
+    """BatchNorm over the last dimension of (..., channels). Official: `build_norm_layer` with "BN"."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return super().forward(hidden_states.flatten(0, -2)).view_as(hidden_states)
@@ -81,33 +87,19 @@ def _token_norm(config: InternImageConfig, channels: int) -> nn.Module:
 
 
 def _uses_res_post_norm(config: InternImageConfig) -> bool:
-    # The official code consults `res_post_norm` last: after `post_norm`, and only without layer scale.
+    # The official code tests `res_post_norm` last: only without layer scale, and only if `post_norm` is false.
     return config.res_post_norm and not config.post_norm and config.layer_scale_init_value is None
 
 
-def _linear(in_features: int, out_features: int, initialization: str) -> nn.Linear:
-    """A plain `nn.Linear` that tells `_init_weights` how to fill it: "zeros" or "xavier"."""
-    linear = nn.Linear(in_features, out_features)
+def _linear(in_features: int, out_features: int, initialization: str, bias: bool = True) -> nn.Linear:
+    """An `nn.Linear` with an attribute for `_init_weights`: its `initialization` is "zeros" or "xavier"."""
+    linear = nn.Linear(in_features, out_features, bias=bias)
     linear.initialization = initialization
     return linear
 
 
-def _halve(conv: nn.Conv2d, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Applies a 3x3 convolution of stride 2: (N, C, H, W) -> (N, C', ceil(H/2), ceil(W/2))."""
-    if torch.compiler.is_compiling() and not _is_exporting():
-        # Inductor (torch 2.13) compares strides of channels-last maps by their remainder. A symbolic height after the
-        # convolution is (H-1)//2 + 1, sympy does not cancel products of such sums, and the comparison ends in "Invalid
-        # ranges [0:-1]". With the last row and column of zeros that an odd size reads as padding made part of the map,
-        # the height is -(-H//2), then -(-H//4): one factor of a product, which cancels. Even sizes that are known to
-        # the compiler need no such row, and the call vanishes.
-        height, width = hidden_states.shape[2:]
-        rows, columns = -2 * (-height // 2) - height, -2 * (-width // 2) - width
-        hidden_states = nn.functional.pad(hidden_states, (0, columns, 0, rows))
-    return conv(hidden_states)
-
-
 class InternImageStem(nn.Module):
-    """Two 3x3 convolutions of stride 2, each with a norm: (N, 3, H, W) -> (N, C1, H/4, W/4)."""
+    """Two 3x3 convolutions of stride 2, each with a norm: (N, 3, H, W) -> (N, C1, H/4, W/4). Official: `StemLayer`."""
 
     def __init__(self, config: InternImageConfig):
         super().__init__()
@@ -134,19 +126,16 @@ class InternImageStem(nn.Module):
                 f"`pixel_values` must have a floating-point dtype, got {pixel_values.dtype}; "
                 "the image processor rescales and normalises images"
             )
-        pixel_values = pixel_values.to(self.conv1.weight.dtype)
-        # Compilers choose layouts by themselves, and vmap knows no memory formats (there is no public way to ask for it).
-        if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
-            # Channels last from here on: turning the image is cheaper than turning the first norm's input.
-            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        hidden_states = _halve(self.conv1, pixel_values)  # (N, C1/2, H/2, W/2)
+        # All later maps are channels-last. The image has the fewest channels, so the conversion is cheapest here.
+        pixel_values = channels_last(pixel_values.to(self.conv1.weight.dtype))
+        hidden_states = halve(self.conv1, pixel_values)  # (N, C1/2, H/2, W/2)
         hidden_states = self.activation(self.norm1(hidden_states))
-        hidden_states = self.norm2(_halve(self.conv2, hidden_states))  # (N, C1, H/4, W/4)
+        hidden_states = self.norm2(halve(self.conv2, hidden_states))  # (N, C1, H/4, W/4)
         return self.dropout(hidden_states)
 
 
 class InternImageDownsample(nn.Module):
-    """A 3x3 convolution of stride 2 and a norm between two stages: (N, C, H, W) -> (N, 2C, H/2, W/2)."""
+    """A 3x3 convolution of stride 2 and a norm: (N, C, H, W) -> (N, 2C, H/2, W/2). Official: `DownsampleLayer`."""
 
     def __init__(self, config: InternImageConfig, channels: int):
         super().__init__()
@@ -154,14 +143,15 @@ class InternImageDownsample(nn.Module):
         self.norm = _norm2d(config, 2 * channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.norm(_halve(self.conv, hidden_states))
+        return self.norm(halve(self.conv, hidden_states))
 
 
 @use_kernel_forward_from_hub("DCNv3")
 class InternImageDeformableSampling(nn.Module):
-    """The DCNv3 operator with the softmax of the modulation mask (section 3.1, equation 2), without parameters.
+    """The DCNv3 operator with the softmax of the modulation mask (section 3.1, equation 2). It has no parameters.
 
-    A layer of its own so that `from_pretrained(..., use_kernels=True)` can put a kernel in its place.
+    `from_pretrained(..., use_kernels=True)` replaces this layer by that of a compiled kernel. Official: `DCNv3Function`
+    (classification/ops_dcnv3/functions/dcnv3_func.py).
     """
 
     def forward(
@@ -178,10 +168,23 @@ class InternImageDeformableSampling(nn.Module):
         )
 
 
-class InternImageDCNv3(nn.Module):
-    """Deformable convolution v3: offsets and modulation from a depth-wise convolution, then sampling in groups.
+@use_kernel_forward_from_hub("DCNv4")
+class InternImageDCNv4Sampling(nn.Module):
+    """The DCNv4 operator: DCNv3 without the softmax. It has no parameters, and `use_kernels=True` replaces it as well.
 
-    Input and output are (batch, height, width, channels).
+    Official: `DCNv4Function` (DCNv4_op/DCNv4/functions/dcnv4_func.py).
+    """
+
+    def forward(
+        self, input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, groups: int, offset_scale: float = 1.0
+    ) -> torch.Tensor:
+        return dcnv3(input, offset, mask, groups=groups, offset_scale=offset_scale)
+
+
+class InternImageDCNv3(nn.Module):
+    """Deformable convolution v3: a depth-wise convolution gives sampling offsets and modulation mask, then it samples.
+
+    Input and output are (batch, height, width, channels). Official: `DCNv3` (classification/ops_dcnv3/modules/dcnv3.py).
     """
 
     def __init__(self, config: InternImageConfig, channels: int, groups: int):
@@ -198,7 +201,7 @@ class InternImageDCNv3(nn.Module):
         self.offset = _linear(channels, groups * points * 2, "zeros")
         self.mask = _linear(channels, groups * points, "zeros")
         self.input_proj = _linear(channels, channels, "xavier")
-        self.output_proj = _linear(channels, channels, "xavier")
+        self.output_proj = _linear(channels, channels, "xavier", bias=config.dcn_output_bias)
         self.center_feature_scale_proj = _linear(channels, groups, "zeros") if config.center_feature_scale else None
         self.sampling = InternImageDeformableSampling()
 
@@ -223,15 +226,49 @@ class InternImageDCNv3(nn.Module):
         return self.output_proj(sampled)
 
 
+class InternImageDCNv4(nn.Module):
+    """Deformable convolution v4: the modulation mask has no softmax, and the depth-wise convolution is optional.
+
+    Input and output are (batch, height, width, channels). Official: `DCNv4` (DCNv4_op/DCNv4/modules/dcnv4.py); its packed
+    layer `offset_mask` is the two layers `offset` and `mask` here, its `value_proj` is `input_proj`.
+    """
+
+    def __init__(self, config: InternImageConfig, channels: int, groups: int):
+        super().__init__()
+        self.groups = groups
+        self.offset_scale = config.offset_scale
+        self.dw_conv = None
+        if size := config.dw_kernel_size:
+            self.dw_conv = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels)
+        self.offset = _linear(channels, groups * 9 * 2, "zeros")
+        self.mask = _linear(channels, groups * 9, "zeros")
+        self.input_proj = _linear(channels, channels, "xavier")
+        self.output_proj = _linear(channels, channels, "xavier", bias=config.dcn_output_bias)
+        self.sampling = InternImageDCNv4Sampling()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        query = hidden_states
+        if self.dw_conv is not None:
+            query = self.dw_conv(hidden_states.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        sampled = self.sampling(
+            self.input_proj(hidden_states),
+            self.offset(query),
+            self.mask(query),
+            groups=self.groups,
+            offset_scale=self.offset_scale,
+        )
+        return self.output_proj(sampled)
+
+
 class InternImageMLP(nn.Module):
-    """Feed-forward network over the last dimension."""
+    """Feed-forward network over the last dimension. Official: `MLPLayer`."""
 
     def __init__(self, config: InternImageConfig, channels: int):
         super().__init__()
         hidden_channels = int(channels * config.mlp_ratio)
         self.fc1 = nn.Linear(channels, hidden_channels)
         self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(hidden_channels, channels)
+        self.fc2 = nn.Linear(hidden_channels, channels, bias=config.mlp_fc2_bias)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -240,9 +277,9 @@ class InternImageMLP(nn.Module):
 
 
 class InternImageLayer(GradientCheckpointingLayer):
-    """DCNv3 and a feed-forward network, each with norm, layer scale and drop path as the configuration says.
+    """A deformable convolution and a feed-forward network, each with norm, layer scale, drop path and residual connection.
 
-    Input and output are (batch, height, width, channels).
+    Input and output are (batch, height, width, channels). Official: `InternImageLayer`.
     """
 
     def __init__(self, config: InternImageConfig, channels: int, groups: int, drop_path: float):
@@ -252,7 +289,7 @@ class InternImageLayer(GradientCheckpointingLayer):
         has_layer_scale = config.layer_scale_init_value is not None
 
         self.norm1 = nn.LayerNorm(channels, eps=config.layer_norm_eps)
-        self.dcn = InternImageDCNv3(config, channels, groups)
+        self.dcn = (InternImageDCNv4 if config.dcn_version == 4 else InternImageDCNv3)(config, channels, groups)
         self.norm2 = nn.LayerNorm(channels, eps=config.layer_norm_eps)
         self.mlp = InternImageMLP(config, channels)
         self.drop_path = InternImageDropPath(drop_path) if drop_path > 0.0 else nn.Identity()
@@ -286,7 +323,10 @@ class InternImageLayer(GradientCheckpointingLayer):
 
 
 class InternImageStage(nn.Module):
-    """The layers of one resolution, and the norms among and after them: (N, C, H, W) -> (N, C, H, W)."""
+    """The layers of one resolution, and the norms between and after them: (N, C, H, W) -> (N, C, H, W).
+
+    Official: `InternImageBlock`, which also holds the downsample layer.
+    """
 
     def __init__(self, config: InternImageConfig, stage: int, drop_path_rates: list[float]):
         super().__init__()
@@ -294,7 +334,7 @@ class InternImageStage(nn.Module):
         self.layers = nn.ModuleList(
             InternImageLayer(config, channels, config.groups[stage], drop_path) for drop_path in drop_path_rates
         )
-        # "level 2" counts from 0: it is the third stage
+        # The official code counts stages from 0: "level 2" is the third stage.
         self.post_norm_block_ids = (config.level2_post_norm_block_ids or []) if stage == 2 else []
         self.post_norms = nn.ModuleList(
             nn.LayerNorm(channels, eps=config.layer_norm_eps) for _ in self.post_norm_block_ids
@@ -328,7 +368,10 @@ class InternImageEncoderOutput(ModelOutput):
 
 
 class InternImageAveragePooler(nn.Module):
-    """The head of T to XL: 1x1 convolution, BatchNorm, activation, average over the map -> (N, int(C4 * cls_scale))."""
+    """The head of T to XL: 1x1 convolution, BatchNorm, activation, average over the map -> (N, int(C4 * cls_scale)).
+
+    Official: `conv_head` and `avgpool` of `InternImage`.
+    """
 
     def __init__(self, config: InternImageConfig):
         super().__init__()
@@ -342,7 +385,10 @@ class InternImageAveragePooler(nn.Module):
 
 
 class InternImageAttentionPool(nn.Module):
-    """Cross-attention from the mean token to all tokens: (N, tokens, C) -> (N, C_out)."""
+    """Cross-attention from the mean token to all tokens: (N, tokens, C) -> (N, C_out).
+
+    Official: `AttentionPoolingBlock` and `CrossAttention`.
+    """
 
     num_heads = 16
 
@@ -372,7 +418,10 @@ class InternImageAttentionPool(nn.Module):
 
 
 class InternImageClipProjector(nn.Module):
-    """The head of H and G: stage 4 at the resolution of stage 3 plus stage 3, pooled by attention -> (N, 768)."""
+    """The head of H and G: stage 4 at the resolution of stage 3 plus stage 3, pooled by attention -> (N, 768).
+
+    Official: `InternImage.forward_clip_projector`.
+    """
 
     hidden_size = 768
     embed_size = 1024
@@ -388,14 +437,14 @@ class InternImageClipProjector(nn.Module):
     def forward(self, stage_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
         stage3 = self.stage3_proj(stage_maps[2])  # (N, 1024, H/16, W/16)
         stage4 = self.pixel_shuffle(self.stage4_proj(stage_maps[3]))
-        # One row or column more than stage 3 where that is odd-sized; the official code stops there.
+        # Where stage 3 has an odd size, stage 4 has one row or column more. The official code fails there.
         stage4 = stage4[:, :, : stage3.shape[2], : stage3.shape[3]]
         tokens = (stage3 + stage4).flatten(2).transpose(1, 2)
         return self.norm(self.attention(tokens))
 
 
 class InternImagePreTrainedModel(LoadsOfficialNames, PreTrainedModel):
-    """Initialisation, loading of pretrained weights, and what transformers asks of a model class."""
+    """Initialisation, loading of pretrained weights, and the attributes that transformers reads from a model class."""
 
     config: InternImageConfig
     config_class = InternImageConfig
@@ -409,18 +458,21 @@ class InternImagePreTrainedModel(LoadsOfficialNames, PreTrainedModel):
     def __init__(self, config: InternImageConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         if config.res_post_norm and not _uses_res_post_norm(config):
-            # The official code builds these norms, and saves them, even where it does not use them.
+            # The official code builds and saves these norms even if it does not use them.
             self._ignore_unexpected(r"\.res_post_norm[12]\.")
 
     def _ignore_unexpected(self, pattern: str) -> None:
-        """Lets checkpoints have entries, for this one model, that it has no use for."""
+        """Checkpoint entries that match `pattern` are ignored without a warning, for this instance."""
         self._keys_to_ignore_on_load_unexpected = [*(self._keys_to_ignore_on_load_unexpected or ()), pattern]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As the authors do: offsets, masks and centre gates zero, DCNv3's projections Xavier, convolutions as PyTorch
-        does, other linear layers normal. Each module is judged by itself: transformers never asks about a module of
-        outside code that has no parameter of its own.
+        """Initialises one module's own parameters.
+
+        Offsets, masks and centre gates are zero, projections of the deformable convolutions are Xavier-uniform,
+        convolutions are as in PyTorch, other linear layers are normal. Official: `InternImage._init_weights` and
+        `_init_deform_weights`. transformers calls this only for modules that own a parameter, so nothing here may depend on
+        the parent module.
         """
         if is_sharded_away(module):
             return
@@ -444,7 +496,7 @@ class InternImagePreTrainedModel(LoadsOfficialNames, PreTrainedModel):
 
     def set_use_kernels(self, use_kernels: bool, *args, **kwargs) -> None:
         if use_kernels and chosen_backend(None)[0] != "torch":
-            offer_kernel_layer("DCNv3", self.device.type)
+            offer_kernel_layer(f"DCNv{self.config.dcn_version}", self.device.type)
         super().set_use_kernels(use_kernels, *args, **kwargs)
 
     def _stem(self) -> InternImageStem:
@@ -454,7 +506,7 @@ class InternImagePreTrainedModel(LoadsOfficialNames, PreTrainedModel):
         return base_model.stem
 
     def get_input_embeddings(self) -> nn.Module:
-        """The stem's first convolution: where tools that look for embeddings attach themselves."""
+        """The stem's first convolution, to which PEFT and others attach their hooks."""
         return self._stem().conv1
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -462,7 +514,7 @@ class InternImagePreTrainedModel(LoadsOfficialNames, PreTrainedModel):
 
 
 class InternImageEncoder(InternImagePreTrainedModel):
-    """The four stages and the downsample layers between them."""
+    """The four stages and the downsample layers between them. Official: `levels` of `InternImage`."""
 
     main_input_name = "hidden_states"
     _can_record_outputs = {"hidden_states": InternImageStage}
@@ -501,14 +553,14 @@ class InternImageEncoder(InternImagePreTrainedModel):
 
 
 class InternImageModel(InternImagePreTrainedModel):
-    """InternImage without a classifier.
+    """InternImage without a classifier. Official: `InternImage.forward_features`.
 
     Args:
         config: the configuration.
         add_pooling_layer: whether to build the pooler; without it `pooler_output` is None.
     """
 
-    # a classification checkpoint's last layer
+    # The classifier of a classification checkpoint.
     _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
 
     def __init__(self, config: InternImageConfig, add_pooling_layer: bool = True):
@@ -553,7 +605,7 @@ class InternImageModel(InternImagePreTrainedModel):
 
 
 class InternImageForImageClassification(InternImagePreTrainedModel):
-    """InternImage with a linear classifier on the pooled features."""
+    """InternImage with a linear classifier on the pooled features. Official: `InternImage`."""
 
     accepts_loss_kwargs = False
 
@@ -594,10 +646,13 @@ class InternImageForImageClassification(InternImagePreTrainedModel):
 
 
 class InternImageBackbone(BackboneMixin, InternImagePreTrainedModel):
-    """InternImage as a backbone for detectors and segmenters: the maps of the stages in `config.out_features`."""
+    """InternImage as a backbone for detectors and segmenters: the maps of the stages in `config.out_features`.
+
+    Official: `InternImage` (detection/mmdet_custom/models/backbones/intern_image.py).
+    """
 
     has_attentions = False
-    # what a classification checkpoint has behind the last stage
+    # The pooler and the classifier of a classification checkpoint.
     _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^(internimage\.)?pooler\."]
 
     def __init__(self, config: InternImageConfig):

@@ -32,9 +32,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .compatibility import is_sharded_away, none_is_unset
 from .configuration_internimage_dino import InternImageDinoConfig
-from .dcnv3 import chosen_backend
-from .kernel_loader import offer_kernel_layer
 from .modeling_backbone import load_backbone
+from .modeling_internimage import InternImagePreTrainedModel
 
 
 # Of the encoding of the queries' anchors; that of the maps has the configuration's.
@@ -309,8 +308,8 @@ class InternImageDinoPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight)
 
     def set_use_kernels(self, use_kernels: bool, *args, **kwargs) -> None:
-        if use_kernels and chosen_backend(None)[0] != "torch":
-            offer_kernel_layer("DCNv3", self.device.type)
+        if isinstance(self.backbone, InternImagePreTrainedModel):
+            self.backbone.set_use_kernels(use_kernels, *args, **kwargs)  # it offers its operator's kernel
         super().set_use_kernels(use_kernels, *args, **kwargs)
 
 

@@ -1,9 +1,9 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
-"""Export to ONNX, of InternImage and of models with it inside. Needs `pip install internimage-hf[export]`.
+"""In: a classifier or a backbone. Out: an ONNX program. Needs `pip install internimage-hf[export]`.
 
-torch.export sees each call of DCNv3 as one operator. It becomes standard ONNX operators around one `GridSample`, or one
-node, for runtimes that have DCNv3 as a plug-in. (The exporter can also take the PyTorch definition apart: on symbolic
-sizes that takes several times as long.)
+torch.export records each call of DCNv3 as one operator. The translation replaces it by standard ONNX operators around one
+`GridSample`, or by one custom node for runtimes with a DCNv3 plug-in. Decomposing the PyTorch definition instead takes
+several times as long with symbolic sizes.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from onnxscript.values import Op, Opset
 from torch import nn
 
 from .dcnv3 import dcnv3_as_operator
-from .dcnv3_torch import Geometry, unpack_geometry
+from .dcnv3_reference import Geometry, unpack_geometry
 from .modeling_internimage import InternImageBackbone, InternImageForImageClassification
 
 
 DCNV3_DOMAIN = "internimage_hf"
 DCNV3_OPS = ("native", "custom")
 _PAIRS = ("kernel_size", "stride", "padding", "dilation")
-# what torch's exporter writes by itself; older ones it cannot reach
+# The opset of torch's exporter; it cannot convert to an older one.
 MIN_OPSET = 18
 
 
@@ -39,18 +39,18 @@ def export_onnx(
     opset: int = MIN_OPSET,
     dcnv3_op: str = "native",
 ) -> torch.onnx.ONNXProgram:
-    """The ONNX program of a classifier or a backbone; its method `save` writes the file.
+    """Exports a classifier or a backbone to an ONNX program; its method `save` writes the file.
 
     Its input is `pixel_values` (batch_size, num_channels, height, width) in the model's dtype. Its output is `logits`
-    (batch_size, num_labels), or one map (batch_size, channels, height/n, width/n) for each of `config.out_features`, by
-    that name.
+    (batch_size, num_labels), or one map (batch_size, channels, height/n, width/n) per entry of `config.out_features`, under
+    its name.
 
     Args:
         model: the model, in evaluation mode.
-        image_size: height and width; with `dynamic` only an example of them.
-        dynamic: whether batch size, height and width may differ from run to run. Then the program is for images of at
-            least 33 pixels a side: torch.export holds sizes of 0 and 1 pixels, of the last stage's map, for special.
-            Otherwise it is for one image of `image_size`.
+        image_size: height and width in pixels; with `dynamic` only those of the example input.
+        dynamic: whether batch size, height and width may differ between runs. Each side must then have at least 33 pixels:
+            torch.export treats sizes 0 and 1 as constants, and the last stage's map would have them. Without `dynamic`
+            the program takes one image of `image_size`.
         opset: version of the standard operators, at least 18.
         dcnv3_op: "native" or "custom", see `dcnv3_translation_table`.
 
@@ -70,18 +70,18 @@ def export_onnx(
         opset_version=opset,
         input_names=["pixel_values"],
         output_names=output_names(model),
-        # of an exported program, this gives the names of the axes alone
+        # for an exported program, the exporter reads only the names of the axes from this
         dynamic_shapes={"pixel_values": {0: "batch_size", 2: "height", 3: "width"}} if dynamic else None,
         custom_translation_table=table,
         verbose=False,
     )
-    # megabytes of stack traces, with the paths of files on this machine
+    # removes stack traces: megabytes, with paths of this machine
     ClearMetadataAndDocStringPass()(onnx_program.model)
     return onnx_program
 
 
 def output_names(model: InternImageForImageClassification | InternImageBackbone) -> list[str]:
-    """The names of what an exported model returns."""
+    """Returns the names of an exported model's outputs."""
     return list(model.out_features) if isinstance(model, InternImageBackbone) else ["logits"]
 
 
@@ -104,12 +104,12 @@ def export_program(
     image_size: tuple[int, int],
     dynamic: tuple[str, ...] = ("batch", "size"),
 ) -> torch.export.ExportedProgram:
-    """`torch.export` of a classifier or a backbone: `pixel_values` -> a tuple of the tensors named by `output_names`.
+    """Exports a classifier or a backbone by `torch.export`: `pixel_values` -> tuple of tensors, in the order of `output_names`.
 
     Args:
         model: the model, in evaluation mode.
-        image_size: height and width of the example.
-        dynamic: what may vary: "batch", and "size" for height and width.
+        image_size: height and width of the example input in pixels.
+        dynamic: variable axes: "batch", and "size" for height and width.
 
     Raises:
         TypeError: if the model is of another class.
@@ -124,12 +124,12 @@ def export_program(
     height, width = image_size
     if min(height, width) < 1:
         raise ValueError(f"`image_size` must be a positive height and width, got {image_size}")
-    if "size" in dynamic:  # an example that no size of a map is 1 in
+    if "size" in dynamic:  # no map of the example may have size 1: torch.export would make it a constant
         height, width = max(height, 64), max(width, 64)
     first = next(model.parameters())
     batch_size = 2 if "batch" in dynamic else 1
     example = torch.zeros(batch_size, model.config.num_channels, height, width, dtype=first.dtype, device=first.device)
-    # Not named dimensions: those must satisfy every condition by proof, and not all that hold can be proved.
+    # `Dim.DYNAMIC`, no named dimensions: torch.export must prove every condition on those, and fails for some true ones.
     dims = {
         "batch": {0: torch.export.Dim("batch_size")},
         "size": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},
@@ -143,24 +143,23 @@ def export_program(
 
 
 def dcnv3_translation_table(dcnv3_op: str = "native") -> dict[Callable, Callable]:
-    """The argument `custom_translation_table` of `torch.onnx.export`, for any model with InternImage inside.
+    """Returns the argument `custom_translation_table` of `torch.onnx.export` for any model that contains InternImage.
 
-    `export_onnx` uses it by itself. For a detector, say:
+    `export_onnx` uses it already. For another model, for instance a detector:
 
         with dcnv3_as_operator():
             program = torch.export.export(detector.eval(), (), {"pixel_values": pixel_values}, strict=False)
         torch.onnx.export(program, dynamo=True, custom_translation_table=dcnv3_translation_table()).save("detector.onnx")
 
     Args:
-        dcnv3_op: "native" for standard operators around one `GridSample`, which every runtime has. "custom" for one node,
-            `DCNv3` of the domain `internimage_hf`, version 1: inputs `input` (batch, height, width, channels), `offset`
+        dcnv3_op: "native" for standard operators around one `GridSample`, for any runtime. "custom" for one node, `DCNv3` of
+            the domain `internimage_hf`, version 1, for runtimes with a plug-in: inputs `input` (batch, height, width, channels), `offset`
             and `mask` (after its softmax, which is a `Softmax` node), output (batch, height_out, width_out, channels),
             all as for `internimage_hf.dcnv3.dcnv3`; attributes `kernel_size`, `stride`, `padding`, `dilation` (two ints
-            each, vertical first), `groups`, `remove_center` (int), `offset_scale` (float). What runs the model needs a
-            plug-in for it.
+            each, vertical first), `groups`, `remove_center` (int), `offset_scale` (float).
 
     Raises:
-        ValueError: if `dcnv3_op` is another.
+        ValueError: if `dcnv3_op` has another value.
     """
     if dcnv3_op not in DCNV3_OPS:
         raise ValueError(f"`dcnv3_op` must be one of {', '.join(map(repr, DCNV3_OPS))}, got {dcnv3_op!r}")
@@ -188,9 +187,9 @@ def dcnv3_translation_table(dcnv3_op: str = "native") -> dict[Callable, Callable
 
 
 def expand_dcnv3(model: ir.Model) -> int:
-    """Puts the standard operators in place of a model's DCNv3 nodes, so that any runtime runs it; returns their number.
+    """Replaces a model's DCNv3 nodes by standard operators, in place; returns the number of replaced nodes.
 
-    The model is changed; its types must be known where the nodes are, as they are in an exported program's `model`.
+    The types of the nodes' inputs must be known, as in the `model` of an exported program.
     """
 
     def pattern(op, input, offset, mask):
@@ -238,9 +237,9 @@ def _ints(op: Any, *values: int) -> ir.Value:
 
 
 def _native_dcnv3(op: Any, input: ir.Value, offset: ir.Value, mask: ir.Value, geometry: Geometry) -> ir.Value:
-    """`dcnv3_plain` in operators of opset 18, made by `op`. Shapes and dtypes as for `dcnv3`.
+    """Builds `dcnv3_plain` from operators of opset 18 by `op`. Shapes and dtypes as for `dcnv3`.
 
-    Only the numbers of channels are fixed; all other sizes are read from the tensors when the model runs.
+    Only the numbers of channels are constants; the graph reads all other sizes from its inputs at run time.
     """
     groups, points, scale = geometry.groups, geometry.points, geometry.offset_scale
     dtype = ir.DataType.DOUBLE if input.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT

@@ -1,8 +1,8 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
 """Operations on boxes: RoIAlign, non-maximum suppression, box deltas, IoU, and pasting of masks.
 
-Boxes are (x1, y1, x2, y2). RoIAlign and non-maximum suppression are torchvision's where it is installed and gives the same
-numbers (`_torchvision_ops`), else formulations in PyTorch. Known as: mmcv's `roi_align` (aligned, with an adaptive number of
+Boxes are (x1, y1, x2, y2). RoIAlign and non-maximum suppression are formulations in PyTorch, or torchvision's on GPUs where it is
+installed and gives the same numbers (`_torchvision_ops`). Known as: mmcv's `roi_align` (aligned, with an adaptive number of
 samples), `batched_nms` and `bbox_overlaps`, mmdetection's `delta2bbox`, `bbox2delta` and `_do_paste_mask`.
 """
 
@@ -13,8 +13,10 @@ from types import ModuleType
 
 import torch
 from torch import nn
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_torchvision_available, logging
 
+
+logger = logging.get_logger(__name__)
 
 # Entries of the largest intermediate tensor of a chunk.
 _CHUNK = 2**24
@@ -223,26 +225,36 @@ def nms(
 
 @functools.cache
 def _torchvision_ops(device_type: str) -> ModuleType | None:
-    """torchvision's operations, if it is installed and gives the numbers of this file on such a device."""
-    if not is_torchvision_available():
+    """torchvision's operations for a type of device, if it is installed and gives the numbers of this file.
+
+    Not on CPUs: for 1000 regions of 256 channels on the maps of an 800 x 1333 image, one core takes 0.3 s by this file and
+    1.9 s by torchvision's kernel (0.14), with differences below 1e-14 in float64.
+    """
+    if device_type == "cpu" or not is_torchvision_available():
         return None
-    # Not an import statement: this file is a part of the remote code, whose imports transformers takes for requirements.
-    ops = importlib.import_module("torchvision.ops")
+    try:
+        # Not an import statement: this file is a part of the remote code, whose imports transformers takes for requirements.
+        ops = importlib.import_module("torchvision.ops")
+        return ops if _gives_the_same_numbers(ops, device_type) else None
+    except (ImportError, NotImplementedError, OSError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        logger.warning(f"torchvision is installed, but its operations cannot be used on {device_type}: {reason}")
+        return None
+
+
+def _gives_the_same_numbers(ops: ModuleType, device_type: str) -> bool:
     generator = torch.Generator().manual_seed(0)
     corners = 40 * torch.rand(64, 2, generator=generator)
     boxes = torch.cat([corners, corners + 1 + 30 * torch.rand(64, 2, generator=generator)], 1).to(device_type)
     scores = torch.rand(64, generator=generator).to(device_type)
     feature_map = torch.randn(1, 3, 16, 16, generator=generator).to(device_type)
-    rois = torch.nn.functional.pad(boxes, (1, 0))
+    rois = nn.functional.pad(boxes, (1, 0))
     order = scores.argsort(descending=True)
-    try:
-        aligned = ops.roi_align(feature_map, rois, 4, 0.25, sampling_ratio=0, aligned=True)
-        kept = ops.nms(boxes, scores, 0.5)
-    except (NotImplementedError, RuntimeError):  # torchvision has no kernel for this type of device
-        return None
-    same = torch.equal(kept, order[_nms(boxes[order], 0.5, len(order))])
-    same &= torch.allclose(aligned, _roi_align(feature_map, rois, 4, 0.25), rtol=0, atol=1e-5)
-    return ops if same else None
+    aligned = ops.roi_align(feature_map, rois, 4, 0.25, sampling_ratio=0, aligned=True)
+    kept = ops.nms(boxes, scores, 0.5)
+    return torch.equal(kept, order[_nms(boxes[order], 0.5, len(order))]) and torch.allclose(
+        aligned, _roi_align(feature_map, rois, 4, 0.25), rtol=0, atol=1e-5
+    )
 
 
 def box_area(boxes: torch.Tensor) -> torch.Tensor:

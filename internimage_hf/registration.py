@@ -1,5 +1,5 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
-"""Makes transformers' Auto classes know InternImage."""
+"""In: nothing. Out: transformers' Auto classes load `model_type: internimage`."""
 
 from transformers import (
     AutoBackbone,
@@ -11,7 +11,7 @@ from transformers import (
     AutoModelForObjectDetection,
 )
 
-# from where it is defined: transformers 5.17 offers a placeholder at the top where torchvision is absent
+# Imported from its own module: without torchvision, `transformers.AutoImageProcessor` of 5.17 is a placeholder.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES,

@@ -1,5 +1,8 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
-"""Writes model folders that load where this package is not installed, with `trust_remote_code=True`."""
+"""In: a model and a folder. Out: the saved model with a copy of this package's code, for `trust_remote_code=True`.
+
+The folder then loads where this package is not installed.
+"""
 
 import inspect
 import json
@@ -29,8 +32,8 @@ _PROCESSORS = {
     InternImageDinoConfig: InternImageDetectionImageProcessor,
     InternImageRcnnConfig: InternImageDetectionImageProcessor,
 }
-# A head of transformers needs its backbone's classes registered before its configuration is read. The subclasses keep
-# transformers from taking its own files for this repository's code when the loaded model is saved again.
+# The generated module registers the backbone's classes before transformers reads a head's configuration. It subclasses the
+# head: with transformers' own class in `auto_map`, saving the loaded model would copy transformers' files as its code.
 _HEAD_MODULE = "modeling_internimage_head"
 _HEAD_CODE = '''# Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
 """{model} of transformers on an InternImage backbone."""
@@ -101,7 +104,7 @@ def remote_code_files(
 
 
 def _code(model_class: type[PreTrainedModel] | None) -> tuple[dict[str, bytes], dict[str, str]]:
-    """The content of each file of code by its name, and the `auto_map` of the configuration.
+    """Returns the content of each code file by name, and the configuration's `auto_map`.
 
     Raises:
         TypeError: if no Auto class of transformers loads `model_class`.
@@ -129,15 +132,15 @@ def _code(model_class: type[PreTrainedModel] | None) -> tuple[dict[str, bytes], 
 
 
 def check_remote_code(folder: str | os.PathLike, model_class: type[PreTrainedModel] | None = None) -> None:
-    """Checks that `write_remote_code` would overwrite nothing but earlier versions of the package's own files.
+    """Checks that `write_remote_code` would overwrite only earlier versions of the package's own files.
 
     Args:
-        folder: where the model is going to be saved; need not exist.
+        folder: the model's future folder; it need not exist.
         model_class: as for `write_remote_code`.
 
     Raises:
         NotADirectoryError: if `folder` is a file.
-        FileExistsError: if a file, folder or symbolic link that is not the package's has the name of one of its files.
+        FileExistsError: if a foreign file, folder or symbolic link has the name of one of the package's files.
         TypeError: if no Auto class of transformers loads `model_class`.
     """
     _check_files(Path(folder), _code(model_class)[0])
@@ -156,7 +159,7 @@ def _check_files(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _is_ours(file: Path, content: bytes) -> bool:
-    """Whether a file has the package's copyright line, or the first line of what is going to be written."""
+    """Whether a file starts with the package's copyright line or with the first line of the new content."""
     if not file.is_file():
         return False
     with file.open("rb") as stream:
@@ -166,21 +169,21 @@ def _is_ours(file: Path, content: bytes) -> bool:
 
 
 def write_remote_code(folder: str | os.PathLike, model_class: type[PreTrainedModel] | None = None) -> list[Path]:
-    """Adds the code and the `auto_map` that names it to a folder that `save_pretrained` wrote.
+    """Adds the code files and the `auto_map` to a folder that `save_pretrained` wrote.
 
-    Each file is replaced at once, `config.json` last, so that it never names code that is not there. A symbolic link is
-    replaced by a file; what it points to stays as it is.
+    Each file is replaced atomically. `config.json` comes last: after an interruption it names no missing file. A symbolic
+    link is replaced by a file; its target stays unchanged.
 
     Args:
-        folder: that has a `config.json`.
-        model_class: whose instance was saved; only needed for a head of transformers with an InternImage backbone.
+        folder: the model's folder, with a `config.json`.
+        model_class: class of the saved model; needed only for a head of transformers with an InternImage backbone.
 
     Returns:
-        The files that were written.
+        The written files.
 
     Raises:
         FileNotFoundError: if the folder has no `config.json`.
-        FileExistsError: if a file of the folder that is not the package's has the name of one of its files.
+        FileExistsError: if a foreign file of the folder has the name of one of the package's files.
         ValueError: if `config.json` or `preprocessor_config.json` is not a JSON object.
         TypeError: if no Auto class of transformers loads `model_class`.
     """
@@ -197,7 +200,7 @@ def write_remote_code(folder: str | os.PathLike, model_class: type[PreTrainedMod
     files["config.json"] = _json_bytes(config)
     _check_files(folder, {name: content for name, content in files.items() if name.endswith(".py")})
     for name, content in files.items():
-        _replace(folder / name, content)
+        replace_file(folder / name, content)
     return [folder / name for name in files]
 
 
@@ -215,8 +218,8 @@ def _json_bytes(content: dict) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _replace(file: Path, content: bytes) -> None:
-    """Puts a whole file in the place of an earlier one or of a symbolic link."""
+def replace_file(file: Path, content: bytes) -> None:
+    """Writes a file atomically; it replaces an earlier file or a symbolic link of that name."""
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as stream:
@@ -229,24 +232,23 @@ def _replace(file: Path, content: bytes) -> None:
 def save_with_remote_code(
     model: PreTrainedModel, folder: str | os.PathLike, *, push_to_hub: bool = False, **kwargs
 ) -> None:
-    """Saves a model with the code it needs, for readers who do not have this package.
+    """Saves a model together with its code, for readers without this package.
 
-    They load it by its Auto class (`AutoModelForImageClassification`, `AutoModelForObjectDetection`, ...) with
-    `trust_remote_code=True`. Readers who have imported this package need no flag.
+    They load the folder by its Auto class (`AutoModelForImageClassification`, `AutoModelForObjectDetection`, ...) with
+    `trust_remote_code=True`. Readers with this package imported need no flag.
 
     Args:
         model: an InternImage model, classifier or backbone, or a head of transformers with an InternImage backbone.
-        folder: where to; created if need be.
-        push_to_hub: whether to upload what was written, weights and code in one commit, to `repo_id` (by default the
+        folder: the output folder; created if missing.
+        push_to_hub: whether to upload the written files, weights and code in one commit, to `repo_id` (by default the
             folder's name in the user's namespace).
-        **kwargs: as for `save_pretrained`, those for the Hub included: `repo_id`, `commit_message`, `create_pr`, `token`,
-            and those of `huggingface_hub.create_repo`, for instance `private`.
+        **kwargs: arguments of `save_pretrained`, including those for the Hub (`repo_id`, `commit_message`, `create_pr`,
+            `token`), and of `huggingface_hub.create_repo`, for instance `private`.
 
     Raises:
         TypeError: if `model` holds no InternImage, or no Auto class of transformers loads its class.
-        ValueError: if `model` has PEFT's adapters, of which `save_pretrained` writes no configuration to load from.
-        FileExistsError: if a file of the folder that is not the package's has the name of one of its files. Nothing is
-            written then.
+        ValueError: if `model` has PEFT adapters: `save_pretrained` would write no configuration for them.
+        FileExistsError: if a foreign file of the folder has the name of one of the package's files. Nothing is written.
     """
     if not isinstance(model, PreTrainedModel) or not (
         _own_config_class(type(model))
@@ -259,7 +261,7 @@ def save_with_remote_code(
         raise ValueError("`model` must be saved without adapters: merge them first, or save them by `save_pretrained`")
     folder = Path(folder)
     check_remote_code(folder, type(model))
-    # the rank whose files `save_pretrained` writes; some versions of transformers go by the argument alone
+    # One rank writes. transformers without `should_save_on_this_rank` decides by the argument alone.
     writes = getattr(model, "should_save_on_this_rank", bool)(kwargs.get("is_main_process", True))
     saving = {name: kwargs.pop(name) for name in inspect.signature(model.save_pretrained).parameters if name in kwargs}
     if not push_to_hub or not writes:
@@ -268,7 +270,7 @@ def save_with_remote_code(
             write_remote_code(folder, type(model))
         return
 
-    # As in `save_pretrained(push_to_hub=True)`, whose commit would be over before the code is there.
+    # `save_pretrained(push_to_hub=True)` would commit before the code files exist; the commit is made here instead.
     api, token = HfApi(), saving.get("token")
     commit = {"commit_message": kwargs.pop("commit_message", None) or "Upload model", "token": token}
     commit["create_pr"] = kwargs.pop("create_pr", False)
@@ -289,7 +291,7 @@ def save_with_remote_code(
 
 
 def _states(folder: Path) -> dict[Path, tuple[int, ...]]:
-    """What tells whether a file of a folder was written meanwhile."""
+    """Inode, size and time of each file of a folder: they change when the file is written."""
     if not folder.is_dir():
         return {}
     stats = {file: file.stat() for file in folder.iterdir() if file.is_file()}

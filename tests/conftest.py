@@ -1,11 +1,10 @@
-"""Fixtures and paths that several test files use."""
+"""Fixtures of several test files."""
 
 import os
 
 
-# Tests that run side by side, and the programs that they start, take a core each: OpenMP's threads wait for each other busily,
-# and where they share cores that way the same work takes five times as long. What several threads do is tested with numbers of
-# threads that the tests set themselves.
+# Parallel tests and the programs that they start use one thread each: OpenMP's threads wait busily for each other, and several
+# groups of threads on the same cores take five times as long. Tests of several threads set the number of threads themselves.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -20,27 +19,16 @@ import pytest
 import torch
 from hub_server import Hub
 from PIL import Image
-from safetensors.torch import load_file
+from utils import ROOT, TINY
+
+from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageImageProcessor
 
 
-# No test may use the network by accident; the ones that talk to a server on this machine say so themselves.
+# No test may use the network by accident; tests with a server on this machine unset this themselves.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# transformers' tests run in a tree of their own, see test_transformers_suite.py
+# test_transformers_suite.py runs transformers' tests in a tree of their own
 collect_ignore = ["transformers_suite"]
-
-FIXTURES = Path(__file__).parent / "fixtures"
-ROOT = Path(__file__).parent.parent
-
-MODEL_CASES = ("t_like", "s_like", "l_like", "g_like_no_clip", "h_like")
-
-
-def load_case(case: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The official state dict of a parity case, in float32, and what the official model computed with it."""
-    folder = FIXTURES / case
-    state_dict = torch.load(folder / "checkpoint.pth", weights_only=True)["model"]
-    state_dict = {name: t.float() if t.is_floating_point() else t for name, t in state_dict.items()}
-    return state_dict, load_file(folder / "expected.safetensors")
 
 
 @pytest.fixture(autouse=True)
@@ -53,23 +41,6 @@ def hub():
     server = Hub()
     yield server
     server.close()
-
-
-# The architectures of the tests: every switch of the official model is on in one of them and off in another.
-TINY = {"channels": 8, "depths": [1, 1, 3, 1], "groups": [2, 4, 4, 8], "mlp_ratio": 2.0, "num_labels": 5}
-TINY_VARIANTS = {
-    "pre_norm": {},
-    "post_norm": {"post_norm": True, "layer_scale_init_value": 0.1, "offset_scale": 2.0},
-    "layer_scale_pre_norm": {"layer_scale_init_value": 0.5, "hidden_act": "relu"},
-    "res_post_norm": {
-        "res_post_norm": True,
-        "level2_post_norm_block_ids": [0, 2],
-        "dw_kernel_size": 5,
-        "center_feature_scale": True,
-    },
-    "batch_norm": {"norm_layer": "BN", "hidden_act": "silu", "remove_center": True},
-    "clip": {"post_norm": True, "center_feature_scale": True, "use_clip_projector": True, "remove_center": True},
-}
 
 
 # ------------------------------------------------------------------------------------------------ the example programs
@@ -88,6 +59,19 @@ def photos(tmp_path) -> Path:
     return tmp_path / "photos"
 
 
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory) -> Path:
+    """A small classifier of images of 32 x 32, with its image processor."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    config = InternImageConfig(**{**TINY, "depths": [1, 1, 1, 1], "image_size": 32})
+    InternImageForImageClassification(config).save_pretrained(folder)
+    InternImageImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        folder
+    )
+    return folder
+
+
 class Programs:
     """The example programs as modules, imported on first use."""
 
@@ -97,7 +81,7 @@ class Programs:
 
 @pytest.fixture(scope="session")
 def programs():
-    """The example programs, as Python finds what a script imports from its own folder."""
+    """The example programs, with `examples/` in `sys.path` as for a script of that folder."""
     sys.path.insert(0, str(ROOT / "examples"))
     try:
         yield Programs()
@@ -112,7 +96,7 @@ def scenes(programs):
 
 @pytest.fixture(scope="session")
 def coco_folder(scenes, tmp_path_factory) -> Path:
-    """COCO's layout: ids with gaps, images of two sizes, one of them without objects, a crowd."""
+    """A folder in COCO's layout: ids with gaps, images of two sizes, an image without objects, a crowd."""
     root = tmp_path_factory.mktemp("coco")
     (root / "annotations").mkdir()
     for split, name in (("train", "train2017"), ("validation", "val2017")):
@@ -149,7 +133,7 @@ def coco_folder(scenes, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def mask_folder(scenes, tmp_path_factory) -> Path:
-    """ADE20K's layout and numbers: 0 is no class, the background is 1. Masks as palette images."""
+    """A folder in ADE20K's layout with palette masks: 0 is no class, 1 the background."""
     root = tmp_path_factory.mktemp("masks")
     for split, name in (("train", "training"), ("validation", "validation")):
         for kind in ("images", "annotations"):

@@ -1,6 +1,6 @@
-"""The trainings that test_distributed.py compares: `distributed_worker.py RUNS`, a JSON list of arguments for `train`.
+"""In: a JSON list of arguments for `train`. Out: the training runs that test_distributed.py compares.
 
-The tests run it in several processes by `accelerate launch`, and call `train` themselves for what a single process gives.
+The tests run this program in several processes by `accelerate launch`, and call `train` for the results of one process.
 """
 
 import json
@@ -28,7 +28,7 @@ class Arguments(InternImageTrainingFlags, TrainingArguments):
 
 
 class KillAt(TrainerCallback):
-    """Kills the process after a step, as the system does when memory runs out."""
+    """Kills the process after a step, as the system does on lack of memory."""
 
     def __init__(self, step: int):
         self.step = step
@@ -58,7 +58,7 @@ def example(index: int) -> dict:
 
 
 class Collate:
-    """Batches, and the indices of the images in them."""
+    """Collates examples and records the indices of their images."""
 
     def __init__(self):
         self.seen = []

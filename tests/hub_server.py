@@ -1,4 +1,4 @@
-"""A small Hub on loopback: the endpoints that creating, uploading and loading a model repository use, over real HTTP.
+"""A small Hub on loopback, over real HTTP: endpoints to create, upload and load a model, and to load a kernel.
 
 Repositories live in memory, one linear history each. Faults can be put in: `fail_next` answers that many requests with 503,
 `fail` spoils requests to one endpoint, `forbid` plays permissions, `slow_upload` sleeps before it takes a large file.
@@ -22,7 +22,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request, client_address):
-        """A client that goes away in the middle of an answer is no fault of the server: nothing is printed for it."""
+        """Prints nothing for a client that disconnects during an answer: it is no fault of the server."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
@@ -34,6 +34,7 @@ class Hub:
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.private: set[str] = set()
+        self.trusted_kernel_publishers: set[str] = set()
         self.faults: list[list] = []
         self.fail_next = 0
         self.forbid = False
@@ -55,7 +56,7 @@ class Hub:
         self.server.server_close()
 
     def environment(self, folder, token: str | None = "hf_good") -> dict[str, str]:
-        """Of a process that takes this for the Hub and keeps its cache in `folder`."""
+        """Returns the environment of a process that uses this server as the Hub and `folder` as its cache."""
         result = {
             "HF_ENDPOINT": self.url,
             "HF_HUB_OFFLINE": "0",
@@ -67,7 +68,7 @@ class Hub:
         return {**result, "HF_TOKEN": token} if token is not None else result
 
     def fail(self, request: str, answer: int | str, times: int = 1_000_000) -> None:
-        """Spoils the next requests whose method and path match the pattern.
+        """Makes the next requests fail whose method and path match the pattern.
 
         Args:
             request: regular expression, searched in `"PUT /lfs/..."`.
@@ -121,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
             pattern, answer, times = fault
             if times and pattern.search(f"{self.command} {path}"):
                 fault[2] -= 1
-                if answer == "reset":  # a reset and not an orderly end: unread data, or this option, make it one
+                if answer == "reset":  # with this option, closing sends a reset instead of an orderly end
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     self.close_connection = True
                     return self.connection.close()
@@ -141,9 +142,10 @@ class _Handler(BaseHTTPRequestHandler):
             ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self.lfs_batch),
             ("PUT", r"/lfs/(\w+)", self.lfs_upload),
             ("POST", r"/api/models/([^/]+/[^/]+)/commit/[^/]+", self.commit),
-            ("GET", r"/api/models/([^/]+/[^/]+)/tree/[^/]+(?:/.*)?", self.tree),
-            ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", self.info),
-            ("GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
+            ("GET", r"/api/(?:models|kernels)/([^/]+/[^/]+)/tree/[^/]+(?:/(.*))?", self.tree),
+            ("GET", r"/api/(?:models|kernels)/([^/]+/[^/]+)(?:/revision/[^/]+)?", self.info),
+            ("GET", r"/api/organizations/([^/]+)/overview", self.organization),
+            ("GET", r"(?:/kernels)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
         ):
             match = re.fullmatch(pattern, path)
             if match and (self.command == method or (method == "GET" and self.command == "HEAD")):
@@ -165,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.answer(200, {"url": f"{self.hub.url}/{name}", "name": name, "id": name})
 
     def validate(self, body):
-        """What the Hub asks of a model card's metadata, as far as it says so: known keys of the right types."""
+        """Checks a model card's metadata by the Hub's documented rules: known keys with values of the right types."""
         content = json.loads(body)["content"]
         match = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
         data = yaml.safe_load(match[1]) if match else {}
@@ -248,16 +250,26 @@ class _Handler(BaseHTTPRequestHandler):
                 200, {**content, "private": repository in self.hub.private, "tags": [], "downloads": 0, "likes": 0}
             )
 
-    def tree(self, body, repository):
+    def tree(self, body, repository, folder):
+        """The files below a folder, and with a folder its subfolders: what `recursive` asks for and what lists variants."""
         if self.known(repository):
-            files = self.hub.repositories[repository].items()
-            self.answer(
-                200,
-                [
-                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                    for name, data in files
-                ],
-            )
+            prefix = f"{folder}/" if folder else ""
+            files = {name: data for name, data in self.hub.repositories[repository].items() if name.startswith(prefix)}
+            entries = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in files.items()
+            ]
+            below = {name.removeprefix(prefix).split("/")[0] for name in files if "/" in name.removeprefix(prefix)}
+            if folder:
+                entries += [
+                    {"type": "directory", "path": prefix + name, "oid": hashlib.sha1(name.encode()).hexdigest()}
+                    for name in sorted(below)
+                ]
+            self.answer(200, entries)
+
+    def organization(self, body, name):
+        trusted = name in self.hub.trusted_kernel_publishers
+        self.answer(200, {"name": name, "fullname": name, "avatarUrl": "", "trustedKernelPublisher": trusted})
 
     def resolve(self, body, repository, revision, name):
         if not self.known(repository):

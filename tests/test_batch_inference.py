@@ -1,4 +1,4 @@
-"""examples/batch_inference.py: rows, errors, restarts, killed workers."""
+"""Tests of examples/batch_inference.py: rows, errors, restarts, killed workers."""
 
 import io
 import json
@@ -15,9 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ConvNextV2Config, DetrConfig, pipeline
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ConvNextV2Config,
+    DetrConfig,
+    HfArgumentParser,
+    pipeline,
+)
+from utils import FIXTURES, ROOT, run_command, run_python
 
 import internimage_hf  # noqa: F401
 
@@ -31,6 +38,21 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 
+sys.path.insert(0, str(ROOT / "examples"))
+
+import batch_inference
+from batch import run_lock
+from batch.flags import BatchArguments
+from batch.inputs import find_shards
+from batch.resources import plan
+from batch.results import account, read_results, unfinished_shards
+from batch.run_lock import sole_writer
+from batch.storage import CLAIM, UNFINISHED, open_filesystem, write_file
+from batch.workers import Decoder, Model
+from batch_inference import check_model, ship_modules
+from data import InputError, LeftOut, read_image
+
+
 MODEL = FIXTURES / "hf_t_like"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
@@ -41,21 +63,11 @@ def command(*flags: object) -> list[str]:
 
 
 def run(*flags: object, expect: int = 0) -> str:
-    result = subprocess.run(command(*flags), capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert result.returncode == expect, result.stderr[-3000:]
-    return result.stdout if expect == 0 else result.stderr
-
-
-@pytest.fixture
-def module(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import batch_inference
-
-    return batch_inference
+    return run_command(*command(*flags), expect=expect, **ENVIRONMENT)
 
 
 def write_photos(folder: Path, number: int, seed: int = 0) -> list[Path]:
-    """Noise of many sizes and modes, in two folders."""
+    """Writes images of noise of many sizes and modes into two folders."""
     rng, files = np.random.default_rng(seed), []
     for i in range(number):
         file = folder / "ab"[i % 2] / f"{seed}-{i:04}.{'png' if i % 3 else 'jpg'}"
@@ -67,7 +79,7 @@ def write_photos(folder: Path, number: int, seed: int = 0) -> list[Path]:
 
 
 def rows(folder: Path) -> dict[str, dict]:
-    """The rows of all files by path, each of which must be there once."""
+    """Reads the rows of all result files by path; each path must occur once."""
     found = ds.dataset(sorted(map(str, folder.glob("part-*.parquet")))).to_table().to_pylist()
     assert len({row["path"] for row in found}) == len(found)
     return {row["path"]: row for row in found}
@@ -78,7 +90,7 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def expected_outputs(files: list[Path]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities and embeddings as the model and its image processor give them, one image at a time."""
+    """Computes probabilities and embeddings by the model and its image processor, one image at a time."""
     model, processor = (
         AutoModelForImageClassification.from_pretrained(MODEL).eval(),
         AutoImageProcessor.from_pretrained(MODEL),
@@ -92,7 +104,7 @@ def expected_outputs(files: list[Path]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(probabilities), torch.stack(embeddings)
 
 
-def test_a_folder_on_ray_and_a_second_start(tmp_path, module):
+def test_folder_is_classified_and_second_run_finds_it_done(tmp_path):
     files = write_photos(tmp_path / "photos", 13)
     (tmp_path / "photos" / "a" / "broken.jpg").write_bytes(files[0].read_bytes()[:200])
     (tmp_path / "photos" / "empty.png").write_bytes(b"")
@@ -117,40 +129,40 @@ def test_a_folder_on_ray_and_a_second_start(tmp_path, module):
             assert row["label"] == id2label[str(best.indices[0].item())]
         assert row["score"] == row["top_scores"][0] and row["label"] == row["top_labels"][0]
 
-    # nothing to do; then a new image, in the middle of the others by name, and other shards
+    # first nothing to do; then a new image, in the middle by its name, and shards of another size
     before = stamps(out)
     argv = [*map(str, flags), "--model", str(MODEL)]
-    assert "15 of them done before" in module.main(argv)["input"]
+    assert "15 of them done before" in batch_inference.main(argv)["input"]
     write_photos(tmp_path / "photos", 1, seed=5)
-    (arguments,) = module.HfArgumentParser(module.BatchArguments).parse_args_into_dataclasses(argv)
+    (arguments,) = HfArgumentParser(BatchArguments).parse_args_into_dataclasses(argv)
     arguments.shard_size = 6
-    todo = module.unfinished_shards(module.find_shards(arguments), arguments)
+    todo = unfinished_shards(find_shards(arguments), arguments)
     assert [Path(path).name for shard in todo for path in shard["paths"]] == ["5-0000.jpg"]
-    module.Model(arguments, on_gpu=False)(module.Decoder(arguments)(todo[0]))
+    Model(arguments, on_gpu=False)(Decoder(arguments)(todo[0]))
     assert {name: stamp for name, stamp in stamps(out).items() if name in before} == before
     assert len(rows(out)) == 16
     with pytest.raises(ValueError, match="holds results of"):
-        module.main([*argv, "--task", "embed"])
+        batch_inference.main([*argv, "--task", "embed"])
 
 
-def test_parquet_embeddings_and_kept_columns(tmp_path, module):
+def test_parquet_is_embedded_with_kept_columns(tmp_path):
     """The workers' code without Ray: row groups, two layouts of images, a null, 16-bit."""
     files = write_photos(tmp_path / "photos", 7)
     images = [{"bytes": file.read_bytes(), "path": None} for file in files]
     table = pa.table({"image": [*images[:3], None, *images[3:]], "id": list(range(8))})
     pq.write_table(table, tmp_path / "images.parquet", row_group_size=3)
-    arguments = module.BatchArguments(
+    arguments = BatchArguments(
         input=f"file://{tmp_path}/images.parquet", output=str(tmp_path / "out"), model=str(MODEL), task="embed",
         keep_columns=["id"], shard_size=5, batch_size=2,
     )  # fmt: skip
-    shards = module.unfinished_shards(module.find_shards(arguments), arguments)
+    shards = unfinished_shards(find_shards(arguments), arguments)
     assert [len(shard["paths"]) for shard in shards] == [5, 3]
-    decoder, model = module.Decoder(arguments), module.Model(arguments, on_gpu=False)
+    decoder, model = Decoder(arguments), Model(arguments, on_gpu=False)
     for shard in shards:
         model(decoder(shard))
-    assert module.unfinished_shards(module.find_shards(arguments), arguments) == []
+    assert unfinished_shards(find_shards(arguments), arguments) == []
 
-    table = module.read_results(arguments)
+    table = read_results(arguments)
     assert pa.types.is_fixed_size_list(table.schema.field("embedding").type)
     found = rows(tmp_path / "out")
     assert [found[f"{tmp_path}/images.parquet#{i}"]["id"] for i in range(8)] == list(range(8))
@@ -161,37 +173,37 @@ def test_parquet_embeddings_and_kept_columns(tmp_path, module):
     torch.testing.assert_close(actual, embeddings, atol=1e-4, rtol=1e-4)
 
 
-def test_bad_input_is_named(tmp_path, module):
-    arguments = module.BatchArguments(input=str(tmp_path / "nothing"), output=str(tmp_path / "out"))
+def test_bad_input_is_one_line_that_names_it(tmp_path):
+    arguments = BatchArguments(input=str(tmp_path / "nothing"), output=str(tmp_path / "out"))
     with pytest.raises(ValueError, match="does not exist"):
-        module.find_shards(arguments)
+        find_shards(arguments)
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match="no images"):
-        module.find_shards(arguments)
+        find_shards(arguments)
     buffer = io.BytesIO()
     pq.write_table(pa.table({"picture": [b""]}), buffer)
     (tmp_path / "nothing" / "x.parquet").write_bytes(buffer.getvalue())
     with pytest.raises(ValueError, match="no column 'image', only picture"):
-        module.find_shards(arguments)
+        find_shards(arguments)
     arguments.image_column, arguments.keep_columns = "picture", ["label"]
     with pytest.raises(ValueError, match="--keep_columns label is the name of a column of the output"):
-        module.find_shards(arguments)
+        find_shards(arguments)
 
 
 # --------------------------------------------------------------------------------------------- scores, image by image
 
 
-def compute(module, tmp_path: Path, **flags) -> dict[str, dict]:
-    """The rows of a run without Ray."""
-    arguments = module.BatchArguments(**{"output": str(tmp_path / "out"), "model": str(MODEL), "top_k": 10} | flags)
-    decoder, model = module.Decoder(arguments), module.Model(arguments, on_gpu=False)
-    for shard in module.unfinished_shards(module.find_shards(arguments), arguments):
+def compute(tmp_path: Path, **flags) -> dict[str, dict]:
+    """Runs without Ray; returns the rows."""
+    arguments = BatchArguments(**{"output": str(tmp_path / "out"), "model": str(MODEL), "top_k": 10} | flags)
+    decoder, model = Decoder(arguments), Model(arguments, on_gpu=False)
+    for shard in unfinished_shards(find_shards(arguments), arguments):
         model(decoder(shard))
     return rows(tmp_path / "out")
 
 
 def model_with(folder: Path, processor: dict, **config) -> Path:
-    """The model of the tests with another image processor and other fields of its configuration."""
+    """Saves the model of the tests with another image processor and other fields of the configuration."""
     folder.mkdir()
     for file in MODEL.iterdir():
         if file.name not in ("config.json", "preprocessor_config.json"):
@@ -209,12 +221,12 @@ def assert_scores_equal(row: dict, expected: list[dict], atol: float = 1e-5) -> 
 
 
 def gradient(width: int, height: int) -> np.ndarray:
-    """(height, width, 3), uint8: another picture after each turn and reflection."""
+    """A picture (height, width, 3), uint8, that differs from all its rotations and reflections."""
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     return np.stack([255 * x, 255 * y**2, 255 * x * (1 - y)], -1).astype(np.uint8)
 
 
-def test_scores_are_those_of_the_pipeline_for_every_kind_of_image(tmp_path, module):
+def test_scores_equal_pipeline_for_every_image_mode(tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     image = Image.fromarray(gradient(120, 70))
@@ -226,13 +238,13 @@ def test_scores_are_those_of_the_pipeline_for_every_kind_of_image(tmp_path, modu
     for mode, ending in (("1", "png"), ("L", "jpg"), ("LA", "png"), ("P", "gif"), ("RGBA", "png"), ("CMYK", "jpg")):
         image.convert(mode).save(photos / f"{mode}.{ending}")
     Image.fromarray(gradient(120, 70)[..., 0].astype(np.uint16) * 256).save(photos / "16 bits.png")
-    found = compute(module, tmp_path, input=str(photos))
+    found = compute(tmp_path, input=str(photos))
     assert len(found) == 23
     classify = pipeline("image-classification", str(MODEL))
     scores = {}
     for path, row in found.items():
-        # transformers makes all but the darkest pixels of 16 bits white
-        source = module.read_image(path) if Path(path).name == "16 bits.png" else path
+        # the pipeline would clip 16-bit pixels to white, all but the darkest
+        source = read_image(path) if Path(path).name == "16 bits.png" else path
         scores[Path(path).name] = classify(source, top_k=10)
         assert_scores_equal(row, scores[Path(path).name])
     with pytest.raises(AssertionError):  # orientation matters to these scores
@@ -256,7 +268,7 @@ PROCESSORS = {
         "image_processor_type": "CLIPImageProcessor", "rescale_factor": 1 / 127.5, "image_mean": [1.0, 1.0, 1.0],
         "image_std": [0.5, 0.5, 0.5], "resample": 1, "crop_size": 64, "size": 64,
     },
-    "EfficientNet": {  # divides twice by the standard deviation
+    "EfficientNet": {  # its processor divides by the standard deviation twice
         "image_processor_type": "EfficientNetImageProcessor", "size": {"height": 64, "width": 64}, "include_top": True,
     },
     "EfficientNet with an offset": {
@@ -267,30 +279,30 @@ PROCESSORS = {
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
-def test_any_image_processor_gives_the_scores_of_the_pipeline(tmp_path, module, processor):
+def test_scores_equal_pipeline_for_any_image_processor(tmp_path, processor):
     photos = tmp_path / "photos"
     photos.mkdir()
     for width, height in ((64, 64), (90, 70), (70, 90), (40, 120), (90, 70)):
         Image.fromarray(gradient(width, height)).save(photos / f"{len(list(photos.iterdir()))}.png")
     model = model_with(tmp_path / "model", PROCESSORS[processor])
-    found = compute(module, tmp_path, input=str(photos), model=str(model), batch_size=2)
+    found = compute(tmp_path, input=str(photos), model=str(model), batch_size=2)
     assert len(found) == 5
     classify = pipeline("image-classification", str(model))
     for path, row in found.items():
         assert_scores_equal(row, classify(path, top_k=10))
-    arguments = module.BatchArguments(model=str(model))
-    assert module.Decoder(arguments).in_bytes == ("EfficientNet" not in processor)
+    arguments = BatchArguments(model=str(model))
+    assert Decoder(arguments).in_bytes == ("EfficientNet" not in processor)
 
 
-def test_several_labels_per_image_have_scores_by_the_sigmoid(tmp_path, module):
+def test_multi_label_scores_are_sigmoids(tmp_path):
     processor = json.loads((MODEL / "preprocessor_config.json").read_text())
     model = model_with(tmp_path / "model", processor, problem_type="multi_label_classification")
     (file,) = write_photos(tmp_path / "photos", 1)
-    found = compute(module, tmp_path, input=str(file), model=str(model))
+    found = compute(tmp_path, input=str(file), model=str(model))
     assert_scores_equal(found[str(file)], pipeline("image-classification", str(model))(str(file), top_k=10))
 
 
-def test_an_odd_image_is_a_row_with_an_error_and_the_others_have_theirs(tmp_path, module, monkeypatch):
+def test_failing_image_is_row_with_error_and_others_keep_results(tmp_path, monkeypatch):
     photos = tmp_path / "photos"
     (good,) = write_photos(photos, 1)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
@@ -305,7 +317,7 @@ def test_an_odd_image_is_a_row_with_an_error_and_the_others_have_theirs(tmp_path
     Image.new("RGB", (2, 3000)).save(photos / "line.png")
     Image.fromarray(np.ones((40, 40), np.float32)).save(photos / "float.tif")
     (photos / "gone.png").symlink_to(photos / "nowhere.png")
-    found = compute(module, tmp_path, input=str(photos))
+    found = compute(tmp_path, input=str(photos))
     errors = {Path(path).name: row["error"] for path, row in found.items() if row["error"]}
     expected = {name: message for name, (_, message) in odd.items()} | {
         "bomb.png": "exceeds limit", "line.png": "too long for its width: 2 x 3000 would become 64 x 96000",
@@ -316,14 +328,14 @@ def test_an_odd_image_is_a_row_with_an_error_and_the_others_have_theirs(tmp_path
         assert message in errors[name] and str(photos / name) in errors[name]
 
 
-def test_an_output_that_is_not_finite_is_an_error(tmp_path, module):
+def test_output_that_is_not_finite_is_row_with_error(tmp_path):
     files = write_photos(tmp_path / "photos", 2)
-    arguments = module.BatchArguments(input=str(tmp_path / "photos"), output=str(tmp_path / "out"), model=str(MODEL))
-    (shard,) = module.unfinished_shards(module.find_shards(arguments), arguments)
-    model = module.Model(arguments, on_gpu=False)
+    arguments = BatchArguments(input=str(tmp_path / "photos"), output=str(tmp_path / "out"), model=str(MODEL))
+    (shard,) = unfinished_shards(find_shards(arguments), arguments)
+    model = Model(arguments, on_gpu=False)
     forward = model.forward
     model.forward = lambda images: forward(images) * np.array([[1], [np.nan]], np.float32)
-    assert model(module.Decoder(arguments)(shard)) == {"images": 2, "errors": 1}
+    assert model(Decoder(arguments)(shard)) == {"images": 2, "errors": 1}
     found = rows(tmp_path / "out")
     assert found[str(files[0])]["error"] is None
     assert "not finite" in found[str(files[1])]["error"] and found[str(files[1])]["score"] is None
@@ -332,10 +344,10 @@ def test_an_output_that_is_not_finite_is_an_error(tmp_path, module):
 # ------------------------------------------------------------------------------------------- every file is used or counted
 
 
-def listing(module, url: str, **flags) -> tuple[set[str], dict[str, int]]:
-    """The names of the files that are read, and the others by reason."""
-    left_out = module.LeftOut()
-    shards = module.find_shards(module.BatchArguments(input=url, **flags), left_out)
+def listing(url: str, **flags) -> tuple[set[str], dict[str, int]]:
+    """Returns the names of the files to read, and the numbers of others by reason."""
+    left_out = LeftOut()
+    shards = find_shards(BatchArguments(input=url, **flags), left_out)
     return {Path(path).name for shard in shards for path in shard["paths"]}, dict(left_out.counts)
 
 
@@ -353,38 +365,38 @@ NO_CAMERA = {
 
 
 @pytest.mark.parametrize("storage", ["folder", "object storage"])
-def test_every_file_is_read_or_counted(tmp_path, module, storage):
+def test_every_file_is_read_or_counted_as_skipped(tmp_path, storage):
     if storage == "folder":
         url, write = f"{tmp_path}/photos #1", lambda path, content: Path(path).write_bytes(content)
     else:
         memory = fsspec.filesystem("memory")
         url, write = f"memory://{tmp_path.name}/photos #1", memory.pipe
-    _, root = module.open_filesystem(url)
+    _, root = open_filesystem(url)
     for name in [*CAMERA, *NO_CAMERA]:
         if storage == "folder":
             Path(root, name).parent.mkdir(parents=True, exist_ok=True)
         write(f"{root}/{name}", png())
-    names, left_out = listing(module, url)
+    names, left_out = listing(url)
     assert names == {Path(name).name for name in CAMERA}
     assert left_out == dict(Counter(NO_CAMERA.values()))
-    arguments = module.BatchArguments(input=url, output=str(tmp_path / "out"), model=str(MODEL))
-    (shard,) = module.unfinished_shards(module.find_shards(arguments), arguments)
-    assert module.Decoder(arguments)(shard)["errors"] == [""] * len(CAMERA)
+    arguments = BatchArguments(input=url, output=str(tmp_path / "out"), model=str(MODEL))
+    (shard,) = unfinished_shards(find_shards(arguments), arguments)
+    assert Decoder(arguments)(shard)["errors"] == [""] * len(CAMERA)
 
 
-def test_a_name_that_is_not_utf8_a_pipe_and_a_loop_are_counted(tmp_path, module):
+def test_unreadable_names_pipes_and_link_loops_are_counted(tmp_path):
     (file,) = write_photos(tmp_path / "photos", 1)
     (tmp_path / "photos" / os.fsdecode(b"caf\xe9.png")).write_bytes(png())
     os.mkfifo(tmp_path / "photos" / "pipe.png")
     (tmp_path / "photos" / "loop").symlink_to(tmp_path / "photos")
-    names, left_out = listing(module, str(tmp_path / "photos"))
+    names, left_out = listing(str(tmp_path / "photos"))
     assert names == {file.name}
     assert left_out == {
         "with a name that is not UTF-8": 1, "no regular files": 1, "folders that were read under another name": 1,
     }  # fmt: skip
 
 
-def test_parquet_files_that_are_none_are_counted_and_damaged_rows_have_an_error(tmp_path, module):
+def test_invalid_parquet_files_are_counted_and_damaged_rows_have_errors(tmp_path):
     folder = tmp_path / "tables"
     folder.mkdir()
     table = pa.table({"image": [png()] * 6, "id": list(range(6))})
@@ -396,12 +408,12 @@ def test_parquet_files_that_are_none_are_counted_and_damaged_rows_have_an_error(
     first = pq.ParquetFile(folder / "_good.parquet").metadata.row_group(1).column(0)
     damaged[first.data_page_offset : first.data_page_offset + 12] = b"\xff" * 12
     (folder / "damaged.parquet").write_bytes(damaged)
-    names, left_out = listing(module, str(folder))
+    names, left_out = listing(str(folder))
     assert names == {f"{name}.parquet#{row}" for name in ("_good", "damaged") for row in range(6)}
     assert left_out == {
         "hidden": 1, "Parquet files without rows": 1, "damaged, or no Parquet for all their ending": 1,
     }  # fmt: skip
-    found = compute(module, tmp_path, input=str(folder), keep_columns=["id"], shard_size=2)
+    found = compute(tmp_path, input=str(folder), keep_columns=["id"], shard_size=2)
     errors = {Path(path).name: row["error"] for path, row in found.items() if row["error"]}
     assert errors.keys() == {"damaged.parquet#2", "damaged.parquet#3"}
     assert all("cannot be read: " in error for error in errors.values())
@@ -411,7 +423,7 @@ def test_parquet_files_that_are_none_are_counted_and_damaged_rows_have_an_error(
 @pytest.mark.parametrize(
     "layout", ["output in input", "input is output", "input in output", "link to output", "two outputs"]
 )
-def test_results_are_never_input(tmp_path, module, layout):
+def test_own_results_are_not_read_as_input(tmp_path, layout):
     photos = tmp_path / "photos"
     out = {"output in input": photos / "out", "two outputs": photos / "out", "input is output": photos}.get(
         layout, tmp_path / "out" if layout == "link to output" else tmp_path
@@ -420,76 +432,79 @@ def test_results_are_never_input(tmp_path, module, layout):
     if layout == "link to output":
         out.mkdir()
         (photos / "link").symlink_to(out)
-    arguments = module.BatchArguments(input=str(photos), output=str(out), model=str(MODEL), shard_size=2)
-    shards = module.find_shards(arguments)
-    decoder, model = module.Decoder(arguments), module.Model(arguments, on_gpu=False)
-    with module.sole_writer(arguments):
-        for shard in module.unfinished_shards(shards, arguments):
+    arguments = BatchArguments(input=str(photos), output=str(out), model=str(MODEL), shard_size=2)
+    shards = find_shards(arguments)
+    decoder, model = Decoder(arguments), Model(arguments, on_gpu=False)
+    with sole_writer(arguments):
+        for shard in unfinished_shards(shards, arguments):
             model(decoder(shard))
     (out / ".unfinished-of-a-killed-run").write_text("")
     if layout == "two outputs":
         arguments.output = str(photos / "other")
-    left_out = module.LeftOut()
-    assert module.find_shards(arguments, left_out) == shards
+    left_out = LeftOut()
+    assert find_shards(arguments, left_out) == shards
     assert set(left_out.counts) <= {"results of this program"}
-    assert bool(module.unfinished_shards(shards, arguments)) == (layout == "two outputs")
+    assert bool(unfinished_shards(shards, arguments)) == (layout == "two outputs")
 
 
 # --------------------------------------------------------------------------------------- one run at a time, nothing twice
 
 
-def test_a_second_run_leaves_alone_what_the_first_is_writing(tmp_path, module):
+def test_second_concurrent_run_is_refused(tmp_path):
     write_photos(tmp_path / "photos", 2)
-    arguments = module.BatchArguments(input=str(tmp_path / "photos"), output=str(tmp_path / "out"), model=str(MODEL))
-    with module.sole_writer(arguments):
-        writing = tmp_path / "out" / f"{module.UNFINISHED}1"
+    arguments = BatchArguments(input=str(tmp_path / "photos"), output=str(tmp_path / "out"), model=str(MODEL))
+    with sole_writer(arguments):
+        writing = tmp_path / "out" / f"{UNFINISHED}1"
         writing.write_text("half a shard")
-        for second in (lambda: module.main(["--input", arguments.input, "--output", arguments.output, "--model", str(MODEL)]),
-                       lambda: module.sole_writer(arguments).__enter__()):  # fmt: skip
-            with pytest.raises(module.InputError, match=f"in use: process {os.getpid()} on .* has been writing there"):
+        for second in (lambda: batch_inference.main(["--input", arguments.input, "--output", arguments.output, "--model", str(MODEL)]),
+                       lambda: sole_writer(arguments).__enter__()):  # fmt: skip
+            with pytest.raises(InputError, match=f"in use: process {os.getpid()} on .* has been writing there"):
                 second()
-        module.unfinished_shards(module.find_shards(arguments), arguments)
+        unfinished_shards(find_shards(arguments), arguments)
         assert writing.exists()
-    with module.sole_writer(arguments):  # the first is dead
+    with sole_writer(arguments):  # the first run has ended
         assert not writing.exists()
 
 
-def test_a_lock_ends_with_its_process(tmp_path, module):
-    code = "import sys, batch_inference as b; h = b.sole_writer(b.BatchArguments(output=sys.argv[1])); h.__enter__(); print('x', flush=True); input()"
+def test_lock_is_released_when_its_process_dies(tmp_path):
+    code = (
+        "import sys; from batch.flags import BatchArguments; from batch.run_lock import sole_writer; "
+        "holder = sole_writer(BatchArguments(output=sys.argv[1])); holder.__enter__(); print('x', flush=True); input()"
+    )
     environment = ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"}
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     try:
         assert process.stdout.readline()
-        arguments = module.BatchArguments(output=str(tmp_path))
-        with pytest.raises(module.InputError, match=f"in use: process {process.pid}"), module.sole_writer(arguments):
+        arguments = BatchArguments(output=str(tmp_path))
+        with pytest.raises(InputError, match=f"in use: process {process.pid}"), sole_writer(arguments):
             pass
     finally:
         process.kill()
         process.communicate()
-    with module.sole_writer(arguments):
+    with sole_writer(arguments):
         pass
 
 
 @pytest.fixture
-def claims(module, monkeypatch, tmp_path):
+def claims(monkeypatch, tmp_path):
     """Flags for an output on object storage."""
-    monkeypatch.setattr(module, "SETTLE", 0.2)
-    return module.BatchArguments(output=f"memory://{tmp_path.name}/out", model=str(MODEL))
+    monkeypatch.setattr(run_lock, "SETTLE", 0.2)
+    return BatchArguments(output=f"memory://{tmp_path.name}/out", model=str(MODEL))
 
 
-def test_of_two_runs_on_object_storage_one_gives_way(module, claims):
+def test_second_run_on_object_storage_is_refused(claims):
     barrier, results = threading.Barrier(2), []
 
     def work():
         barrier.wait()
         try:
-            with module.sole_writer(claims) as check:
+            with sole_writer(claims) as check:
                 check()
                 results.append("worked")
                 barrier.wait(timeout=60)
-        except module.InputError as error:
+        except InputError as error:
             results.append(str(error))
             barrier.wait(timeout=60)
 
@@ -500,12 +515,12 @@ def test_of_two_runs_on_object_storage_one_gives_way(module, claims):
         thread.join()
     assert sorted(result == "worked" for result in results) == [False, True]
     assert any("is in use: process" in result for result in results)
-    with module.sole_writer(claims):  # the claims are gone
+    with sole_writer(claims):  # the claims were deleted
         pass
 
 
-def test_a_claim_is_renewed_and_that_of_a_dead_run_is_taken_over(module, claims, monkeypatch):
-    filesystem, root = module.open_filesystem(claims.output)
+def test_claim_is_renewed_and_stale_claim_is_taken_over(claims, monkeypatch):
+    filesystem, root = open_filesystem(claims.output)
     filesystem.create_dir(root)
 
     def write(name: str, renewed: float) -> None:
@@ -516,10 +531,10 @@ def test_a_claim_is_renewed_and_that_of_a_dead_run_is_taken_over(module, claims,
     def names() -> list[str]:
         return [entry.base_name for entry in filesystem.get_file_info(pa.fs.FileSelector(root))]
 
-    write(f"{module.CLAIM}1.json", time.time() - module.EXPIRY - 1)
-    write(f"{module.UNFINISHED}1", 0.0)
-    monkeypatch.setattr(module, "RENEWAL", 0.05)
-    with module.sole_writer(claims) as check:
+    write(f"{CLAIM}1.json", time.time() - run_lock.EXPIRY - 1)
+    write(f"{UNFINISHED}1", 0.0)
+    monkeypatch.setattr(run_lock, "RENEWAL", 0.05)
+    with sole_writer(claims) as check:
         (mine,) = names()
         before = filesystem.open_input_stream(f"{root}/{mine}").read()
         deadline = time.monotonic() + 60
@@ -527,70 +542,70 @@ def test_a_claim_is_renewed_and_that_of_a_dead_run_is_taken_over(module, claims,
             assert time.monotonic() < deadline
             time.sleep(0.01)
         check()
-        filesystem.delete_file(f"{root}/{mine}")  # as one does that takes over
-        monkeypatch.setattr(module, "EXPIRY", 0.2)
+        filesystem.delete_file(f"{root}/{mine}")  # as a run does that takes over
+        monkeypatch.setattr(run_lock, "EXPIRY", 0.2)
         time.sleep(0.3)
-        with pytest.raises(module.InputError, match="could not be renewed"):
+        with pytest.raises(InputError, match="could not be renewed"):
             check()
     assert names() == []
-    monkeypatch.setattr(module, "EXPIRY", 600.0)
-    write(f"{module.CLAIM}2.json", time.time() - 60)
-    with pytest.raises(module.InputError, match="process 7 on far"), module.sole_writer(claims):
+    monkeypatch.setattr(run_lock, "EXPIRY", 600.0)
+    write(f"{CLAIM}2.json", time.time() - 60)
+    with pytest.raises(InputError, match="process 7 on far"), sole_writer(claims):
         pass
-    assert names() == [f"{module.CLAIM}2.json"]
+    assert names() == [f"{CLAIM}2.json"]
 
 
-def test_shards_of_another_size_or_input_repeat_no_row(tmp_path, module):
+def test_changed_shard_size_or_input_repeats_no_row(tmp_path):
     photos = tmp_path / "photos"
     write_photos(photos, 5)
-    assert len(compute(module, tmp_path, input=str(photos), shard_size=2)) == 5
+    assert len(compute(tmp_path, input=str(photos), shard_size=2)) == 5
     before = stamps(tmp_path / "out")
     write_photos(photos, 4, seed=1)
-    found = compute(module, tmp_path, input=str(photos), shard_size=3)
+    found = compute(tmp_path, input=str(photos), shard_size=3)
     assert len(found) == 9 and before.items() <= stamps(tmp_path / "out").items()
 
 
-def test_the_account_tells_of_errors_earlier_rows_and_rows_that_are_missing_or_double(tmp_path, module):
+def test_summary_counts_errors_earlier_missing_and_repeated_rows(tmp_path):
     photos, out = tmp_path / "photos", tmp_path / "out"
     files = write_photos(photos, 4)
     for name in ("x.png", "y.png"):
         (photos / name).write_bytes(b"x")
-    arguments = module.BatchArguments(input=str(photos), output=str(out), model=str(MODEL), shard_size=2, top_k=10)
-    compute(module, tmp_path, input=str(photos), shard_size=2)
-    shards = module.find_shards(arguments)
+    arguments = BatchArguments(input=str(photos), output=str(out), model=str(MODEL), shard_size=2, top_k=10)
+    compute(tmp_path, input=str(photos), shard_size=2)
+    shards = find_shards(arguments)
     broken = f"{photos}/x.png, {photos}/y.png"
     rows_line = f"6 for 6 images, 2 with an error: 2 cannot be read as an image ({broken})"
-    assert module.account(shards, arguments) == {"rows": rows_line}
+    assert account(shards, arguments) == {"rows": rows_line}
     files[0].unlink()
-    lines = module.account(module.find_shards(arguments), arguments)
+    lines = account(find_shards(arguments), arguments)
     assert (
         "5 for 5 images" in lines["rows"]
         and f"1 of earlier runs, whose files --input does not hold now ({files[0]})" in lines["also"]
     )
     part = next(out.glob("part-*.parquet"))
     (out / f"part-{'0' * 20}.parquet").write_bytes(part.read_bytes())
-    with pytest.raises(module.InputError, match="2 images have several rows"):
-        module.account(shards, arguments)
+    with pytest.raises(InputError, match="2 images have several rows"):
+        account(shards, arguments)
     (out / f"part-{'0' * 20}.parquet").unlink()
     content = part.read_bytes()
     part.unlink()
-    with pytest.raises(module.InputError, match="2 images have no row"):
-        module.account(shards, arguments)
+    with pytest.raises(InputError, match="2 images have no row"):
+        account(shards, arguments)
     part.write_bytes(content[: len(content) // 2])
-    for check in (lambda: module.account(shards, arguments), lambda: module.unfinished_shards(shards, arguments)):
-        with pytest.raises(module.InputError, match=f"holds a damaged file; delete it .*{part.name}"):
+    for check in (lambda: account(shards, arguments), lambda: unfinished_shards(shards, arguments)):
+        with pytest.raises(InputError, match=f"holds a damaged file; delete it .*{part.name}"):
             check()
 
 
-def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path, module):
-    filesystem, root = module.open_filesystem(str(tmp_path))
+def test_failed_shard_write_leaves_no_file(tmp_path):
+    filesystem, root = open_filesystem(str(tmp_path))
 
     def write(stream):
         stream.write(b"half a file")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(module.InputError, match=r"part-1.parquet cannot be written: \[Errno 28\] No space left"):
-        module.write_file(filesystem, root, "part-1.parquet", write)
+    with pytest.raises(InputError, match=r"part-1.parquet cannot be written: \[Errno 28\] No space left"):
+        write_file(filesystem, root, "part-1.parquet", write)
     assert not list(tmp_path.iterdir())
 
 
@@ -598,17 +613,17 @@ def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path, module):
     "change",
     [{"task": "embed"}, {"top_k": 3}, {"dtype": "bfloat16"}, {"image_column": "photo"}, {"model": "retrained"}],
 )
-def test_results_of_other_settings_are_refused(tmp_path, module, change):
-    arguments = module.BatchArguments(output=str(tmp_path / "out"), model=str(tmp_path / "model"))
+def test_resume_with_changed_settings_is_refused(tmp_path, change):
+    arguments = BatchArguments(output=str(tmp_path / "out"), model=str(tmp_path / "model"))
     processor = {"image_processor_type": "CLIPImageProcessor"}
     model_with(tmp_path / "model", processor)
-    module.unfinished_shards([], arguments)
-    module.unfinished_shards([], replace(arguments, top_k=5))  # what it is without the flag
-    if change == {"model": "retrained"}:  # in the same folder
+    unfinished_shards([], arguments)
+    unfinished_shards([], replace(arguments, top_k=5))  # the default
+    if change == {"model": "retrained"}:  # other weights in the same folder
         (tmp_path / "model" / "config.json").write_text((MODEL / "config.json").read_text() + " ")
         change = {}
-    with pytest.raises(module.InputError, match=r"holds results of .*, not of .*; name another --output"):
-        module.unfinished_shards([], replace(arguments, **change))
+    with pytest.raises(InputError, match=r"holds results of .*, not of .*; name another --output"):
+        unfinished_shards([], replace(arguments, **change))
 
 
 # ------------------------------------------------------------------------------------------------ flags and resources
@@ -644,16 +659,16 @@ def test_results_of_other_settings_are_refused(tmp_path, module, change):
         (["--address", "nonsense"], "--address nonsense does not answer .*; host:port of a Ray cluster, or auto"),
     ],
 )  # fmt: skip
-def test_flags_that_cannot_be_used_are_one_line(tmp_path, module, monkeypatch, flags, message):
-    monkeypatch.setattr(module.os, "cpu_count", lambda: 1)
+def test_bad_flags_are_one_line(tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     write_photos(tmp_path / "photos", 1)
     (tmp_path / "empty").mkdir()
     (tmp_path / "note.txt").write_text("text")
     flags = [flag.replace("HERE", str(tmp_path)) for flag in flags]
     given = {"--model": str(MODEL), "--input": str(tmp_path / "photos"), "--output": str(tmp_path / "out")}
     given |= dict(zip(flags[::2], flags[1::2], strict=True))
-    with pytest.raises(module.InputError, match=message) as error:
-        module.main([word for item in given.items() for word in item])
+    with pytest.raises(InputError, match=message) as error:
+        batch_inference.main([word for item in given.items() for word in item])
     assert "\n" not in str(error.value)
 
 
@@ -670,18 +685,18 @@ def test_flags_that_cannot_be_used_are_one_line(tmp_path, module, monkeypatch, f
         (pa.struct({"path": pa.string()}), [{"path": "a"}], "has the type struct<path: string>"),
     ],
 )
-def test_a_column_that_holds_no_images_is_refused(tmp_path, module, type, values, message):
+def test_column_without_images_is_refused(tmp_path, type, values, message):
     pq.write_table(pa.table({"image": pa.array(values, type)}), tmp_path / "x.parquet")
-    with pytest.raises(module.InputError, match=message):
-        module.find_shards(module.BatchArguments(input=str(tmp_path)))
+    with pytest.raises(InputError, match=message):
+        find_shards(BatchArguments(input=str(tmp_path)))
 
 
-def test_a_row_without_bytes_is_an_error_and_dictionaries_of_bytes_are_read(tmp_path, module):
+def test_row_without_bytes_has_error_and_bytes_in_dictionaries_are_read(tmp_path):
     values = [{"bytes": None, "path": "a.jpg"}, {"bytes": png(), "path": None}, None, {"bytes": None, "path": None}]
     kind = pa.struct({"bytes": pa.large_binary(), "path": pa.string()})
     pq.write_table(pa.table({"image": pa.array(values, kind)}), tmp_path / "x.parquet")
     pq.write_table(pa.table({"image": pa.array([png()] * 2).dictionary_encode()}), tmp_path / "y.parquet")
-    found = compute(module, tmp_path, input=str(tmp_path))
+    found = compute(tmp_path, input=str(tmp_path))
     errors = [found[f"{tmp_path}/x.parquet#{row}"]["error"] for row in range(4)]
     assert "names the file a.jpg, and its bytes were expected" in errors[0] and errors[1] is None
     assert errors[2].endswith("there is no image (null)") and errors[3].endswith("there is no image (null)")
@@ -700,73 +715,70 @@ def test_a_row_without_bytes_is_an_error_and_dictionaries_of_bytes_are_read(tmp_
         ([{"CPU": 4.0}], {"gpus_per_actor": 1.0, "num_actors": 8, "autoscaling": True}, (8, 1.0, 0.0, 4, 1.0)),
     ],
 )
-def test_actors_fit_the_machines(module, machines, flags, expected):
-    work = module.plan(module.BatchArguments(**flags), machines)
+def test_number_of_actors_fits_machines(machines, flags, expected):
+    work = plan(BatchArguments(**flags), machines)
     assert (work.actors, work.gpus, work.actor_cpus, work.decoders, work.decoder_cpus) == expected
 
 
 @pytest.mark.parametrize(
     "flags", [{"num_actors": 5, "gpus_per_actor": 0.4}, {"gpus_per_actor": 2.0}, {"num_actors": 3}]
 )
-def test_more_than_each_machine_has_is_refused(module, flags):
+def test_resources_beyond_every_machine_are_refused(flags):
     machines = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}]
-    with pytest.raises(module.InputError, match="there is no room for"):
-        module.plan(module.BatchArguments(**flags), machines)
+    with pytest.raises(InputError, match="there is no room for"):
+        plan(BatchArguments(**flags), machines)
 
 
-def test_a_model_that_does_not_suit_the_task_is_refused(tmp_path, module):
+def test_model_without_task_is_refused(tmp_path):
     model = AutoModelForImageClassification.from_pretrained(MODEL)
     processor = AutoImageProcessor.from_pretrained(MODEL)
     model.internimage.save_pretrained(tmp_path / "headless")
     processor.save_pretrained(tmp_path / "headless")
-    arguments = module.BatchArguments(model=str(tmp_path / "headless"))
+    arguments = BatchArguments(model=str(tmp_path / "headless"))
     with pytest.raises(
-        module.InputError, match=r"has no weights for classifier.bias and 1 others, which --task classify needs"
+        InputError, match=r"has no weights for classifier.bias and 1 others, which --task classify needs"
     ):
-        module.Model(arguments, on_gpu=False)
-    module.Model(replace(arguments, task="embed"), on_gpu=False)
+        Model(arguments, on_gpu=False)
+    Model(replace(arguments, task="embed"), on_gpu=False)
 
     (tmp_path / "headless" / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(module.InputError, match="cannot be loaded: "):
-        module.Model(replace(arguments, task="embed"), on_gpu=False)
+    with pytest.raises(InputError, match="cannot be loaded: "):
+        Model(replace(arguments, task="embed"), on_gpu=False)
     (tmp_path / "headless" / "preprocessor_config.json").unlink()
-    with pytest.raises(module.InputError, match="has no usable image processor: "):
-        module.check_model(replace(arguments, task="embed"))
+    with pytest.raises(InputError, match="has no usable image processor: "):
+        check_model(replace(arguments, task="embed"))
     ConvNextV2Config(num_labels=3).save_pretrained(tmp_path / "convnext")
-    with pytest.raises(module.InputError, match="is a convnextv2; --task embed expects an InternImage"):
-        module.check_model(module.BatchArguments(model=str(tmp_path / "convnext"), task="embed"))
+    with pytest.raises(InputError, match="is a convnextv2; --task embed expects an InternImage"):
+        check_model(BatchArguments(model=str(tmp_path / "convnext"), task="embed"))
     DetrConfig().save_pretrained(tmp_path / "detr")
-    with pytest.raises(module.InputError, match="is a detr; an image classifier was expected"):
-        module.check_model(module.BatchArguments(model=str(tmp_path / "detr")))
+    with pytest.raises(InputError, match="is a detr; an image classifier was expected"):
+        check_model(BatchArguments(model=str(tmp_path / "detr")))
     model_with(tmp_path / "no classes", {}, num_classes=0)
-    with pytest.raises(module.InputError, match="has no classes; --task embed needs none"):
-        module.check_model(module.BatchArguments(model=str(tmp_path / "no classes")))
+    with pytest.raises(InputError, match="has no classes; --task embed needs none"):
+        check_model(BatchArguments(model=str(tmp_path / "no classes")))
 
 
-def test_workers_need_no_file_of_the_program(tmp_path, module):
-    """Nor `datasets`, which `[batch]` does not install."""
+def test_workers_run_without_program_files_and_datasets(tmp_path):
+    """`[batch]` does not install `datasets`."""
     from ray import cloudpickle
 
     (file,) = write_photos(tmp_path / "photos", 1)
-    module.ship_modules()
-    arguments = module.BatchArguments(input=str(file), model=str(MODEL))
-    shard = module.find_shards(arguments)[0] | {"name": ""}
-    (tmp_path / "work.pickle").write_bytes(cloudpickle.dumps((module.Decoder, arguments, shard)))
+    ship_modules()
+    arguments = BatchArguments(input=str(file), model=str(MODEL))
+    shard = find_shards(arguments)[0] | {"name": ""}
+    (tmp_path / "work.pickle").write_bytes(cloudpickle.dumps((Decoder, arguments, shard)))
     code = (
         "import pickle, sys; sys.modules['datasets'] = None; kind, arguments, shard = pickle.load(open('work.pickle', 'rb')); "
         "print(kind(arguments)(shard)['errors'])"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
-    assert result.stdout == "['']\n", result.stderr[-3000:]
+    assert run_python(code, cwd=tmp_path, **ENVIRONMENT) == "['']\n"
 
 
 # -------------------------------------------------------------------------------------------------- killed processes
 
 
 def start(tmp_path: Path, out: Path) -> subprocess.Popen:
-    """A run of many small shards that has written some of them."""
+    """Starts a run of many small shards and waits for the first files."""
     flags = ["--input", tmp_path / "photos", "--output", out, "--shard_size", 2, "--batch_size", 1]
     process = subprocess.Popen(
         command(*flags), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -779,7 +791,7 @@ def start(tmp_path: Path, out: Path) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_an_error_of_a_worker_is_one_line(tmp_path):
+def test_worker_error_is_one_line(tmp_path):
     write_photos(tmp_path / "photos", 2)
     headless = tmp_path / "headless"
     AutoModelForImageClassification.from_pretrained(MODEL).internimage.save_pretrained(headless)
@@ -791,7 +803,7 @@ def test_an_error_of_a_worker_is_one_line(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["Model", "Decoder"])
-def test_a_killed_worker_loses_nothing(tmp_path, stage):
+def test_killed_worker_loses_no_row(tmp_path, stage):
     psutil = pytest.importorskip("psutil")
     files = write_photos(tmp_path / "photos", 200)
     out = tmp_path / "out"
@@ -826,7 +838,7 @@ def rows_at(folder: Path, path: str) -> dict:
 
 
 @pytest.mark.slow
-def test_a_killed_driver_is_started_again(tmp_path):
+def test_killed_driver_resumes_without_lost_rows(tmp_path):
     psutil = pytest.importorskip("psutil")
     files = write_photos(tmp_path / "photos", 200)
     out = tmp_path / "out"
@@ -834,7 +846,7 @@ def test_a_killed_driver_is_started_again(tmp_path):
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=60)  # Ray ends its own processes, though not all at once
+    _, alive = psutil.wait_procs(children, timeout=60)  # Ray ends its own processes, one after the other
     workers = [child for child in alive if child.is_running() and "MapWorker" in child.name()]
     for child in alive:
         child.kill()

@@ -1,4 +1,4 @@
-"""The benchmarks: what they share, and each program on tiny inputs and this machine's CPU."""
+"""Tests of the benchmarks: their common parts, and each program on tiny inputs on the CPU."""
 
 import importlib
 import json
@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 from torch import nn
+from utils import ROOT
 
 from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageRcnnConfig, region_ops
 from internimage_hf.dcnv3 import dcnv3_softmax
@@ -36,7 +36,7 @@ def _threads():
 
 
 def results(folder, program: str) -> tuple[dict, str]:
-    """The report and the Markdown that a program wrote."""
+    """Returns a program's report and its Markdown."""
     (file,) = folder.glob(f"{program}_*.json")
     assert sorted(folder.iterdir()) == [file, file.with_suffix(".md")]
     return json.loads(file.read_text(encoding="utf-8")), file.with_suffix(".md").read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def results(folder, program: str) -> tuple[dict, str]:
 # ----------------------------------------------------------------------------------------------------------- harness
 
 
-def test_operator_calls_are_those_of_the_models():
+def test_operator_calls_equal_those_of_models():
     assert harness.operator_calls("t", 224) == [(56, 64, 4, 4), (28, 128, 8, 4), (14, 256, 16, 18), (7, 512, 32, 4)]
     assert harness.operator_calls("h", 512)[2] == (32, 1280, 40, 32)
     model = InternImageForImageClassification(InternImageConfig.from_variant("t")).eval()
@@ -73,7 +73,7 @@ def test_other_formulations_agree_with_the_operator(scale):
         torch.testing.assert_close(op_cpu.loop_of_grid_samples(*tensors, 2), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_functions_take_turns():
+def test_timed_functions_alternate():
     order = []
     functions = {name: lambda name=name: order.append(name) or len(order) for name in "abc"}
     assert harness.take_turns(functions, 2) == {"a": [1, 4], "b": [2, 5], "c": [3, 6]}
@@ -91,7 +91,7 @@ def test_peak_memory_counts_temporaries_and_the_result():
     assert harness.peak_memory(call) == 12000
 
 
-def test_results_replace_earlier_ones_of_the_day(tmp_path):
+def test_results_replace_those_of_same_day(tmp_path):
     report = {"environment": {"hardware": "A (R) chip/9, 2 threads", "date": "2026-11-28 10:00 UTC"}}
     for text in ("first", "second"):
         harness.write_results(tmp_path / "new", "op", report, text)
@@ -125,7 +125,7 @@ def test_bad_arguments(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_kernel_of_other_sources_is_stale(tmp_path):
+def test_kernel_built_from_other_sources_is_stale(tmp_path):
     with harness._in_place_of({}, [harness.KERNEL_PROJECT]):
         folder = importlib.import_module("builder").build("triton", tmp_path)[0]
     name = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["id"]
@@ -139,7 +139,7 @@ def test_kernel_of_other_sources_is_stale(tmp_path):
 
 
 def test_official_code_is_imported_from_a_checkout(tmp_path, monkeypatch):
-    """A module that imports what the official one does; nothing stays replaced afterwards."""
+    """The stand-in imports the same modules as the official file; `sys.modules` and `sys.path` are restored afterwards."""
     functions = tmp_path / "classification" / "ops_dcnv3" / "functions"
     functions.mkdir(parents=True)
     (functions / "__init__.py").write_text(
@@ -159,7 +159,7 @@ def test_official_code_is_imported_from_a_checkout(tmp_path, monkeypatch):
         assert sys.modules.get(name) is before.get(name)
 
 
-def test_folder_that_is_no_checkout_is_named(tmp_path):
+def test_folder_without_official_code_is_named(tmp_path):
     with pytest.raises(SystemExit, match=f"--upstream {tmp_path} is not a checkout of OpenGVLab/InternImage"):
         harness.import_official(tmp_path, "ops_dcnv3.functions")
 
@@ -192,7 +192,7 @@ def test_op_cpu_refuses_a_wrong_formulation(monkeypatch):
 
 @pytest.fixture
 def reference_for_a_kernel(monkeypatch):
-    """The reference implementation, in place of a compiled kernel."""
+    """The reference implementation in place of a compiled kernel."""
     kernel = SimpleNamespace(dcnv3_softmax=lambda *tensors, groups: op_gpu.reference(*tensors, groups))
     monkeypatch.setattr(harness, "built_kernels", lambda device_type: {"CPU kernel": kernel})
     monkeypatch.setattr(harness, "describe", lambda kernel: "ready")
@@ -211,7 +211,7 @@ def test_op_gpu_measures_both_passes(tmp_path, reference_for_a_kernel):
     assert "small, bfloat16, backward" in table
 
 
-def test_op_gpu_leaves_out_what_is_wrong_or_absent(tmp_path, reference_for_a_kernel, capsys):
+def test_op_gpu_omits_wrong_or_missing_implementations(tmp_path, reference_for_a_kernel, capsys):
     reference_for_a_kernel.dcnv3_softmax = lambda *tensors, groups: 1.1 * op_gpu.reference(*tensors, groups)
     flags = ["--device", "cpu", "--seconds", "0.001", "--dtypes", "float32", "--dcnv4", str(tmp_path / "absent")]
     assert op_gpu.main([*flags, "--output", str(tmp_path / "out")]) == 1
@@ -228,7 +228,7 @@ def test_op_gpu_needs_a_kernel(monkeypatch):
 
 
 class TinyModel(nn.Module):
-    """Takes images and gives logits, with the kinds of layers that the profile tells apart."""
+    """A classifier with every kind of layer that the profile distinguishes."""
 
     def __init__(self):
         super().__init__()
@@ -271,7 +271,7 @@ def test_model_speed_measures_every_group(tmp_path, tiny_models, capsys):
     assert table in capsys.readouterr().out
 
 
-def test_model_speed_names_what_it_had_no_time_for(tmp_path, tiny_models):
+def test_model_speed_lists_cases_skipped_for_time(tmp_path, tiny_models):
     assert model_speed.main([*SMALL, "--seconds", "1e-9", "--output", str(tmp_path)]) == 0
     report, table = results(tmp_path, "model_speed")
     assert report["measurements"] == []
@@ -312,7 +312,7 @@ def test_detection_speed_times_every_part(tmp_path, monkeypatch):
     assert detection_speed.modeling_internimage_rcnn.nms is region_ops.nms, "the functions are put back"
 
 
-def test_models_of_a_size():
+def test_models_are_built_for_given_size():
     with torch.device("meta"):
         models = model_speed.build("t", torch.device("cpu"), None)
         larger = model_speed.build("b", torch.device("cuda"), None)
@@ -325,7 +325,7 @@ def test_models_of_a_size():
     assert {millions[name] for name in ("ConvNeXt-B", "Swin-B")} <= {88, 89}
 
 
-def test_materialising_model_computes_the_same():
+def test_materialising_model_equals_model():
     torch.manual_seed(0)
     config = InternImageConfig(channels=16, depths=[1, 1, 1, 1], groups=[1, 2, 4, 8], num_labels=5, offset_scale=2.0)
     model = InternImageForImageClassification(config).eval()
@@ -342,7 +342,7 @@ def test_materialising_model_computes_the_same():
 def gpu_check(
     tmp_path, *arguments: str, python: str = sys.executable
 ) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
-    """Runs the script without a GPU; the rows of its tables."""
+    """Runs the script without a GPU; returns the process and the rows of its tables."""
     result = subprocess.run(
         ["bash", str(ROOT / "benchmarks" / "gpu_check.sh"), "--output", str(tmp_path / "out"), *arguments],
         capture_output=True,
@@ -363,7 +363,7 @@ def test_gpu_check_without_a_gpu_skips_every_step(tmp_path):
 
 
 def test_gpu_check_records_each_step(tmp_path):
-    """With a stand-in for Python that sees a GPU. One of its programs fails, and one looks like a run of tests that were all skipped."""
+    """A stand-in for Python reports a GPU; one program fails, and one prints the summary of a run of skipped tests."""
     python = tmp_path / "python"
     python.write_text(
         "#!/bin/sh\n"
@@ -392,3 +392,10 @@ def test_gpu_check_refuses_wrong_arguments(tmp_path, arguments):
     result, _ = gpu_check(tmp_path, *arguments)
     assert result.returncode == 2
     assert arguments[0] in result.stderr
+
+
+def test_model_speed_compares_flashinternimage_with_internimage():
+    with torch.device("meta"):
+        models = model_speed.build("flash_t", torch.device("cpu"), None)
+    assert list(models)[:3] == ["FlashInternImage-T", "InternImage-T", "ConvNeXt-T"]
+    assert [models[name].config.dcn_version for name in list(models)[:2]] == [4, 3]

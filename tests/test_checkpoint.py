@@ -1,4 +1,4 @@
-"""Official names: key lists of all released models, the published layout, downstream checkpoints."""
+"""Tests of official names: key lists of all released models, the published layout, downstream checkpoints."""
 
 import gzip
 import json
@@ -6,9 +6,9 @@ import logging
 
 import pytest
 import torch
-from conftest import FIXTURES, TINY, load_case
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification
+from utils import FIXTURES, TINY, load_case
 
 from internimage_hf import InternImageBackbone, InternImageConfig, InternImageForImageClassification
 from internimage_hf.checkpoint import translate_config, translate_key, translate_state_dict
@@ -18,7 +18,7 @@ RELEASED = json.loads((FIXTURES / "released_models.json").read_text())
 
 
 @pytest.mark.parametrize("variant", ["t", "s", "b", "l", "xl", "h", "g"])
-def test_every_released_name_has_its_place(variant):
+def test_every_released_name_is_translated(variant):
     with gzip.open(FIXTURES / "state_dict_keys" / f"{variant}.json.gz", "rt") as file:
         official = {key: tuple(shape) for key, shape in json.load(file)}
     translated = translate_state_dict(official)
@@ -30,8 +30,8 @@ def test_every_released_name_has_its_place(variant):
     assert translate_state_dict(published) == translated
 
 
-def test_batch_norm_names():
-    """BatchNorm sits elsewhere in the official nn.Sequential than LayerNorm does."""
+def test_batch_norm_names_are_translated():
+    """BatchNorm and LayerNorm have different indices in the official nn.Sequential."""
     names = {
         "patch_embed.norm1.0.running_mean": "internimage.stem.norm1.running_mean",
         "levels.1.blocks.2.dcn.dw_conv.1.0.weight": "internimage.encoder.stages.1.layers.2.dcn.dw_norm.weight",
@@ -42,7 +42,7 @@ def test_batch_norm_names():
     assert {name: translate_key(name) for name in names} == names
 
 
-def test_backbone_of_a_downstream_checkpoint():
+def test_backbone_of_downstream_checkpoint_is_translated():
     state_dict, expected = load_case("s_like")
     downstream = {
         f"backbone.{key}": tensor
@@ -60,14 +60,14 @@ def test_backbone_of_a_downstream_checkpoint():
         torch.testing.assert_close(feature_map, expected[f"stage{i}"], atol=1e-4, rtol=0)
 
 
-def test_unknown_and_doubled_names_are_refused():
+def test_unknown_and_repeated_names_are_refused():
     with pytest.raises(ValueError, match=r"2 entries.*'extra\.bias'"):
         translate_state_dict({"head.bias": 0, "extra.bias": 0, "levels.0.blocks.0.attn.weight": 0})
     with pytest.raises(ValueError, match=r"'classifier\.bias'"):
         translate_state_dict({"head.bias": 0, "model.head.bias": 0})
 
 
-def test_translate_config_is_pure():
+def test_translate_config_leaves_argument_unchanged():
     ours = InternImageConfig(**TINY).to_dict()
     assert translate_config(ours) == ours
     official = RELEASED["internimage_h_22kto1k_640"]["config"]
@@ -77,8 +77,8 @@ def test_translate_config_is_pure():
 
 
 @pytest.mark.parametrize("name", ["hf_t_like", "hf_s_like"])
-def test_published_folder(name, caplog):
-    """As the authors' repositories are, with their logits, without a word about keys."""
+def test_published_folder_loads_with_official_outputs(name, caplog):
+    """A folder in the layout of the authors' repositories: outputs equal theirs, and nothing is logged about keys."""
     folder = FIXTURES / name
     expected = load_file(folder / "expected.safetensors")
     with caplog.at_level(logging.WARNING, logger="transformers"):
@@ -99,7 +99,7 @@ def test_published_folder(name, caplog):
             torch.testing.assert_close(feature_map, expected[f"stage{stage}"], atol=1e-4, rtol=0)
 
 
-def test_what_was_published_is_saved_under_our_names(tmp_path):
+def test_published_checkpoint_is_saved_under_new_names(tmp_path):
     model = AutoModelForImageClassification.from_pretrained(FIXTURES / "hf_s_like")
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
@@ -110,7 +110,7 @@ def test_what_was_published_is_saved_under_our_names(tmp_path):
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
-def test_a_published_checkpoint_with_a_new_head():
+def test_published_checkpoint_takes_new_head():
     model = AutoModelForImageClassification.from_pretrained(
         FIXTURES / "hf_t_like",
         id2label={0: "cat", 1: "dog"},

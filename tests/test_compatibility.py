@@ -1,9 +1,9 @@
-"""Each workaround says what it is for, and names a test that is there."""
+"""Tests of the workarounds' docstrings: four headings, and an existing test."""
 
 import re
 
 import pytest
-from conftest import ROOT
+from utils import ROOT
 
 from internimage_hf import compatibility
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import FIXTURES, TINY, TINY_VARIANTS
 from safetensors.torch import load_file
 from transformers import AutoBackbone, AutoConfig, UperNetConfig, UperNetForSemanticSegmentation
+from utils import FIXTURES, TINY, TINY_VARIANTS
 
 from internimage_hf import InternImageCompositeBackbone, InternImageCompositeConfig, InternImageConfig
 from internimage_hf.checkpoint import translate_config, translate_state_dict

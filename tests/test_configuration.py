@@ -1,11 +1,11 @@
-"""`InternImageConfig`: fields, spellings, the paper's rules, bad values."""
+"""Tests of `InternImageConfig`: fields, spellings, the paper's rules, bad values."""
 
 import copy
 import json
 
 import pytest
-from conftest import FIXTURES, TINY
 from transformers import AutoConfig
+from utils import FIXTURES, TINY
 
 from internimage_hf import InternImageConfig
 
@@ -22,14 +22,14 @@ def test_variant_is_the_released_architecture(name):
     assert InternImageConfig.from_variant(name.split("_")[1].upper(), drop_path_rate=0.25).drop_path_rate == 0.25
 
 
-def test_stacking_rules():
+def test_stacking_rules_give_released_architectures():
     assert InternImageConfig.from_stacking_rules().to_dict() == InternImageConfig().to_dict()
     config = InternImageConfig.from_stacking_rules(channels=80, group_channels=16, depth=4, depth_stage3=21)
     assert (config.channels, config.depths, config.groups) == (80, [4, 4, 21, 4], [5, 10, 20, 40])
     assert config.hidden_sizes == [80, 160, 320, 640]
 
 
-def test_scaling_rules():
+def test_scaling_rules_grow_depth_and_width():
     origin = InternImageConfig.from_scaling_rules(0)
     assert (origin.channels, origin.depths) == (64, [4, 4, 18, 4])
     for phi in (1, 2, 3, 4.5):
@@ -37,7 +37,7 @@ def test_scaling_rules():
         assert abs(config.depths[2] - 18 * 1.09**phi) <= 0.5
         assert abs(config.channels - 64 * 1.36**phi) <= 8
         assert [width // groups for width, groups in zip(config.hidden_sizes, config.groups, strict=True)] == [16] * 4
-    # what the exponents are for: each step about doubles the cost
+    # the exponents are chosen for this: each step about doubles the cost
     assert abs(1.09 * 1.36**1.99 - 2) < 0.02
     deeper = InternImageConfig.from_scaling_rules(2, alpha=1.5, beta=1.0)
     assert (deeper.channels, deeper.depths) == (64, [9, 9, 40, 9])
@@ -58,7 +58,7 @@ OFFICIAL = {
 }
 
 
-def test_official_spelling_by_constructor_and_dictionary():
+def test_official_spelling_equals_own_spelling():
     for config in (InternImageConfig(**OFFICIAL), InternImageConfig.from_dict(copy.deepcopy(OFFICIAL))):
         assert config.num_labels == 7 and config.hidden_act == "silu"
         assert config.layer_scale_init_value == 1e-5 and config.hidden_dropout_prob == 0.1
@@ -70,7 +70,7 @@ def test_official_spelling_by_constructor_and_dictionary():
 
 
 @pytest.mark.parametrize("name", ["hf_t_like", "hf_s_like"])
-def test_published_config(name, tmp_path):
+def test_published_config_is_translated(name, tmp_path):
     config = AutoConfig.from_pretrained(FIXTURES / name)
     assert type(config) is InternImageConfig
     assert config.num_labels == 10 and config.hidden_act == "gelu"
@@ -81,7 +81,7 @@ def test_published_config(name, tmp_path):
     assert again.to_dict() == config.to_dict()
 
 
-def test_json_round_trip(tmp_path):
+def test_json_round_trip_is_exact(tmp_path):
     config = InternImageConfig(
         channels=16,
         depths=(1, 2, 3, 1),
@@ -97,14 +97,14 @@ def test_json_round_trip(tmp_path):
     config.save_pretrained(tmp_path)
     again = InternImageConfig.from_pretrained(tmp_path)
     public = {name: value for name, value in vars(config).items() if not name.startswith("_")}
-    del public["transformers_version"]  # written when it is saved
+    del public["transformers_version"]  # set on saving
     assert {name: getattr(again, name) for name in public} == public
     assert again.out_indices == [0, 4] and again.label2id == {"a": 0, "b": 1, "c": 2}
-    # the other spelling of the same stages, given when loading
+    # `out_indices` on loading replaces `out_features`
     assert InternImageConfig.from_pretrained(tmp_path, out_indices=[1, 2]).out_features == ["stage1", "stage2"]
 
 
-def test_imagenet_labels():
+def test_imagenet_labels_follow_class_numbers():
     config = InternImageConfig(num_labels=1000)
     assert "tabby cat" in config.id2label[281]
     assert len(config.label2id) == 1000 and config.label2id[config.id2label[999]] == 999
@@ -150,7 +150,7 @@ def test_imagenet_labels():
         ({"num_classes": 3, "num_labels": 4}, "num_labels"),
     ],
 )
-def test_bad_values_name_the_field(fields, named):
+def test_bad_values_name_field(fields, named):
     with pytest.raises(ValueError, match=named):
         InternImageConfig(**fields)
 
@@ -163,12 +163,12 @@ def test_bad_values_name_the_field(fields, named):
         ({"depth": 0}, "depth"),
     ],
 )
-def test_bad_rules_name_the_argument(arguments, named):
+def test_bad_rules_name_argument(arguments, named):
     with pytest.raises(ValueError, match=named):
         InternImageConfig.from_stacking_rules(**arguments)
 
 
-def test_unknown_variant_and_bad_scaling():
+def test_unknown_variant_and_bad_scaling_are_refused():
     with pytest.raises(ValueError, match=r"variant.*'m'"):
         InternImageConfig.from_variant("m")
     with pytest.raises(ValueError, match="phi"):

@@ -1,4 +1,4 @@
-"""Conversion: every layout in, a folder for transformers out, and onto a Hub over HTTP."""
+"""Tests of the conversion: every official layout into a folder for transformers, and its upload to a Hub over HTTP."""
 
 import argparse
 import gzip
@@ -18,11 +18,10 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, MODEL_CASES, ROOT, load_case
 from huggingface_hub.utils import httpx
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_package import bare_environment, run_python
+from utils import FIXTURES, MODEL_CASES, ROOT, bare_environment, load_case, run_python
 
 from convert import all as convert_all
 from convert import backbone, classification, cli, conversion, mask2former, upernet
@@ -47,7 +46,8 @@ def convert(module, *arguments: object) -> int:
 
 
 def released_keys(variant: str) -> list[tuple[str, tuple[int, ...]]]:
-    with gzip.open(FIXTURES / "state_dict_keys" / f"{variant}.json.gz", "rt") as file:
+    folder = "dcnv4_keys" if variant.startswith("flash_") else "state_dict_keys"
+    with gzip.open(FIXTURES / folder / f"{variant.removeprefix('flash_')}.json.gz", "rt") as file:
         return [(key, tuple(shape)) for key, shape in json.load(file)]
 
 
@@ -55,7 +55,7 @@ def released_keys(variant: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 @pytest.mark.parametrize("case", MODEL_CASES)
-def test_released_layout(case, tmp_path, capsys):
+def test_released_layout_converts_with_official_outputs(case, tmp_path, capsys):
     folder = FIXTURES / case
     output = tmp_path / "model"
     assert (
@@ -81,7 +81,7 @@ def test_released_layout(case, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("case", ["hf_t_like", "hf_s_like"])
-def test_published_layout(case, tmp_path):
+def test_published_layout_converts_with_official_outputs(case, tmp_path):
     assert convert(classification, FIXTURES / case, "--output", tmp_path / "model") == 0
     expected = load_file(FIXTURES / case / "expected.safetensors")
     model = InternImageForImageClassification.from_pretrained(tmp_path / "model").eval()
@@ -89,7 +89,7 @@ def test_published_layout(case, tmp_path):
         torch.testing.assert_close(model(expected["pixel_values"]).logits, expected["logits"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in RELEASED if RELEASED[name].task == "classification"])
+@pytest.mark.parametrize("name", [name for name in RELEASED if RELEASED[name].published_repository])
 def test_every_released_classification_checkpoint_maps_without_remainder(name):
     released = RELEASED[name]
     num_labels = len(class_names(released.labels))
@@ -111,7 +111,7 @@ def test_every_released_classification_checkpoint_maps_without_remainder(name):
 
 
 @pytest.mark.parametrize("case", MODEL_CASES)
-def test_back_to_the_official_layout_and_forth(case, tmp_path):
+def test_reverse_conversion_round_trip_is_exact(case, tmp_path):
     folder = FIXTURES / case
     there, back, again = tmp_path / "there", tmp_path / "back.pth", tmp_path / "again"
     assert (
@@ -127,15 +127,17 @@ def test_back_to_the_official_layout_and_forth(case, tmp_path):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("variant", ["t", "s", "b", "l", "xl", "h", "g"])
-def test_full_size_names_go_back(variant):
+@pytest.mark.parametrize(
+    "variant", [*("t", "s", "b", "l", "xl", "h", "g"), *("flash_t", "flash_s", "flash_b", "flash_l")]
+)
+def test_full_size_names_reverse(variant):
     with torch.device("meta"):
         model = InternImageForImageClassification(InternImageConfig.from_variant(variant))
     official = classification.official_state_dict(model)
     assert {name: tuple(t.shape) for name, t in official.items()} == dict(released_keys(variant))
 
 
-def test_options(tmp_path):
+def test_ema_dtype_and_shard_size_options_take_effect(tmp_path):
     state_dict, _ = load_case("t_like")
     averaged = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in state_dict.items()}
     source = tmp_path / "both.pth"
@@ -156,14 +158,14 @@ def test_options(tmp_path):
     assert "tensors" not in json.loads((tmp_path / "bare" / REPORT).read_text())
 
 
-def test_labels():
+def test_label_files_are_complete():
     assert class_names("imagenet-22k")[0] == "organism, being" and len(set(class_names("imagenet-22k"))) == 21841
     assert class_names("ade20k")[:3] == ["wall", "building", "sky"] and len(class_names("ade20k")) == 150
     assert id2label("ade20k", 3) == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
 
 
-def test_memory_of_a_conversion(tmp_path):
-    """Of a model of 200 MB, against the memory that the same imports take."""
+def test_conversion_memory_is_bounded(tmp_path):
+    """The peak for a model of 200 MB, above the memory of the same imports."""
     source = tmp_path / "internimage_s_1k_224.pth"
     state_dict = {key: torch.zeros(shape) for key, shape in released_keys("s")}
     for key in state_dict:
@@ -233,7 +235,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 @pytest.mark.parametrize("kind", ["truncated", "text", "hostile", "other", "scrap", "short", "shaped", "absent"])
-def test_a_bad_file_is_one_line_and_nothing_is_left(kind, tmp_path, monkeypatch, capsys):
+def test_bad_file_is_one_line_and_leaves_nothing(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     source, message = bad_files(tmp_path)[kind]
     output = tmp_path / "out" / "model"
@@ -244,7 +246,7 @@ def test_a_bad_file_is_one_line_and_nothing_is_left(kind, tmp_path, monkeypatch,
     assert not output.parent.exists() or not list(output.parent.iterdir())
 
 
-def test_bad_arguments(tmp_path, capsys):
+def test_bad_arguments_are_one_line(tmp_path, capsys):
     checkpoint, config = FIXTURES / "t_like" / "checkpoint.pth", FIXTURES / "t_like" / "config.json"
     for arguments, message in (
         ([checkpoint], "--config"),
@@ -261,7 +263,7 @@ def test_bad_arguments(tmp_path, capsys):
     assert "not empty" in capsys.readouterr().err
 
 
-def test_killed_while_writing_and_run_again(tmp_path):
+def test_killed_conversion_leaves_no_folder_and_runs_again(tmp_path):
     checkpoint, config = FIXTURES / "t_like" / "checkpoint.pth", FIXTURES / "t_like" / "config.json"
     output = tmp_path / "model"
     arguments = [str(a) for a in (checkpoint, "--config", config, "--output", output)]
@@ -277,7 +279,7 @@ classification.main({arguments!r})
     assert classification.main(arguments) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     stamp = (output / "model.safetensors").stat().st_mtime_ns
-    assert classification.main(arguments) == 0  # finished already
+    assert classification.main(arguments) == 0  # the folder is finished already
     assert (output / "model.safetensors").stat().st_mtime_ns == stamp
 
 
@@ -295,7 +297,7 @@ def saved(file: Path, content: object) -> Path:
 
 
 def only_error(capsys) -> str:
-    """What the last command said on stderr: one line."""
+    """Returns the last command's stderr, which must be one line."""
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     assert "Traceback" not in lines[0] and "unexpected" not in lines[0] and lines[0].isprintable()
@@ -315,9 +317,9 @@ ODD = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about the formats that are tested
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch warns of the formats under test
 @pytest.mark.parametrize("kind", ODD)
-def test_an_odd_tensor_is_named_in_one_line(kind, tmp_path, capsys):
+def test_invalid_tensor_is_named_in_one_line(kind, tmp_path, capsys):
     spoil, message = ODD[kind]
     source = saved(tmp_path / "odd.pth", {"model": official(**{WEIGHT: spoil(official()[WEIGHT])})})
     output = tmp_path / "out" / "model"
@@ -328,15 +330,15 @@ def test_an_odd_tensor_is_named_in_one_line(kind, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("shape", [(), (0, 64), (5, 64, 1)])
-def test_an_odd_classifier_is_named_in_one_line(shape, tmp_path, capsys):
+def test_classifier_of_wrong_shape_is_named_in_one_line(shape, tmp_path, capsys):
     source = saved(tmp_path / "odd.pth", {"model": official(**{"head.weight": torch.zeros(shape)})})
     assert convert(classification, source, *T_LIKE, "--output", tmp_path / "out") == 1
     assert f"odd.pth: classifier.weight has the shape {shape}" in only_error(capsys)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
-def test_values_that_no_model_has_are_named(value, tmp_path, capsys):
-    """Not a number, infinite, or so large that half precision makes it infinite."""
+def test_tensors_that_are_not_finite_are_named(value, tmp_path, capsys):
+    """Not a number, infinite, or too large for half precision."""
     source = saved(tmp_path / "odd.pth", {"model": official(**{"head.bias": torch.tensor([value] + [0.0] * 9)})})
     options = ["--dtype", "float16"] if value == 1e6 else []
     output = tmp_path / "out" / "model"
@@ -346,7 +348,7 @@ def test_values_that_no_model_has_are_named(value, tmp_path, capsys):
     assert not list(output.parent.iterdir())
 
 
-def test_counters_that_were_averaged_are_counters_again(tmp_path):
+def test_averaged_counters_become_integers(tmp_path):
     name = "conv_head.1.0.num_batches_tracked"
     source = saved(tmp_path / "ema.pth", {"model": official(**{name: torch.tensor(7.0)})})
     assert convert(classification, source, *T_LIKE, "--output", tmp_path / "model") == 0
@@ -357,8 +359,8 @@ def test_counters_that_were_averaged_are_counters_again(tmp_path):
     assert convert(classification, source, *T_LIKE, "--output", tmp_path / "other") == 1
 
 
-def test_several_dtypes_become_the_smallest_that_holds_all(tmp_path):
-    """transformers loads a model in one dtype; left as they are, some would be rounded to that of the first."""
+def test_mixed_dtypes_become_smallest_common_dtype(tmp_path):
+    """transformers loads a model in the dtype of its first tensor and would round the others."""
     state_dict = {
         k: (t.half() if "mlp" in k else t.bfloat16()) if t.is_floating_point() else t for k, t in official().items()
     }
@@ -371,7 +373,7 @@ def test_several_dtypes_become_the_smallest_that_holds_all(tmp_path):
     assert torch.equal(weight, state_dict[WEIGHT].float())
 
 
-def test_one_memory_under_two_names_is_written_twice(tmp_path):
+def test_tensors_that_share_memory_are_written_separately(tmp_path):
     other = WEIGHT.replace("levels.0", "levels.2").replace("weight", "bias")
     state_dict = official()
     state_dict[other] = state_dict[other.replace("blocks.0", "blocks.1")]
@@ -380,7 +382,7 @@ def test_one_memory_under_two_names_is_written_twice(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["abc", "0", "-1", "5XB", "", "nan"])
-def test_a_shard_size_that_is_none_is_one_line(size, tmp_path, capsys):
+def test_invalid_shard_size_is_one_line(size, tmp_path, capsys):
     source = FIXTURES / "t_like" / "checkpoint.pth"
     for module, arguments in ((classification, [source, *T_LIKE]), (convert_all, [])):
         assert convert(module, *arguments, "--output", tmp_path / "model", f"--max-shard-size={size}") == 1
@@ -393,11 +395,11 @@ def test_a_shard_size_that_is_none_is_one_line(size, tmp_path, capsys):
 
 
 class _Own:
-    """Of a program that nobody here knows."""
+    """A class of an unknown training program."""
 
 
 def plain_data() -> dict[str, object]:
-    """What training programs save beside the weights, the classes under the names that they have there."""
+    """Objects that training programs save beside the weights, with the classes' original names."""
     config = type("CfgNode", (dict,), {"__module__": "yacs.config"})
     node = config(MODEL=config(NAME="internimage"))
     node.__dict__ |= {"__immutable__": True, "__deprecated_keys__": {"OLD"}}
@@ -414,7 +416,7 @@ def plain_data() -> dict[str, object]:
 
 @pytest.fixture
 def foreign_classes(monkeypatch):
-    """Lets torch.save pickle the classes of `plain_data` by their names; reading must do without the modules."""
+    """Lets torch.save pickle classes under the names of `plain_data`; reading must work without their modules."""
     content = plain_data()
     package, module = ModuleType("yacs"), ModuleType("yacs.config")
     module.CfgNode = type(content["config"])
@@ -425,13 +427,11 @@ def foreign_classes(monkeypatch):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_training_programs_checkpoint_is_read_without_its_classes(
-    zipped, tmp_path, foreign_classes, monkeypatch, capsys
-):
+def test_training_checkpoint_is_read_without_its_classes(zipped, tmp_path, foreign_classes, monkeypatch, capsys):
     source = tmp_path / "ckpt_epoch_ema_best.pth"
     torch.save({"model": official(), **foreign_classes}, source, _use_new_zipfile_serialization=zipped)
     monkeypatch.delitem(sys.modules, "yacs.config")
-    monkeypatch.setattr(argparse.Namespace, "__init__", None)  # no code of the classes themselves runs
+    monkeypatch.setattr(argparse.Namespace, "__init__", None)  # reading must not run code of the classes
     left_out = source_module.read_tensors(source)[1]
     monkeypatch.undo()
     assert left_out.keys() == foreign_classes.keys()
@@ -454,7 +454,7 @@ class Calls:
         return self.call
 
 
-def test_an_unknown_class_or_a_call_is_one_clear_line(tmp_path, foreign_classes, monkeypatch, capsys):
+def test_unknown_class_or_call_in_pickle_is_one_line(tmp_path, foreign_classes, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = type(foreign_classes["config"])
     for content, name in (
@@ -484,14 +484,14 @@ def test_an_unknown_class_or_a_call_is_one_clear_line(tmp_path, foreign_classes,
         (None, "has neither model.safetensors nor pytorch_model.bin"),
     ],
 )
-def test_a_file_of_another_kind_is_called_by_its_kind(content, message, tmp_path, capsys):
+def test_file_of_other_kind_is_named_by_kind(content, message, tmp_path, capsys):
     source = tmp_path / "file.pth"
     source.mkdir() if content is None else source.write_bytes(content)
     assert convert(classification, source, *T_LIKE, "--output", tmp_path / "out" / "model") == 1
     assert message in (error := only_error(capsys)) and "file.pth" in error
 
 
-def test_a_misspelt_field_of_the_configuration_is_told(tmp_path, capsys):
+def test_misspelt_configuration_field_is_reported(tmp_path, capsys):
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**json.loads(T_LIKE[1].read_text()), "offset_scal": 2.0}))
     source = FIXTURES / "t_like" / "checkpoint.pth"
@@ -502,7 +502,7 @@ def test_a_misspelt_field_of_the_configuration_is_told(tmp_path, capsys):
         assert json.loads((output / REPORT).read_text())["unknown_config_fields"] == ["offset_scal"]
 
 
-def test_a_wrong_configuration_is_one_line(tmp_path, capsys):
+def test_wrong_configuration_is_one_line(tmp_path, capsys):
     config = tmp_path / "config.json"
     good = json.loads(T_LIKE[1].read_text())
     for text in (
@@ -517,8 +517,8 @@ def test_a_wrong_configuration_is_one_line(tmp_path, capsys):
         only_error(capsys)
 
 
-def test_prefixes_nesting_and_cache_links(tmp_path):
-    """`module.` of data-parallel training, a state dict within one, and a file of the cache: a link to a name without suffix."""
+def test_prefixes_nesting_and_cache_links_are_read(tmp_path):
+    """The prefix `module.` of data-parallel training, a nested state dict, and a cache file: a link to a name without suffix."""
     (tmp_path / "blobs").mkdir()
     blob = tmp_path / "blobs" / "0123abc"
     shutil.copyfile(FIXTURES / "hf_t_like" / "model.safetensors", blob)
@@ -543,7 +543,7 @@ def test_prefixes_nesting_and_cache_links(tmp_path):
 
 
 def finished(folder: Path) -> bool:
-    """Whether every file is what the report says."""
+    """Whether every file has the checksum of the report."""
     report = json.loads((folder / REPORT).read_text())
     return bool(report["files"]) and all(
         sha256_of(folder / name) == digest for name, digest in report["files"].items()
@@ -554,7 +554,7 @@ def other_source(folder: Path) -> Path:
     return saved(folder / "other.pth", {"model": official(**{"head.bias": official()["head.bias"] + 1})})
 
 
-def test_a_second_conversion_into_a_folder_that_is_being_written_says_so(tmp_path, capsys, monkeypatch):
+def test_concurrent_conversion_into_same_folder_is_refused(tmp_path, capsys, monkeypatch):
     output, a, b = tmp_path / "out" / "model", FIXTURES / "t_like" / "checkpoint.pth", other_source(tmp_path)
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "out")
@@ -576,8 +576,8 @@ def test_a_second_conversion_into_a_folder_that_is_being_written_says_so(tmp_pat
     assert finished(output) and [path.name for path in output.parent.iterdir()] == ["model"]
 
 
-def test_many_processes_write_one_folder_whole(tmp_path):
-    """Forked after the imports, all let go at once: each folder is one source's, and who says "wrote" wrote it."""
+def test_concurrent_processes_write_one_whole_folder(tmp_path):
+    """Processes forked after the imports start at once: each folder comes from one source, from the process that reports it."""
     sources = [FIXTURES / "t_like" / "checkpoint.pth", other_source(tmp_path)]
     program = """
         import contextlib, io, os, sys
@@ -607,8 +607,8 @@ def test_many_processes_write_one_folder_whole(tmp_path):
     assert [path.name for path in output.parent.iterdir()] == ["model"]
 
 
-def test_a_folder_that_appears_meanwhile_is_not_written_over(tmp_path, monkeypatch, capsys):
-    """By a program that knows of no lock."""
+def test_folder_created_during_conversion_is_kept(tmp_path, monkeypatch, capsys):
+    """Another program creates the folder without the lock."""
     output = tmp_path / "model"
     verify = conversion.verify_tensors
 
@@ -624,7 +624,7 @@ def test_a_folder_that_appears_meanwhile_is_not_written_over(tmp_path, monkeypat
     assert [path.name for path in output.iterdir()] == ["file"] and os.listdir(tmp_path) == ["model"]
 
 
-def test_folders_of_the_users_own_stay(tmp_path):
+def test_unrelated_folders_are_kept(tmp_path):
     output = tmp_path / "model"
     for name in (".model.unfinished", ".model.unfinished-mine"):
         (tmp_path / name).mkdir()
@@ -674,7 +674,7 @@ def _flip(file: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_folder_is_not_finished(kind, converted, tmp_path, capsys):
+def test_damaged_output_is_refused_and_kept(kind, converted, tmp_path, capsys):
     damage, message = DAMAGES[kind]
     output = shutil.copytree(converted, tmp_path / "model")
     damage(output)
@@ -685,8 +685,8 @@ def test_a_damaged_folder_is_not_finished(kind, converted, tmp_path, capsys):
     assert sorted(os.listdir(output)) == before
 
 
-def test_a_folder_of_another_source_or_of_other_settings_is_not_finished(converted, tmp_path, monkeypatch, capsys):
-    """Nor is it uploaded under the other's name."""
+def test_output_of_other_source_or_settings_is_refused(converted, tmp_path, monkeypatch, capsys):
+    """Such a folder is not uploaded either."""
     monkeypatch.setattr(cli, "push", lambda *arguments: pytest.fail("uploaded"))
     converted = shutil.copytree(converted, tmp_path / "model")
     checkpoint = FIXTURES / "t_like" / "checkpoint.pth"
@@ -708,11 +708,11 @@ def test_a_folder_of_another_source_or_of_other_settings_is_not_finished(convert
     assert (converted / "model.safetensors").stat().st_mtime_ns == stamp
 
     (converted / "README.md").write_text("my own card")
-    assert convert(classification, checkpoint, *T_LIKE, "--output", converted) == 0  # the card is the user's to edit
+    assert convert(classification, checkpoint, *T_LIKE, "--output", converted) == 0  # users may edit the card
     assert "finished already" in capsys.readouterr().out
 
 
-def test_what_a_killed_conversion_left_beside_a_finished_folder_goes(converted, tmp_path):
+def test_leftovers_of_killed_conversion_are_removed(converted, tmp_path):
     output = shutil.copytree(converted, tmp_path / "model")
     work = tmp_path / ".model.unfinished-abcd1234"
     work.mkdir()
@@ -747,7 +747,7 @@ def test_unusable_paths_are_one_line(tmp_path, capsys):
 
 @pytest.fixture
 def full_disk():
-    """No file may grow beyond 50 KB: what a full disk is to a program, errno aside."""
+    """Limits files to 50 KB: writes fail as on a full disk, with another errno."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
@@ -755,7 +755,7 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_one_line_and_nothing_is_left(converted, tmp_path, capfd, full_disk):
+def test_full_disk_is_one_line_and_leaves_nothing(converted, tmp_path, capfd, full_disk):
     checkpoint = FIXTURES / "t_like" / "checkpoint.pth"
     assert convert(classification, checkpoint, *T_LIKE, "--output", tmp_path / "model") == 1
     assert f"error: cannot write {tmp_path / 'model'}: " in capfd.readouterr().err
@@ -764,8 +764,8 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(converted, tmp_path, capfd,
     assert not os.listdir(tmp_path)
 
 
-def test_all_go_on_after_any_failure(tmp_path, monkeypatch, capsys):
-    """An error of the system, one that nobody foresaw, one of memory; a folder and a broken link in a file's place."""
+def test_convert_all_continues_after_failure(tmp_path, monkeypatch, capsys):
+    """Failures: an OSError, an unexpected exception, a MemoryError, and a folder and a broken link in place of a file."""
     names = [name for name in RELEASED if RELEASED[name].task == "classification"][:6]
     folder = tmp_path / "pth"
     folder.mkdir()
@@ -798,7 +798,7 @@ def test_all_go_on_after_any_failure(tmp_path, monkeypatch, capsys):
     assert "--source-folder" in only_error(capsys)
 
 
-def test_reverse_takes_whole_classifiers_and_no_option_of_the_other_direction(converted, tmp_path, capsys):
+def test_reverse_needs_whole_classifier_and_refuses_forward_options(converted, tmp_path, capsys):
     folder = shutil.copytree(converted, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     del tensors["classifier.bias"]
@@ -815,7 +815,7 @@ def test_reverse_takes_whole_classifiers_and_no_option_of_the_other_direction(co
 
 @pytest.mark.parametrize("name", [name for name in RELEASED if RELEASED[name].task != "classification"])
 def test_every_released_downstream_backbone_maps_without_remainder(name):
-    """A backbone of the variant's names and shapes, with the layer scale that the authors trained T to XL with."""
+    """A backbone with the variant's names and shapes, and the official layer scale of T to XL."""
     from convert.backbone import backbone_config, backbone_tensors
     from internimage_hf import InternImageBackbone
 
@@ -842,7 +842,7 @@ def test_every_released_downstream_backbone_maps_without_remainder(name):
     assert RELEASED[name].task in convert_all.PLANS
 
 
-def test_upernet(tmp_path):
+def test_upernet_converts_with_official_outputs(tmp_path):
     from transformers import UperNetForSemanticSegmentation, pipeline
 
     folder = FIXTURES / "upernet_tiny"
@@ -859,7 +859,7 @@ def test_upernet(tmp_path):
     with torch.no_grad():
         logits = model(expected["pixel_values"]).logits
     wanted = expected["logits"]
-    if wanted.shape != logits.shape:  # the official head's own resolution, before the resize to the input's
+    if wanted.shape != logits.shape:  # the official logits are not yet resized to the input
         wanted = torch.nn.functional.interpolate(wanted, size=logits.shape[2:], mode="bilinear", align_corners=False)
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
 
@@ -870,7 +870,7 @@ def test_upernet(tmp_path):
     assert masks and all(entry["mask"].size == (70, 50) for entry in masks)
 
 
-def test_backbone_of_a_segmenter_and_of_a_classifier(tmp_path):
+def test_backbone_of_segmenter_and_classifier_converts(tmp_path):
     folder = FIXTURES / "upernet_tiny"
     assert (
         convert(backbone, folder / "checkpoint.pth", "--config", folder / "config.json", "--output", tmp_path / "a")
@@ -889,7 +889,7 @@ def test_backbone_of_a_segmenter_and_of_a_classifier(tmp_path):
 
 
 def official_mask2former(model) -> dict[str, torch.Tensor]:
-    """A model's tensors under mmdetection's names: the conversion's patterns, walked backwards by hand for one model."""
+    """A model's tensors under mmdetection's names, by hand-written inverses of the conversion's patterns."""
     heads = {}
     pd, tm = "model.pixel_level_module.decoder.", "model.transformer_module."
     simple = {
@@ -949,7 +949,7 @@ def official_mask2former(model) -> dict[str, torch.Tensor]:
     return {f"decode_head.{name}": tensor for name, tensor in heads.items()}
 
 
-def test_mask2former(tmp_path):
+def test_mask2former_converts(tmp_path):
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
     config = json.loads((FIXTURES / "s_like" / "config.json").read_text())
@@ -991,8 +991,8 @@ def test_mask2former(tmp_path):
     ]  # fmt: skip
 
 
-def test_everything_in_the_table_that_lies_here(tmp_path, capsys):
-    """One file is there, one is broken, the others would be downloaded: offline, they fail one by one."""
+def test_convert_all_converts_local_files_and_reports_failures(tmp_path, capsys):
+    """One local file is valid, one is broken; the others would be downloaded and fail offline, one by one."""
     folder = tmp_path / "pth"
     folder.mkdir()
     state_dict = {key: torch.zeros(shape) for key, shape in released_keys("t")}
@@ -1029,7 +1029,7 @@ def run_converter(hub, tmp_path, *arguments, token="hf_good", wait=True):
 SOURCE = [FIXTURES / "t_like" / "checkpoint.pth", "--config", FIXTURES / "t_like" / "config.json"]
 
 
-def test_convert_push_and_load(hub, tmp_path):
+def test_converted_model_is_pushed_and_loads(hub, tmp_path):
     hub.fail_next = 1  # the first request meets a server error
     status, out, err = run_converter(
         hub,
@@ -1081,11 +1081,11 @@ def test_convert_push_and_load(hub, tmp_path):
     assert card == "mit image-classification\n"
 
 
-def test_upload_killed_half_way(hub, tmp_path):
+def test_killed_upload_is_completed(hub, tmp_path):
     arguments = [*SOURCE, "--output", tmp_path / "model", "--push-to-hub", "somebody/killed"]
     hub.slow_upload = 30.0
     process = run_converter(hub, tmp_path, *arguments, wait=False)
-    deadline = time.monotonic() + 500  # a program that hangs, not a slow machine
+    deadline = time.monotonic() + 500  # only a hanging program exceeds this
     while not any(request.startswith("PUT /lfs/") for request in hub.requests):
         assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
         time.sleep(0.05)
@@ -1104,7 +1104,7 @@ def test_upload_killed_half_way(hub, tmp_path):
 
 @pytest.fixture
 def hub_here(hub, monkeypatch, tmp_path):
-    """The hub for this very process, whose own retries wait for nothing."""
+    """The Hub of this process; retries do not wait."""
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
@@ -1125,7 +1125,7 @@ def hub_here(hub, monkeypatch, tmp_path):
     ("token", "forbid", "message"),
     [(None, False, "HF_TOKEN"), ("hf_bad", False, "HF_TOKEN"), ("hf_good", True, "may not write")],
 )
-def test_missing_token_or_permission(hub_here, converted, monkeypatch, capsys, token, forbid, message):
+def test_missing_token_or_permission_is_one_line(hub_here, converted, monkeypatch, capsys, token, forbid, message):
     hub_here.forbid = forbid
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
     push_it = ["--output", converted, "--push-to-hub", "somebody/refused"]
@@ -1143,12 +1143,12 @@ PASSING = [
 
 
 @pytest.mark.parametrize(("endpoint", "answer", "times"), PASSING)
-def test_a_fault_that_passes_does_not_end_an_upload(endpoint, answer, times, hub_here, converted):
+def test_upload_survives_transient_fault(endpoint, answer, times, hub_here, converted):
     hub_here.fail(endpoint, answer, times)
     assert push(converted, "somebody/model", pause=0).endswith("somebody/model")
     files = hub_here.repositories["somebody/model"]
     assert files == {path.name: path.read_bytes() for path in converted.iterdir()}
-    assert len(hub_here.commits["somebody/model"]) == 2  # the first is the repository's creation
+    assert len(hub_here.commits["somebody/model"]) == 2  # the first commit is the repository's creation
 
 
 LASTING = [
@@ -1166,7 +1166,7 @@ LASTING = [
 
 
 @pytest.mark.parametrize(("endpoint", "answer", "message"), LASTING)
-def test_a_lasting_fault_of_the_hub_is_one_line(endpoint, answer, message, hub_here, converted, capsys):
+def test_lasting_hub_fault_is_one_line(endpoint, answer, message, hub_here, converted, capsys):
     hub_here.fail(endpoint, answer)
     assert cli.main(lambda: push(converted, "somebody/model", pause=0)) == 1
     lines = capsys.readouterr().err.splitlines()
@@ -1203,7 +1203,7 @@ def raising(error: Exception, monkeypatch) -> None:
         (lambda x: KeyError("url"), 1, "KeyError"),
     ],
 )
-def test_whatever_an_upload_raises_is_one_line(make, attempts, message, hub_here, converted, monkeypatch, capsys):
+def test_any_upload_exception_is_one_line(make, attempts, message, hub_here, converted, monkeypatch, capsys):
     raising(make(httpx), monkeypatch)
     assert cli.main(lambda: push(converted, "somebody/model", pause=0)) == 1
     lines = capsys.readouterr().err.splitlines()
@@ -1211,21 +1211,21 @@ def test_whatever_an_upload_raises_is_one_line(make, attempts, message, hub_here
     assert lines[-1].startswith("error: cannot upload to somebody/model") and message in lines[-1]
 
 
-def test_an_unreadable_endpoint_or_id_is_one_line(hub_here, converted, monkeypatch, capsys):
+def test_invalid_endpoint_or_repository_id_is_one_line(hub_here, converted, monkeypatch, capsys):
     for name in ("a/b/c", "me/mo del", "", "me/" + "x" * 100):
         assert cli.main(lambda name=name: push(converted, name, pause=0)) == 1
         assert "cannot upload to" in only_error(capsys)
     source = FIXTURES / "t_like" / "checkpoint.pth"
     output = converted.parent / "unused"
     assert convert(classification, source, *T_LIKE, "--output", output, "--push-to-hub", "a/b/c") == 1
-    assert "cannot upload to" in only_error(capsys) and not output.exists()  # said before the work
+    assert "cannot upload to" in only_error(capsys) and not output.exists()  # the error comes before the conversion
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert cli.main(lambda: push(converted, "somebody/model", pause=0)) == 1
     assert "after 5 attempts" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_weights_of_an_earlier_upload_do_not_stay_beside_the_new(hub_here, converted, capsys):
-    """transformers prefers model.safetensors to shards, whichever is newer."""
+def test_new_upload_removes_earlier_weights(hub_here, converted, capsys):
+    """transformers prefers model.safetensors to shards, even where the shards are newer."""
     push(converted, "somebody/model", pause=0)
     files = hub_here.repositories["somebody/model"]
     files |= {"model-00001-of-00002.safetensors": b"old", "pytorch_model.bin": b"old", "notes.txt": b"mine"}
@@ -1239,7 +1239,7 @@ def test_weights_of_an_earlier_upload_do_not_stay_beside_the_new(hub_here, conve
     assert "not uploaded: 1 hidden files: .cache/x" in out
 
 
-def test_private_does_not_go_to_a_public_repository(hub_here, converted, capsys):
+def test_private_upload_to_public_repository_is_refused(hub_here, converted, capsys):
     for _ in range(2):
         assert cli.main(lambda: push(converted, "somebody/secret", private=True, pause=0)) == 0
     assert hub_here.private == {"somebody/secret"}
@@ -1248,8 +1248,8 @@ def test_private_does_not_go_to_a_public_repository(hub_here, converted, capsys)
     assert "is public" in only_error(capsys) and not hub_here.repositories["somebody/open"]
 
 
-def test_what_is_finished_is_not_downloaded_again(hub_here, tmp_path, capsys):
-    """By its name on the Hub, with an empty cache: the Hub tells the sum of the file."""
+def test_finished_checkpoint_is_not_downloaded_again(hub_here, tmp_path, capsys):
+    """A checkpoint named by its Hub file, with an empty cache: the Hub returns the file's checksum."""
     hub_here.repositories["me/published"] = {
         path.name: path.read_bytes() for path in (FIXTURES / "hf_t_like").iterdir() if path.suffix != ".md"
     }
@@ -1268,7 +1268,7 @@ def test_what_is_finished_is_not_downloaded_again(hub_here, tmp_path, capsys):
     assert "cannot download model.safetensors of me/published: " in (error := only_error(capsys)) and "reset" in error
 
 
-def test_model_cards_of_the_released():
+def test_model_cards_of_released_checkpoints_are_complete():
     from huggingface_hub import ModelCard
 
     from convert.cards import model_card
@@ -1284,6 +1284,6 @@ def test_model_cards_of_the_released():
 
 
 @pytest.mark.parametrize("image_size, crop", [(64, (64, 64)), ([64, 96], (64, 96)), ((96, 64), (96, 64))])
-def test_the_processor_has_the_models_height_and_width(image_size, crop):
+def test_processor_crops_to_model_image_size(image_size, crop):
     pixels = classification.image_processor(image_size)(Image.new("RGB", (200, 150)), return_tensors="pt")
     assert tuple(pixels["pixel_values"].shape[-2:]) == crop

@@ -8,15 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FIXTURES
 from PIL import Image
 from safetensors.torch import load_file
 from test_convert import convert, hub_here, only_error  # noqa: F401 (a fixture)
-from test_package import bare_environment, run_python
 from transformers import AutoModelForObjectDetection, pipeline
 
 # from where it is defined: transformers 5.17 offers a placeholder at the top where torchvision is absent
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from utils import FIXTURES, bare_environment, run_python
 
 from convert import all as convert_all
 from convert import backbone, detection, detectors, dino

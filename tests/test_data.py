@@ -1,4 +1,4 @@
-"""What the example programs read: every file is used or counted, and a message names what is wrong."""
+"""Tests of the examples' input: every file is used or counted, and messages name the fault."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ def data(programs):
 
 
 def write(root: Path, *names: str) -> Path:
-    """Files by name: images where the ending says so, text elsewhere."""
+    """Writes files by name: images for endings of images, text otherwise."""
     rng = np.random.default_rng(0)
     for name in names:
         file = root / name
@@ -32,7 +32,7 @@ def several(folders: tuple[str, ...], count: int = 3, pattern: str = "{}.png") -
 
 
 def read(data, root: Path, classes: bool = True, **flags):
-    """The names of classes, the counts of each part per class, and the data set."""
+    """Returns the class names, the counts per part and class, and the dataset."""
     arguments = data.DataArguments(dataset=str(root), **flags)
     found = data.load_data(arguments, class_folders=classes)
     names = data.encode_labels(found, "label")
@@ -57,7 +57,7 @@ def read(data, root: Path, classes: bool = True, **flags):
         ("a class", "ünïcode", "#1"),
     ],
 )
-def test_all_images_of_all_classes_are_used(data, tmp_path, classes):
+def test_every_image_of_every_class_is_used(data, tmp_path, classes):
     write(tmp_path, *several(classes, 10))
     names, counts, _ = read(data, tmp_path)
     assert names == sorted(classes)
@@ -65,7 +65,7 @@ def test_all_images_of_all_classes_are_used(data, tmp_path, classes):
     assert counts["evaluation"] == dict.fromkeys(names, 2)
 
 
-def test_file_names_do_not_make_splits(data, tmp_path):
+def test_file_names_do_not_define_splits(data, tmp_path):
     write(tmp_path, *several(("a", "b"), 4, "train-{}.png"), *several(("a", "b"), 8, "_DSC{}.JPG"))
     _, counts, found = read(data, tmp_path)
     assert sum(sum(part.values()) for part in counts.values()) == 24
@@ -96,7 +96,7 @@ def test_splits_can_be_chosen(data, tmp_path):
         read(data, tmp_path, eval_split="holdout")
 
 
-def test_a_class_with_one_image_stays_in_training(data, tmp_path):
+def test_class_with_one_image_stays_in_training(data, tmp_path):
     write(tmp_path, *several(("a", "b"), 5), "c/1.png")
     _, counts, _ = read(data, tmp_path)
     assert counts == {"train": {"a": 4, "b": 4, "c": 1}, "evaluation": {"a": 1, "b": 1, "c": 0}}
@@ -111,21 +111,21 @@ def test_a_class_with_one_image_stays_in_training(data, tmp_path):
         (("a/readme.txt", "b/x.heic"), r"has no images; 2 left out: 1 with the ending \.txt \(a/readme\.txt\)"),
     ],
 )
-def test_a_folder_that_cannot_be_used_is_one_line(data, tmp_path, files, message):
+def test_unusable_folder_is_one_line(data, tmp_path, files, message):
     write(tmp_path, *files)
     with pytest.raises(data.InputError, match=message) as raised:
         read(data, tmp_path)
     assert "\n" not in str(raised.value)
 
 
-def test_unlabelled_test_images_are_left_out_and_counted(data, tmp_path):
+def test_unlabelled_test_images_are_skipped_and_counted(data, tmp_path):
     write(tmp_path, *several(("train/a", "train/b", "val/a", "val/b")), "test/1.png", "test/2.png")
     _, counts, found = read(data, tmp_path)
     assert counts["evaluation"] == {"a": 3, "b": 3}
     assert str(found.left_out) == "2 left out: 2 in no class folder (test/1.png, test/2.png)"
 
 
-def test_what_is_no_image_is_counted_with_examples(data, tmp_path):
+def test_files_that_are_no_images_are_counted_with_examples(data, tmp_path):
     write(
         tmp_path,
         *several(("a", "b")),
@@ -172,7 +172,7 @@ def write_metadata(folder: Path, labels: list[object], kind: str = "csv") -> Non
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize("labels", [["dog", "cat", "ant", "cat"], [10, 9, 1, 9], ["007", "7", "10", "7"]])
 def test_labels_are_numbered_over_all_splits(data, tmp_path, kind, labels):
-    """The validation split lacks a class; numbered by itself, all its labels would be wrong."""
+    """The validation split lacks a class: a numbering of its own would shift all its labels."""
     write_metadata(tmp_path / "train", labels, kind)
     write_metadata(tmp_path / "validation", labels[:2], kind)
     names, _, found = read(data, tmp_path, classes=False)
@@ -208,13 +208,13 @@ def test_wrong_metadata_names_file_and_row(data, tmp_path, content, message):
         read(data, tmp_path)
 
 
-def test_a_missing_label_names_the_image(data, tmp_path):
+def test_missing_label_names_image(data, tmp_path):
     write_metadata(tmp_path, ["a", None, "b", "a"])
     with pytest.raises(data.InputError, match=r"1 of the \d images of the split \w+ have no label .*1\.png"):
         read(data, tmp_path, eval_fraction=0.5)
 
 
-def test_label_columns_of_different_kinds_are_matched_by_name(data):
+def test_label_columns_of_different_types_are_matched_by_name(data):
     def split(values, kind):
         return datasets.Dataset.from_dict({"label": values}, features=datasets.Features({"label": kind}))
 
@@ -240,11 +240,11 @@ def test_label_columns_of_different_kinds_are_matched_by_name(data):
 
 
 @pytest.mark.parametrize("other", [["a", "b"], ["b", "a"]])
-def test_a_number_without_a_class_names_the_row(data, other):
+def test_label_number_without_class_names_row(data, other):
     def split(values, names):
         features = datasets.Features({"label": datasets.Value("int64")})
         plain = datasets.Dataset.from_dict({"label": values}, features=features)
-        plain.info.features["label"] = datasets.ClassLabel(names=names)  # as files of another origin may have it
+        plain.info.features["label"] = datasets.ClassLabel(names=names)  # as in files of other programs
         return plain
 
     found = data.Data("x", "", {"train": split([0, 1], ["a", "b"]), "test": split([1, 2], other)})
@@ -256,7 +256,7 @@ def test_a_number_without_a_class_names_the_row(data, other):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_read_upright_as_transformers_reads_them(data, tmp_path, orientation):
+def test_exif_orientation_is_applied_as_in_transformers(data, tmp_path, orientation):
     from transformers.image_utils import load_image
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8))
@@ -276,7 +276,7 @@ def test_images_are_read_upright_as_transformers_reads_them(data, tmp_path, orie
         assert data.upright_size(source) == (expected.shape[1], expected.shape[0])
 
 
-def test_greyscale_of_16_bits_is_scaled(data, tmp_path):
+def test_16_bit_greyscale_is_scaled_to_8_bits(data, tmp_path):
     pixels = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
     Image.fromarray(pixels).save(tmp_path / "x.png")
     assert np.asarray(data.read_image(tmp_path / "x.png"))[0, :, 0].tolist() == [0, 1, 128, 255]
@@ -286,7 +286,7 @@ def test_greyscale_of_16_bits_is_scaled(data, tmp_path):
 
 
 @pytest.mark.parametrize("as_bytes", [False, True])
-def test_a_broken_image_is_named(data, tmp_path, as_bytes):
+def test_broken_image_is_named(data, tmp_path, as_bytes):
     write(tmp_path, "whole.jpg")
     content = (tmp_path / "whole.jpg").read_bytes()
     for name, part in (("cut.jpg", content[: len(content) // 2]), ("empty.jpg", b""), ("text.jpg", b"no image")):
@@ -302,14 +302,14 @@ def test_a_broken_image_is_named(data, tmp_path, as_bytes):
 # ------------------------------------------------------------------------------------------------------------------ account
 
 
-def test_many_classes_are_counted_in_short_and_empty_ones_by_name(data):
+def test_summary_abbreviates_many_classes_and_names_empty_ones(data):
     few = data.counted({"a": 3, "b": 0}, "images")
     assert few == "images per class: a 3; none of b"
     many = data.counted({f"c{i}": i for i in range(30)}, "objects")
     assert many == "objects per class: 29 of 30 classes, 1 (c1) to 29 (c29) each; none of c0"
 
 
-def test_a_checkpoint_of_other_data_is_refused(data, tmp_path):
+def test_checkpoint_of_other_data_is_refused(data, tmp_path):
     def account(name, classes, images=4):
         return data.Account(data.Data(name, "", {}), classes, {"train": data.Part(images, dict.fromkeys(classes, 2))})
 
@@ -325,7 +325,7 @@ def test_a_checkpoint_of_other_data_is_refused(data, tmp_path):
         data.check_resumed(tmp_path, checkpoint, account("others", ["cat", "dog"], 9))
 
 
-def test_an_input_error_ends_a_program_with_one_line(data):
+def test_input_error_ends_program_with_one_line(data):
     def main():
         raise data.InputError("Traceback of a worker\n  more\ndata.InputError: x.jpg cannot be read")
 

@@ -1,18 +1,14 @@
-"""Export to ONNX and AOTInductor, int8 weights, LoRA: what leaves PyTorch computes what the model does."""
+"""Tests of ONNX, AOTInductor, int8 weights and LoRA: exported models compute the model's outputs."""
 
 import json
-import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, TINY_VARIANTS
 from PIL import Image
-from test_package import run_python
+from utils import FIXTURES, ROOT, TINY_VARIANTS, run_example, run_python
 
 from internimage_hf import (
     InternImageBackbone,
@@ -21,7 +17,7 @@ from internimage_hf import (
     InternImageImageProcessor,
 )
 from internimage_hf.dcnv3 import dcnv3, dcnv3_as_operator, dcnv3_softmax
-from internimage_hf.dcnv3_torch import Geometry
+from internimage_hf.dcnv3_reference import Geometry
 
 
 onnx = pytest.importorskip("onnx", reason="needs `pip install internimage-hf[export]`")
@@ -31,14 +27,14 @@ pytest.importorskip("onnxscript", reason="needs `pip install internimage-hf[expo
 from internimage_hf.onnx_export import dcnv3_translation_table, expand_dcnv3, export_onnx  # noqa: E402
 
 
-# One layer a stage: what takes the time is the exporter, at some seconds a layer.
+# One layer per stage: the exporter takes some seconds per layer.
 SMALL = {"channels": 16, "depths": [1, 1, 1, 1], "groups": [2, 4, 4, 8], "mlp_ratio": 2.0, "num_labels": 5}
 VARIANTS = {**TINY_VARIANTS, "res_post_norm": {**TINY_VARIANTS["res_post_norm"], "level2_post_norm_block_ids": [0]}}
 SLOW_VARIANTS = [variant for variant in VARIANTS if variant != "pre_norm"]
 
 
 def random_model(model_class=InternImageForImageClassification, config: InternImageConfig | None = None, **fields):
-    """A model in which every parameter matters, offsets and masks too."""
+    """A model with random parameters: each of them affects the outputs, offsets and masks included."""
     model = model_class(config or InternImageConfig(**{**SMALL, **fields})).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -76,7 +72,7 @@ SIZES = [(1, 3, 64, 96), (3, 3, 75, 50), (2, 3, 33, 130)]
 @pytest.mark.parametrize(
     "variant", ["pre_norm", *(pytest.param(variant, marks=pytest.mark.slow) for variant in SLOW_VARIANTS)]
 )
-def test_onnx_of_a_classifier(variant):
+def test_onnx_classifier_equals_model(variant):
     model = random_model(**VARIANTS[variant])
     program = export_onnx(model, dcnv3_op="custom")
     proto = program.model_proto
@@ -122,8 +118,8 @@ class Op(torch.nn.Module):
         (20, torch.float64, False, {"groups": 6, "kernel_size": (1, 1), "padding": (0, 0), "offset_scale": 0.5}),
     ],
 )  # fmt: skip
-def test_onnx_of_the_operator(opset, dtype, softmax, options):
-    """All parameters; points outside, at infinity and nowhere."""
+def test_onnx_operator_equals_pytorch(opset, dtype, softmax, options):
+    """All parameters of the operator; sampling points outside, infinite and NaN."""
     geometry = Geometry(
         **{
             "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "offset_scale": 1.0,
@@ -177,19 +173,6 @@ def test_bad_arguments_are_named():
 # ----------------------------------------------------------------------------------------------------------- the program
 
 
-def run_export(*flags: object, cwd, expect: int = 0) -> str:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "export.py"), *map(str, flags)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        cwd=cwd,
-        check=False,
-    )
-    assert result.returncode == expect, result.stderr[-3000:]
-    return result.stdout if expect == 0 else result.stderr
-
-
 def save(model, folder) -> None:
     model.save_pretrained(folder)
     size = model.config.image_size
@@ -200,10 +183,20 @@ def save(model, folder) -> None:
     processor.save_pretrained(folder)
 
 
-def test_the_program_writes_a_backbone(tmp_path):
+def test_program_exports_backbone(tmp_path):
     save(random_model(image_size=(64, 96)), tmp_path / "model")
-    output = run_export(
-        "--model", "model", "--task", "backbone", "--out_features", "stage2", "stage4", "--output", "out", cwd=tmp_path
+    output = run_example(
+        "export.py",
+        "--model",
+        "model",
+        "--task",
+        "backbone",
+        "--out_features",
+        "stage2",
+        "stage4",
+        "--output",
+        "out",
+        cwd=tmp_path,
     )
     assert "pixel_values -> stage2, stage4" in output and "on images 1x3x64x96" in output
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
@@ -222,7 +215,7 @@ def export(monkeypatch):
     return export
 
 
-def test_classes_are_matched_by_name(export):
+def test_evaluated_classes_are_matched_by_name(export):
     match = export.matching_classes
     assert match(["a", "b", "c"], ["c", "a"], "d") == ({0: 2, 1: 0}, "2 of 2 classes matched by name")
     assert match(["a", "b"], ["b", "zebra"], "d") == ({0: 1}, "1 of 2 classes matched by name")
@@ -237,8 +230,8 @@ def test_classes_are_matched_by_name(export):
         match(["a", "b"], ["x"], "d")
 
 
-def test_accuracy_counts_the_models_classes_by_name(export, tmp_path):
-    """A model that knows every class, in another order than the data set's; one class of the images is none of its own."""
+def test_accuracy_matches_class_names(export, tmp_path):
+    """The model has the classes in another order than the dataset, and lacks one of them."""
     shades = {"ant": 20, "bee": 120, "zebra": 220}
     for split in ("train", "test"):
         for name, shade in shades.items():
@@ -277,7 +270,7 @@ def test_accuracy_counts_the_models_classes_by_name(export, tmp_path):
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )
-def test_bad_flags_of_the_program_are_one_line(export, tmp_path, monkeypatch, flags, message):
+def test_bad_flags_are_one_line(export, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     save(random_model(image_size=(64, 96)), tmp_path / "model")
     with pytest.raises(ValueError, match=message) as error:
@@ -285,8 +278,8 @@ def test_bad_flags_of_the_program_are_one_line(export, tmp_path, monkeypatch, fl
     assert "\n" not in str(error.value)
 
 
-def test_the_demo_is_not_a_model_of_other_classes(export, tmp_path, monkeypatch):
-    """The default folder of the classification program may hold anything."""
+def test_demo_data_with_model_of_other_classes_is_refused(export, tmp_path, monkeypatch):
+    """The classification program's default folder may hold any model."""
     import demo_model
 
     monkeypatch.chdir(tmp_path)
@@ -300,15 +293,17 @@ def test_the_demo_is_not_a_model_of_other_classes(export, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_the_program_static_custom_and_int8(tmp_path):
+def test_program_exports_static_custom_node_and_int8(tmp_path):
     model = random_model(image_size=64)
     save(model, tmp_path / "model")
     common = ["--model", "model", "--no_dynamic"]
-    run_export(*common, "--dcnv3_op", "custom", "--output", "out/custom.onnx", cwd=tmp_path)
+    run_example("export.py", *common, "--dcnv3_op", "custom", "--output", "out/custom.onnx", cwd=tmp_path)
     nodes = [node for node in onnx.load(tmp_path / "out" / "custom.onnx").graph.node if node.op_type == "DCNv3"]
     assert len(nodes) == 4 and [file.name for file in (tmp_path / "out").iterdir()] == ["custom.onnx"]
 
-    output = run_export(*common, "--quantize", "int8", "--opset", 20, "--output", "out/int8.onnx", cwd=tmp_path)
+    output = run_example(
+        "export.py", *common, "--quantize", "int8", "--opset", 20, "--output", "out/int8.onnx", cwd=tmp_path
+    )
     assert "int8 weights" in output
     proto = onnx.load(tmp_path / "out" / "int8.onnx")
     # the exporter makes constants of up to 8192 bytes float again
@@ -319,14 +314,14 @@ def test_the_program_static_custom_and_int8(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_program_float16_and_a_failure(tmp_path):
+def test_program_exports_float16_and_reports_failure(tmp_path):
     model = random_model(image_size=64)
     save(model, tmp_path / "model")
     common = ["--model", "model", "--no_dynamic"]
-    run_export(*common, "--dtype", "float16", "--output", "out/half.onnx", cwd=tmp_path)
+    run_example("export.py", *common, "--dtype", "float16", "--output", "out/half.onnx", cwd=tmp_path)
     check(model.half(), session(str(tmp_path / "out" / "half.onnx")), [(1, 3, 64, 64)], atol=2e-2)
 
-    error = run_export(*common, "--tolerance", 1e-12, "--output", "bad", cwd=tmp_path, expect=1)
+    error = run_example("export.py", *common, "--tolerance", 1e-12, "--output", "bad", cwd=tmp_path, expect=1)
     assert "was not written" in error and list((tmp_path / "bad").iterdir()) == []
 
 
@@ -334,19 +329,19 @@ def test_the_program_float16_and_a_failure(tmp_path):
 def test_internimage_t_exports_in_two_minutes(tmp_path):
     save(random_model(config=InternImageConfig.from_variant("t")), tmp_path / "t")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    output = run_export("--model", "t", "--output", "out", cwd=tmp_path)
+    output = run_example("export.py", "--model", "t", "--output", "out", cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "differ by up to" in output
-    # of the CPU, so that other programs beside it do not count; the import and the check included
+    # CPU time, with the imports and the check: other programs on the machine do not count
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 120
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--no_dynamic", "--quantize", "int8"]])
-def test_aotinductor_package(tmp_path, flags):
+def test_aotinductor_package_equals_model(tmp_path, flags):
     model = random_model(image_size=64)
     save(model, tmp_path / "model")
-    run_export("--model", "model", "--format", "aoti", "--output", "out", *flags, cwd=tmp_path)
+    run_example("export.py", "--model", "model", "--format", "aoti", "--output", "out", *flags, cwd=tmp_path)
     package = torch._inductor.aoti_load_package(str(tmp_path / "out" / "model.pt2"))
     for batch in (1, 2, 5) if not flags else (1,):
         pixel_values = torch.randn(batch, 3, 64, 64)
@@ -356,9 +351,9 @@ def test_aotinductor_package(tmp_path, flags):
 
 
 @pytest.mark.slow
-def test_the_demo_in_int8(tmp_path):
-    """Without arguments: trains, exports, and says what int8 weights cost in accuracy."""
-    output = run_export("--quantize", "int8", cwd=tmp_path)
+def test_demo_model_keeps_accuracy_in_int8(tmp_path):
+    """Without arguments the program trains, exports, and reports the accuracy with int8 weights."""
+    output = run_example("export.py", "--quantize", "int8", cwd=tmp_path)
     before, after = (
         float(line.split("accuracy of the ")[1].split("%")[0].split()[1])
         for line in output.splitlines()
@@ -371,7 +366,7 @@ def test_the_demo_in_int8(tmp_path):
 # ------------------------------------------------------------------------------------------------------- int8 and LoRA
 
 
-def test_int8_weights():
+def test_int8_weights_stay_close_to_float32():
     torchao = pytest.importorskip("torchao", reason="needs `pip install internimage-hf[export]`")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -385,7 +380,7 @@ def test_int8_weights():
 
 
 def train_with_lora(base, steps=3):
-    """The model as README makes it, after some steps: every statistic, low-rank matrix and saved module has moved."""
+    """The README's LoRA model after some steps: all statistics, low-rank matrices and saved modules have changed."""
     peft = pytest.importorskip("peft", reason="needs `pip install internimage-hf[export]`")
     from internimage_hf.training import LORA_MODULES_TO_SAVE, LORA_TARGET_MODULES
 
@@ -400,7 +395,7 @@ def train_with_lora(base, steps=3):
     return model.eval()
 
 
-def test_lora_trains_the_targets_and_what_is_saved():
+def test_lora_trains_targets_and_saved_modules():
     base = InternImageForImageClassification.from_pretrained(FIXTURES / "hf_t_like")
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     model = train_with_lora(base, steps=2)
@@ -424,8 +419,8 @@ def test_lora_trains_the_targets_and_what_is_saved():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_lora_adapter_holds_all_that_training_moved(variant, tmp_path):
-    """The statistics of BatchNorm too: the reloaded adapter, and the merged model, give the same logits."""
+def test_lora_adapter_holds_every_trained_tensor(variant, tmp_path):
+    """BatchNorm statistics included: the reloaded adapter and the merged model give the same logits."""
     peft = pytest.importorskip("peft", reason="needs `pip install internimage-hf[export]`")
     torch.manual_seed(0)
     random_model(**VARIANTS[variant]).save_pretrained(tmp_path / "base")
@@ -443,7 +438,7 @@ def test_lora_adapter_holds_all_that_training_moved(variant, tmp_path):
         torch.testing.assert_close(merged(pixel_values).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_lora_adapter_gives_the_same_in_a_fresh_process(tmp_path):
+def test_lora_adapter_reproduces_outputs_in_new_process(tmp_path):
     pytest.importorskip("peft", reason="needs `pip install internimage-hf[export]`")
     torch.manual_seed(0)
     random_model(norm_layer="BN").save_pretrained(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""What the detection example reads: every image and object is used, or counted, or refused in one line."""
+"""Tests of the detection example's input: every image and object is used, counted, or refused in one line."""
 
 import json
 import runpy
@@ -9,8 +9,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
+from utils import ROOT
 
 
 SIZE = (48, 32)  # width, height of the images below
@@ -22,7 +22,7 @@ def detection(programs):
 
 
 class Coco:
-    """A folder in COCO's format of two images each to train and to evaluate on, with one object each, to be altered."""
+    """Content of a folder in COCO's format, for tests to alter: two images per split, with one object each."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -83,8 +83,8 @@ def test_coco_folder_is_read_whole(detection, coco):
     assert not account.warnings and not account.data.left_out
 
 
-def test_a_size_that_is_not_the_recorded_one_is_refused(detection, coco):
-    """A camera's photograph, which its EXIF orientation turns, and a resized one."""
+def test_image_of_other_size_than_recorded_is_refused(detection, coco):
+    """A photograph rotated by its EXIF orientation, and a resized image."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", SIZE).save(coco.root / "train2017" / "turned.jpg", exif=exif)
@@ -103,14 +103,14 @@ def test_a_size_that_is_not_the_recorded_one_is_refused(detection, coco):
     assert len(train) == 1 and account.data.left_out.counts["images of another size than is recorded"] == 1
 
 
-def test_sizes_that_are_not_recorded_are_said(detection, coco):
+def test_missing_recorded_sizes_are_reported(detection, coco):
     del coco.train["images"][0]["width"]
     coco.train["images"][1]["height"] = None
     _, _, account = load(detection, coco.write())
     assert account.warnings == ["2 of 2 images of train record no width and height: not compared with the images"]
 
 
-def test_ids_are_matched_as_they_are_spelled(detection, coco):
+def test_text_and_number_ids_are_matched_with_warning(detection, coco):
     for image in coco.train["images"]:
         image["id"] = str(image["id"])
     for annotation in coco.val["annotations"]:
@@ -121,7 +121,7 @@ def test_ids_are_matched_as_they_are_spelled(detection, coco):
     assert "the category ids are text" in account.warnings[1]
 
 
-def test_annotations_of_other_images_are_counted(detection, coco):
+def test_annotations_of_unknown_images_are_counted(detection, coco):
     coco.train["annotations"][0]["image_id"] = 77
     train, _, account = load(detection, coco.write())
     assert objects_of(train)[0]["bbox"] == [] and account.parts["train"].empty == 1
@@ -133,13 +133,13 @@ def test_annotations_of_other_images_are_counted(detection, coco):
 
 
 @pytest.mark.parametrize("annotations", [[], None])
-def test_a_file_without_annotations_is_refused(detection, coco, annotations):
+def test_coco_file_without_annotations_is_refused(detection, coco, annotations):
     coco.val["annotations"] = annotations
     with pytest.raises(ValueError, match=r"val2017.json: none of its 0 annotations names one of its 2 images"):
         load(detection, coco.write())
 
 
-def test_nulls_are_legitimate(detection, coco):
+def test_null_fields_are_accepted(detection, coco):
     coco.train["annotations"][0] |= {"iscrowd": None, "area": None, "segmentation": None}
     coco.train["annotations"] += [
         {"id": 5, "image_id": 10, "category_id": 3, "bbox": []},
@@ -176,7 +176,7 @@ def test_nulls_are_legitimate(detection, coco):
         ("image_id", [11], r"image_id is \[11\]"),
     ],
 )
-def test_a_bad_field_of_an_annotation_is_named(detection, coco, field, value, message):
+def test_bad_annotation_field_is_named(detection, coco, field, value, message):
     coco.val["annotations"][1][field] = value
     with pytest.raises(ValueError, match=rf"instances_val2017\.json: .*{message}") as error:
         load(detection, coco.write())
@@ -202,7 +202,7 @@ def test_a_bad_field_of_an_annotation_is_named(detection, coco, field, value, me
         (lambda c: c["categories"][1].pop("name"), r"categories\[1\]: name is None"),
     ],
 )
-def test_bad_lists_of_a_coco_file_are_named(detection, coco, change, message):
+def test_bad_lists_of_coco_file_are_named(detection, coco, change, message):
     change(coco.train)
     with pytest.raises(ValueError, match=rf"instances_train2017\.json.*{message}") as error:
         load(detection, coco.write())
@@ -210,14 +210,14 @@ def test_bad_lists_of_a_coco_file_are_named(detection, coco, change, message):
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{\n", "\u00ff"])
-def test_a_file_that_is_not_coco_is_named(detection, coco, text):
+def test_file_that_is_not_coco_is_named(detection, coco, text):
     coco.write()
     (coco.root / "annotations" / "instances_val2017.json").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=r"instances_val2017\.json (cannot be read as JSON|is not in COCO's format)"):
         load(detection, coco.root)
 
 
-def test_repeated_annotation_ids(detection, coco):
+def test_repeated_annotation_ids_are_counted(detection, coco):
     coco.train["annotations"] += [dict(coco.train["annotations"][0]), {**coco.train["annotations"][0], "image_id": 11}]
     train, _, account = load(detection, coco.write())
     assert [len(row["bbox"]) for row in objects_of(train)] == [1, 2]
@@ -225,7 +225,7 @@ def test_repeated_annotation_ids(detection, coco):
     assert "1 annotations have the id of another one, such as annotation 1; all are used" in account.warnings[0]
 
 
-def test_file_names_with_folders_and_backslashes(detection, coco):
+def test_file_names_with_folders_and_backslashes_are_found(detection, coco):
     (coco.root / "train2017" / "a").mkdir()
     (coco.root / "train2017" / "0.png").rename(coco.root / "train2017" / "a" / "0.png")
     coco.train["images"][0]["file_name"] = "a\\0.png"
@@ -235,7 +235,7 @@ def test_file_names_with_folders_and_backslashes(detection, coco):
     assert len(train) == len(evaluation) == 2 and not account.data.left_out
 
 
-def test_images_that_no_annotation_file_names_are_counted(detection, coco):
+def test_images_without_entry_are_counted(detection, coco):
     Image.new("RGB", SIZE).save(coco.root / "train2017" / "more.png")
     (coco.root / "val2017" / "notes.txt").write_text("")
     _, _, account = load(detection, coco.write())
@@ -243,8 +243,8 @@ def test_images_that_no_annotation_file_names_are_counted(detection, coco):
     assert counts == {"images that no annotation file names": 1, "with the ending .txt": 1}
 
 
-def test_splits_in_one_folder_of_images(detection, coco):
-    """Neither the images of the other split nor those of one that is not used count as left out."""
+def test_splits_share_one_image_folder(detection, coco):
+    """Images of the other split and of an unused split do not count as left out."""
     images = coco.root / "images"
     images.mkdir()
     for split in ("train2017", "val2017"):
@@ -260,8 +260,8 @@ def test_splits_in_one_folder_of_images(detection, coco):
     assert "annotations/instances_test.json (1 images) is not used" in account.data.layout
 
 
-def test_categories_that_the_splits_number_differently(detection, coco):
-    """Matched by name: numbered by each file's ids, the cats of the evaluation would be the dogs of the training."""
+def test_categories_numbered_differently_are_matched_by_name(detection, coco):
+    """By their ids, the cats of the evaluation would be the dogs of the training."""
     coco.val["categories"] = [{"id": 3, "name": "dog"}, {"id": 4, "name": "cow"}]
     train, evaluation, account = load(detection, coco.write())
     assert sorted(account.classes) == ["cat", "cow", "dog"]
@@ -271,7 +271,7 @@ def test_categories_that_the_splits_number_differently(detection, coco):
     assert account.parts["evaluation"].counts["cat"] == 0
 
 
-def test_categories_of_one_name_stay_apart(detection, coco):
+def test_categories_of_same_name_stay_separate(detection, coco):
     for content in coco.content.values():
         content["categories"] = [{"id": 4, "name": "cat"}, {"id": 3, "name": "cat"}]
     _, _, account = load(detection, coco.write())
@@ -291,7 +291,7 @@ def test_roboflow_folder_without_valid_is_evaluated_on_test(detection, coco):
         load(detection, coco.root, eval_split="train")
 
 
-def test_flags_that_would_have_no_effect_are_refused(detection, coco):
+def test_flags_without_effect_are_refused(detection, coco):
     with pytest.raises(
         ValueError, match="--train_annotations is for COCO annotations in a folder; --dataset digits has none"
     ):
@@ -302,13 +302,13 @@ def test_flags_that_would_have_no_effect_are_refused(detection, coco):
         load(detection, coco.write(), image_column="photo")
 
 
-def test_a_folder_without_annotations_says_what_was_looked_for(detection, tmp_path):
+def test_folder_without_annotations_names_expected_files(detection, tmp_path):
     Image.new("RGB", SIZE).save(tmp_path / "0.png")
     with pytest.raises(ValueError, match=r"1 images, but no metadata.csv.*annotations/instances_\*\.json"):
         load(detection, tmp_path)
 
 
-def test_the_program_ends_with_one_line(detection, coco, monkeypatch):
+def test_program_ends_with_one_line(detection, coco, monkeypatch):
     coco.val["annotations"] = None
     monkeypatch.setattr("sys.argv", ["object_detection.py", "--dataset", str(coco.write())])
     with pytest.raises(SystemExit, match=r"^error: .*instances_val2017\.json: none of its 0 annotations.*$"):
@@ -318,7 +318,7 @@ def test_the_program_ends_with_one_line(detection, coco, monkeypatch):
 # ------------------------------------------------------------------------------------------------------- boxes and their images
 
 
-def test_boxes_beyond_the_image_are_counted(detection, coco):
+def test_boxes_outside_image_are_counted(detection, coco):
     coco.train["annotations"][0]["bbox"] = [40, 5, 20, 10]
     coco.train["annotations"][1]["bbox"] = [-1, -1, 50, 34]  # within the tolerance
     coco.val["annotations"] += [{"id": 8, "image_id": 10, "category_id": 3, "bbox": [48, 0, 5, 5]}]
@@ -355,7 +355,7 @@ def test_nothing_to_evaluate_on_is_refused(detection, coco):
 
 
 def test_categories_are_those_of_all_splits(detection, tmp_path):
-    """Names that only the evaluation split has, and that only a split has which is not used."""
+    """Names that occur only in the evaluation split or only in an unused split."""
     rows = [
         {"file_name": f"{split}/{i}.png", "objects": {"bbox": [[1, 2, 3, 4]], "category": [name]}}
         for split, names in (("train", "bd"), ("validation", "dcb"), ("test", "a"))
@@ -383,7 +383,7 @@ def saved_dataset(folder: Path, splits: dict[str, dict], features: dict[str, obj
     return folder / "saved"
 
 
-def test_class_labels_that_the_splits_number_differently(detection, tmp_path):
+def test_class_labels_numbered_differently_are_matched_by_name(detection, tmp_path):
     boxes = datasets.List(datasets.List(datasets.Value("float32")))
     features = {
         name: {"bbox": boxes, "category": datasets.List(datasets.ClassLabel(names=names))}
@@ -396,7 +396,7 @@ def test_class_labels_that_the_splits_number_differently(detection, tmp_path):
     assert [row["category"] for row in objects_of(train) + objects_of(evaluation)] == [[0], [1], [1], [2]]
 
 
-def test_objects_as_lists_of_dictionaries_with_nulls(detection, tmp_path):
+def test_objects_as_list_of_dictionaries_are_read(detection, tmp_path):
     kind = datasets.List(
         {"bbox": datasets.List(datasets.Value("int64")), "label": datasets.Value("int64"), "iscrowd": datasets.Value("bool")}
     )  # fmt: skip
@@ -410,8 +410,8 @@ def test_objects_as_lists_of_dictionaries_with_nulls(detection, tmp_path):
     assert account.data.left_out.counts == {"objects without a box": 1, "crowds, not trained on": 1}
 
 
-def test_objects_as_dictionaries_of_lists_with_nulls(detection, tmp_path):
-    """A list of areas of nothing but 0 is there, a null or absent one is not."""
+def test_objects_as_dictionary_of_lists_are_read(detection, tmp_path):
+    """A list of zero areas counts as given; a null or missing list does not."""
     rows = [
         {"bbox": [[1, 2, 3, 4], None], "category": ["a", "b"], "area": [0, 0]},
         {"bbox": [[1, 2, 3, 4]], "category": ["a"], "area": None},
@@ -438,7 +438,7 @@ def test_objects_as_dictionaries_of_lists_with_nulls(detection, tmp_path):
         ({"bbox": [[1, 2, 3, 4]], "category": [None]}, "1.png: object 0: category is None; a category was expected"),
     ],
 )
-def test_bad_objects_of_a_row_are_named(detection, tmp_path, objects, message):
+def test_bad_objects_of_row_are_named(detection, tmp_path, objects, message):
     good = {"bbox": [[1, 2, 3, 4]], "category": ["a"]}
     rows = [{"file_name": f"{i}.png", "objects": value} for i, value in enumerate((good, objects, good))]
     with pytest.raises(ValueError, match=message) as error:
@@ -460,7 +460,7 @@ def test_columns_without_boxes_are_named(detection, tmp_path, objects, message):
         load(detection, write_metadata(tmp_path, rows))
 
 
-def test_recorded_sizes_of_metadata_are_compared(detection, tmp_path):
+def test_image_sizes_are_compared_with_metadata(detection, tmp_path):
     objects = {"bbox": [[1, 2, 3, 4]], "category": ["a"]}
     rows = [{"file_name": f"{i}.png", "objects": objects, "width": 48, "height": 32 + i} for i in range(3)]
     with pytest.raises(ValueError, match=r"recorded as 48 x 3[34], but the image is 48 x 32"):
@@ -470,7 +470,7 @@ def test_recorded_sizes_of_metadata_are_compared(detection, tmp_path):
 # ----------------------------------------------------------------------------------------------------------- batches of images
 
 
-def test_a_truncated_image_is_named_also_by_a_worker(detection, programs, coco):
+def test_truncated_image_is_named_by_worker_too(detection, programs, coco):
     for split, content in coco.content.items():
         file = coco.root / split / "1.jpg"
         Image.effect_noise(SIZE, 80).save(file)
@@ -485,8 +485,8 @@ def test_a_truncated_image_is_named_also_by_a_worker(detection, programs, coco):
             next(iter(loader))
 
 
-def test_images_of_all_kinds_in_batches_of_all_sizes(detection, coco):
-    """Grey, transparent, CMYK and 16 bits; boxes of the batch's examples are those of the images, padded or not."""
+def test_every_image_mode_is_processed_in_batches_of_any_size(detection, coco):
+    """Grey, transparent, CMYK and 16-bit images; boxes refer to the images, with and without padding."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (32, 48, 4), dtype=np.uint8)
     kinds = {
@@ -515,8 +515,8 @@ def test_images_of_all_kinds_in_batches_of_all_sizes(detection, coco):
                 torch.testing.assert_close(centre, torch.tensor([14.0, 10.0]), atol=0.1, rtol=0)
 
 
-def test_boxes_stay_on_their_objects_in_random_crops_and_mirrors(detection):
-    """A bright rectangle on black is where its box says; only crops leave out what they show too little of."""
+def test_random_crops_and_flips_keep_boxes_on_objects(detection):
+    """A bright rectangle stays inside its box; only crops drop objects, those that they show too little of."""
     rng = np.random.default_rng(0)
     arguments = detection.DetectionDataArguments(dataset="a", color_jitter=False, random_crop_scale=0.4)
     transform = detection.training_transform(arguments)
@@ -565,8 +565,8 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("orientation", ["none", "before", "behind", "xmp behind", "date behind"])
-def test_sizes_of_png_files_are_those_of_the_decoded_images(programs, tmp_path, monkeypatch, orientation):
-    """Without a decoder's work, where no orientation may lie behind the pixels."""
+def test_png_header_sizes_equal_decoded_sizes(programs, tmp_path, monkeypatch, orientation):
+    """The header suffices unless EXIF data may follow the pixels."""
     exif = Image.Exif()
     exif[0x0112] = 6
     file = tmp_path / "it.png"

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES
 from PIL import Image
 from safetensors.numpy import load_file
 
 # from where it is defined: transformers 5.17 offers a placeholder at the top where torchvision is absent
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from utils import FIXTURES
 
 from internimage_hf import InternImageDetectionImageProcessor
 from internimage_hf.image_processing_internimage_detection import resize_bilinear, resize_nearest, resized_size

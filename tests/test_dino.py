@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FIXTURES, TINY
 from safetensors.torch import load_file
 from transformers import AutoModelForObjectDetection, ResNetConfig
+from utils import FIXTURES, TINY
 
 from convert import dino
 from convert import source as source_module

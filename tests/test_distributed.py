@@ -1,28 +1,22 @@
-"""Training in several processes, on CPUs by gloo, and after a crash: the same as in one go in one process."""
+"""Tests of training in several processes (CPUs, gloo) and after a crash: results equal one uninterrupted process."""
 
-import contextlib
 import itertools
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT
 from distributed_worker import GLOBAL_BATCH, IMAGES, make_stream, train
 from PIL import Image
 from safetensors.torch import load_file
-from test_examples import FEW_STEPS, SMALL_HEADS
+from utils import CONFIGURATIONS, FEW_STEPS, FIXTURES, LAUNCH_ENVIRONMENT, ROOT, SMALL_HEADS, launch
 
 from internimage_hf import InternImageForImageClassification, InternImageImageProcessor
 from internimage_hf.training import EMA_FILE, last_checkpoint
@@ -30,90 +24,10 @@ from internimage_hf.training import EMA_FILE, last_checkpoint
 
 pytest.importorskip("accelerate")
 
-CONFIGURATIONS = ROOT / "examples" / "accelerate"
 TESTS = Path(__file__).parent
-ENVIRONMENT = {
-    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    "OMP_NUM_THREADS": "1",
-    "PYTHONFAULTHANDLER": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "DS_ACCELERATOR": "cpu",
-}
 STEPS = 9
 CHECKPOINT = 4
 STREAM_STEPS = 8
-
-
-def launch(engine: str, program: Path, *arguments: object, processes: int = 2, check: bool = True) -> str:
-    """`accelerate launch` with a configuration of the examples; whatever happens, none of its processes is left.
-
-    Returns what all of them wrote. After a failure it stays in a folder that the message names.
-    """
-    logs = Path(tempfile.mkdtemp(prefix=f"launch-{engine}-"))
-    shim = [TESTS / "fsdp_on_cpu.py"] if engine == "fsdp2" else []
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGURATIONS / f"{engine}.yaml",
-        "--num_processes", processes, "--main_process_port", _free_port(), "--tee", 3, "--log_dir", logs,
-        *shim, program, *arguments,
-    ]  # fmt: skip
-    with (logs / "output").open("w") as output:
-        process = subprocess.Popen(
-            [*map(str, command)], stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT}
-        )
-        try:
-            status = process.wait(timeout=600)
-        except subprocess.TimeoutExpired:
-            status = "not there after 600 s, where it was waiting is below"
-        finally:
-            if process.poll() is None:
-                _end(process.pid)
-                process.wait()
-    if status != 0 and (check or isinstance(status, str)):
-        raise AssertionError(f"the exit status is {status}; all output is in {logs}\n{_what_was_written(logs)}")
-    written = (logs / "output").read_text(errors="replace")
-    shutil.rmtree(logs)
-    return written
-
-
-def _what_was_written(logs: Path, characters: int = 5000) -> str:
-    """The end of what each process wrote to its standard error, and the launcher to its output."""
-    ends = []
-    for file in [*sorted(logs.glob("*/attempt_*/*/stderr.log")), logs / "output"]:
-        # faulthandler's list of the loaded extension modules is longer than all the rest
-        lines = [line for line in file.read_text(errors="replace").splitlines() if "Extension modules: " not in line]
-        ends.append("\n".join(["", f"=== {file.relative_to(logs)}", "\n".join(lines)[-characters:]]))
-    return "\n".join(ends)
-
-
-def _free_port() -> int:
-    """One that the system gives nobody by itself: those are taken by whoever connects, before a launch comes to use its own."""
-    while True:
-        port = random.SystemRandom().randrange(15000, 30000)
-        with contextlib.suppress(OSError), socket.socket() as free:
-            free.bind(("127.0.0.1", port))
-            return port
-
-
-def _end(root: int) -> None:
-    """Ends a process and those that it started, and they, each of which may write its stack before.
-
-    torchrun gives its workers sessions of their own.
-    """
-    children = defaultdict(list)
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it ended meanwhile
-            continue
-        children[parent].append(int(stat.parent.name))
-    found = [root]
-    for pid in found:
-        found += children[pid]
-    for what in (signal.SIGABRT, signal.SIGKILL):  # on the first, faulthandler writes the stacks
-        for pid in reversed(found):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, what)
-        time.sleep(2)
 
 
 def run(engine: str, *runs: dict, processes: int = 2, check: bool = True) -> str:
@@ -131,7 +45,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def difference(one: Path, other: Path, statistics: bool = True) -> float:
-    """The largest difference of two models' weights."""
+    """Returns the largest difference of two models' weights."""
     one, other = load_file(one), load_file(other)
     assert one.keys() == other.keys()
     own = ("running_mean", "running_var", "num_batches_tracked")
@@ -141,7 +55,7 @@ def difference(one: Path, other: Path, statistics: bool = True) -> float:
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """As in the processes that the tests start: sums are then of the same order."""
+    """One thread, as in the started processes: sums have the same order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -150,10 +64,10 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory) -> Path:
-    """What one process gives: with the head's BatchNorm frozen, with its own statistics, and averaged weights."""
+    """Results of one process: with the head's BatchNorm frozen, with batch statistics, and with averaged weights."""
     folder = tmp_path_factory.mktemp("single")
     train(str(folder / "frozen"))
-    # BatchNorm sees the batch of its process alone, so what two processes do is what one does with two micro-batches.
+    # BatchNorm sees only its process's batch: two processes equal one process with two micro-batches.
     train(str(folder / "batch_statistics"), frozen_statistics=False, micro_batches=2)
     train(str(folder / "ema"), ema_decay=0.8, save_steps=CHECKPOINT)
     return folder
@@ -178,7 +92,7 @@ def check_equal(folder: Path, single: Path) -> None:
         assert len(expected) == STEPS and off < 1e-5 and off_loss < 1e-5
         assert result(folder / name)["rates"] == result(single / name)["rates"]
         assert len(result(folder / name)["rates"]) > 10  # by layer, offsets, with and without weight decay
-        # all processes evaluate the same model, also where their BatchNorm statistics were their own
+        # all processes evaluate the same model, even if their BatchNorm statistics differed in training
         found = [result(folder / name, process)["evaluation"]["eval_loss"] for process in range(2)]
         assert found[0] == pytest.approx(found[1], rel=1e-6)
         if name != "batch_statistics":
@@ -187,8 +101,8 @@ def check_equal(folder: Path, single: Path) -> None:
 
 
 def check_stream(folder: Path) -> None:
-    """Each of two processes sees its part of the stream, of an epoch of 48 images and 16 of the next."""
-    seen = [result(folder, process)["seen"][:STREAM_STEPS] for process in range(2)]  # one batch more is read ahead
+    """Each of two processes sees its part of the stream: an epoch of 48 images and 16 images of the next."""
+    seen = [result(folder, process)["seen"][:STREAM_STEPS] for process in range(2)]  # one more batch is prefetched
     each = [[i for batch in batches for i in batch] for batches in seen]
     assert [len(indices) for indices in each] == [STREAM_STEPS * GLOBAL_BATCH // 2] * 2
     assert each == [drawn(process, 2, STREAM_STEPS * GLOBAL_BATCH // 2) for process in range(2)]
@@ -217,7 +131,7 @@ LAST_COLLECTIVE = """
 import atexit, os, sys, time
 
 
-@atexit.register  # the first that is registered runs last
+@atexit.register  # the first registered function runs last
 def last():
     print("the last function", flush=True)
     # The other process does its part now. To let go of the tensor, the thread that did ours waits for Python, which is busy
@@ -252,12 +166,12 @@ run_program(lambda: None)
 """
 
 
-def test_a_program_ends_well_before_the_threads_of_its_process_group(tmp_path):
-    """Without `leave_process_group` it ends by SIGABRT, also if the group is destroyed."""
+def test_program_exits_cleanly_with_process_group(tmp_path):
+    """Without `leave_process_group` the program ends by SIGABRT, even if it destroys the group."""
     ended = subprocess.run(
         [sys.executable, "-c", LAST_COLLECTIVE, tmp_path / "rendezvous"],
         capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT / "examples")},
+        env={**os.environ, **LAUNCH_ENVIRONMENT, "PYTHONPATH": str(ROOT / "examples")},
     )  # fmt: skip
     assert (ended.returncode, ended.stdout) == (0, "the last function\n"), ended.stderr
 
@@ -271,7 +185,7 @@ time.sleep(60)
 """
 
 
-def test_a_launch_that_fails_says_what_each_process_wrote(tmp_path):
+def test_failed_launch_shows_output_of_each_process(tmp_path):
     (tmp_path / "program.py").write_text(FAILING)
     with pytest.raises(AssertionError, match="SIGABRT") as failure:
         launch("ddp", tmp_path / "program.py")
@@ -283,21 +197,21 @@ def test_a_launch_that_fails_says_what_each_process_wrote(tmp_path):
     shutil.rmtree(folder)
 
 
-def test_ddp_is_training_in_one_process(single, ddp):
+def test_ddp_equals_single_process(single, ddp):
     assert result(ddp / "ema")["engine"].endswith("MULTI_CPU")
     check_equal(ddp, single)
     check_stream(ddp / "stream")
 
 
-def test_fsdp2_is_training_in_one_process(single, fsdp2):
+def test_fsdp2_equals_single_process(single, fsdp2):
     assert result(fsdp2 / "ema")["engine"].endswith("FSDP")
     assert "FSDPInternImageLayer" in result(fsdp2 / "ema")["sharded"]  # by `_no_split_modules`
     check_equal(fsdp2, single)
     check_stream(fsdp2 / "stream")
 
 
-def test_what_fsdp2_wrote_loads_into_one_process(single, fsdp2):
-    """The model and every checkpoint, though the state to resume from is sharded."""
+def test_fsdp2_checkpoint_loads_in_single_process(single, fsdp2):
+    """The model and every checkpoint are whole, beside a sharded state to resume from."""
     assert list((fsdp2 / "ema" / "checkpoint-4").glob("optimizer_0/*.distcp"))
     pixel_values = torch.randn(2, 3, 32, 32)
     for name in ("ema", "ema/checkpoint-4"):
@@ -313,8 +227,8 @@ def test_what_fsdp2_wrote_loads_into_one_process(single, fsdp2):
 
 
 @pytest.mark.slow
-def test_fsdp2_resumes_under_another_number_of_processes(single, fsdp2, tmp_path):
-    """2 to 1 and 1 to 2: weights, optimiser, schedule, average and place in the data."""
+def test_fsdp2_resumes_with_other_number_of_processes(single, fsdp2, tmp_path):
+    """From 2 to 1 and 1 to 2 processes: weights, optimiser, schedule, average and position in the data."""
     one = [
         {"folder": tmp_path / "2to1", "ema_decay": 0.8, "resume": fsdp2 / "ema" / "checkpoint-4"},
         {"folder": tmp_path / "1", "ema_decay": 0.8},
@@ -332,7 +246,7 @@ def test_fsdp2_resumes_under_another_number_of_processes(single, fsdp2, tmp_path
 
 
 @pytest.mark.slow
-def test_ddp_resumes_under_another_number_of_processes(single, ddp, tmp_path):
+def test_ddp_resumes_with_other_number_of_processes(single, ddp, tmp_path):
     train(str(tmp_path / "2to1"), ema_decay=0.8, resume=str(ddp / "ema" / "checkpoint-4"))
     run("ddp", {"folder": tmp_path / "1to2", "ema_decay": 0.8, "resume": single / "ema" / "checkpoint-4"})
     for name in ("2to1", "1to2"):
@@ -341,7 +255,7 @@ def test_ddp_resumes_under_another_number_of_processes(single, ddp, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_two_processes_one_of_them_killed(engine, tmp_path):
+def test_run_with_killed_process_resumes(engine, tmp_path):
     options = {"ema_decay": 0.8, "drop_path_rate": 0.3}
     run(engine, {"folder": tmp_path / "parts", "kill_at": 7, **options}, check=False)
     assert last_checkpoint(tmp_path / "parts") == str(tmp_path / "parts" / "checkpoint-4")
@@ -354,8 +268,8 @@ def test_two_processes_one_of_them_killed(engine, tmp_path):
 
 
 @pytest.mark.slow
-def test_deepspeed_is_training_in_one_process(single, tmp_path):
-    """ZeRO-3, and a checkpoint of two processes resumed by them."""
+def test_deepspeed_equals_single_process(single, tmp_path):
+    """ZeRO-3 in two processes, and a resumed checkpoint."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     run("deepspeed_zero3", {"folder": tmp_path / "whole"})
     run("deepspeed_zero3", {"folder": tmp_path / "parts", "resume": tmp_path / "whole" / "checkpoint-4"})
@@ -377,8 +291,8 @@ def test_deepspeed_is_training_in_one_process(single, tmp_path):
         ("upernet", ["--image_size", 64, "--reduce_labels"]),
     ],
 )
-def test_heads_on_a_checkpoint_under_deepspeed(head, flags, coco_folder, mask_folder, tmp_path):
-    """Without learning they keep the checkpoint's backbone, though ZeRO-3 shards it before the head is there."""
+def test_heads_load_backbone_under_deepspeed(head, flags, coco_folder, mask_folder, tmp_path):
+    """With a learning rate of 0, heads keep the checkpoint's backbone, which ZeRO-3 shards before it builds the head."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     detects = head.endswith("detr")
     launch(
@@ -399,8 +313,8 @@ def test_heads_on_a_checkpoint_under_deepspeed(head, flags, coco_folder, mask_fo
 
 
 @pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_killed_and_resumed(stream, tmp_path):
-    """Killed within the second epoch; and what it was writing then is passed over."""
+def test_killed_training_resumes_exactly(stream, tmp_path):
+    """Killed within the second epoch; the unfinished checkpoint is skipped."""
     options = {"ema_decay": 0.8, "drop_path_rate": 0.3, "stream": stream, "max_steps": 12}
     parts, whole = tmp_path / "parts", tmp_path / "whole"
     command = [
@@ -409,7 +323,7 @@ def test_killed_and_resumed(stream, tmp_path):
         json.dumps([{"folder": str(parts), "kill_at": 11, **options}]),
     ]
     killed = subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}, check=False
+        [*map(str, command)], capture_output=True, text=True, env={**os.environ, **LAUNCH_ENVIRONMENT}, check=False
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     assert sorted(f.name for f in parts.iterdir()) == ["checkpoint-4", "checkpoint-8"]
@@ -426,17 +340,17 @@ def test_killed_and_resumed(stream, tmp_path):
     assert resumed.state.global_step == 12
 
 
-def test_a_resumed_stream_goes_on_where_it_was(tmp_path):
-    """In the third epoch, of which `Trainer` does not know."""
+def test_resumed_stream_continues_at_same_example(tmp_path):
+    """Resumed in the third epoch of the stream; `Trainer` counts none."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = {"stream": True, "max_steps": 15, "save_steps": 13, "drop_path_rate": 0.3}
     train(str(whole), **options)
     train(str(parts), resume=str(whole / "checkpoint-13"), **options)
-    assert result(parts)["seen"] == result(whole)["seen"]  # what is skipped is read again
+    assert result(parts)["seen"] == result(whole)["seen"]  # skipped examples are read again
     assert difference(parts / "model.safetensors", whole / "model.safetensors") < 1e-6
 
 
-def test_last_checkpoint_of_nothing(tmp_path):
+def test_last_checkpoint_of_empty_folder_is_none(tmp_path):
     assert last_checkpoint(tmp_path / "absent") is None
     (tmp_path / "checkpoint-x").mkdir()
     (tmp_path / "checkpoint-3").mkdir()
@@ -448,8 +362,8 @@ def test_last_checkpoint_of_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
-def test_a_stream_has_each_example_once_per_epoch(processes):
-    """With as many shards as processes, fewer, more."""
+def test_stream_yields_each_example_once_per_epoch(processes):
+    """With as many shards as processes, fewer, and more."""
     by_process = [epochs(make_stream().part(process, processes), 3) for process in range(processes)]
     by_epoch = [list(itertools.chain(*parts)) for parts in zip(*by_process, strict=True)]
     assert all(sorted(indices) == list(range(IMAGES)) for indices in by_epoch)
@@ -460,12 +374,12 @@ def test_a_stream_has_each_example_once_per_epoch(processes):
 
 
 def epochs(stream, count: int) -> list[list[int]]:
-    """The indices that a stream should give in its first epochs."""
+    """Returns the expected indices of a stream's first epochs."""
     orders = (stream.dataset.shuffle(seed=stream.seed + e, buffer_size=stream.buffer_size) for e in range(count))
     return [[example["index"] for example in order] for order in orders]
 
 
-def test_a_stream_in_workers():
+def test_stream_in_workers_yields_every_example():
     loader = torch.utils.data.DataLoader(make_stream(), batch_size=None, num_workers=2)
     iterator = iter(loader)
     indices = [next(iterator)["index"] for _ in range(2 * IMAGES)]
@@ -490,7 +404,7 @@ STEPWISE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine, flags", [("ddp", ["--streaming"]), ("fsdp2", [])])
-def test_the_classification_example_in_two_processes(engine, flags, tmp_path, classification):
+def test_classification_example_runs_in_two_processes(engine, flags, tmp_path, classification):
     folder = tmp_path / "model"
     flags = ["--output_dir", folder, *STEPWISE, "--ema_decay", 0.9, "--layer_decay", 0.95, *flags]
     output = launch(
@@ -507,7 +421,7 @@ def test_the_classification_example_in_two_processes(engine, flags, tmp_path, cl
         (logits.argmax(-1) == torch.tensor(batch["labels"])).float().mean().item(), abs=1e-6
     )
     assert accuracy > 0.8
-    # one more start of the same goes on from the last checkpoint
+    # the same command again resumes from the last checkpoint
     output = launch(
         engine, ROOT / "examples" / "image_classification.py", *flags, "--max_steps", 64, "--eval_steps", 4, "--save_steps", 4,
         "--resume_from_checkpoint", "last",
@@ -516,14 +430,14 @@ def test_the_classification_example_in_two_processes(engine, flags, tmp_path, cl
 
 
 @pytest.mark.slow
-def test_the_detection_example_in_two_processes(coco_folder, tmp_path):
-    """Deformable DETR counts the boxes of all processes: the weights and COCO's metrics are those of one process."""
+def test_detection_example_runs_in_two_processes(coco_folder, tmp_path):
+    """Deformable DETR normalises by the boxes of all processes: weights and COCO's metrics equal one process."""
     flags = [
         "--dataset", coco_folder, "--head", "deformable_detr", "--image_size", 64,
         "--head_config_overrides", json.dumps(SMALL_HEADS["deformable_detr"]), *FEW_STEPS, "--max_train_samples", 8, "--max_steps", 6,
-        # nothing that hides a factor of the gradients, or makes steps of rounding
+        # an optimiser that shows a wrong factor of the gradients and does not amplify rounding
         "--optim", "sgd", "--learning_rate", 1e-4, "--max_grad_norm", 1e6, "--logging_strategy", "steps", "--logging_steps", 1,
-        "--random_crop_scale", 1,  # images of one shape: with others, the padding depends on what a process has
+        "--random_crop_scale", 1,  # images of one shape: padding would depend on a process's batch
     ]  # fmt: skip
     for processes in (1, 2):
         launch(
@@ -545,8 +459,8 @@ def test_the_detection_example_in_two_processes(coco_folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine, head", [("ddp", "upernet"), ("fsdp2", "mask2former")])
-def test_the_segmentation_example_in_two_processes(engine, head, programs, mask_folder, tmp_path):
-    """Both evaluate the model that is saved."""
+def test_segmentation_example_runs_in_two_processes(engine, head, programs, mask_folder, tmp_path):
+    """Both processes evaluate the saved model."""
     flags = [
         "--dataset", mask_folder, "--reduce_labels", "--head", head, "--image_size", 64, "--output_dir", tmp_path / "model",
         "--head_config_overrides", json.dumps(SMALL_HEADS[head]), *FEW_STEPS, "--learning_rate", 1e-2,
@@ -575,7 +489,7 @@ def test_the_segmentation_example_in_two_processes(engine, head, programs, mask_
         assert metrics[name] == pytest.approx(alone[name], abs=1e-4)
 
 
-def test_the_classification_example_streams_a_folder(tmp_path, classification):
+def test_classification_example_streams_folder(tmp_path, classification):
     photos = tmp_path / "photos"
     for split, count in (("train", 10), ("test", 4)):
         for label, colour in (("dark", 40), ("bright", 200)):
@@ -598,7 +512,7 @@ def test_the_classification_example_streams_a_folder(tmp_path, classification):
 
 
 def launched_with(engine: str) -> dict[str, str]:
-    """The environment that `accelerate launch` gives the processes, by its own reading of the configuration."""
+    """Returns the environment that `accelerate launch` derives from a configuration for its processes."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
@@ -612,7 +526,7 @@ def launched_with(engine: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("engine", sorted(file.stem for file in CONFIGURATIONS.glob("*.yaml")))
-def test_the_configurations_say_what_they_should(engine, monkeypatch):
+def test_accelerate_configurations_set_expected_values(engine, monkeypatch):
     environment = launched_with(engine)
     assert environment["ACCELERATE_MIXED_PRECISION"] == "no"  # left to `--bf16` of the examples
     expected = {

@@ -1,4 +1,4 @@
-"""What the training programs share: flags and recipes, the last batch, the best model, checkpoints of other runs."""
+"""Tests of the training programs' common parts: flags, recipes, the last batch, the best model, checkpoints of other runs."""
 
 import json
 import shutil
@@ -7,10 +7,9 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, TINY
 from safetensors.torch import load_file, save_file
-from test_image_classification import FEW, checkpoint, run, write_images  # noqa: F401 (a fixture)
 from transformers import TrainingArguments
+from utils import FIXTURES, ONE_EPOCH, ROOT, TINY, run_main, write_images
 
 from internimage_hf import InternImageConfig, InternImageForImageClassification
 
@@ -19,6 +18,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import common
 import data
+import image_classification
 from common import ExampleTrainer, ExampleTrainingArguments
 from data import InputError
 from flags import parse_flags
@@ -33,7 +33,7 @@ def parse(tmp_path, text: str, *flags: str) -> ExampleTrainingArguments:
 # ----------------------------------------------------------------------------------------------------- flags and recipes
 
 
-def test_a_recipe_means_what_is_written(tmp_path):
+def test_recipe_values_reach_arguments_with_their_types(tmp_path):
     """YAML 1.1 reads `no` as a boolean and 1e-4 as text."""
     arguments = parse(
         tmp_path,
@@ -66,7 +66,7 @@ def test_a_recipe_means_what_is_written(tmp_path):
         ("- seed\n", "must map flags to values, it is list"),
     ],
 )
-def test_mistakes_in_a_recipe_are_one_line_with_file_and_key(tmp_path, text, message):
+def test_recipe_mistakes_name_file_and_key(tmp_path, text, message):
     with pytest.raises(InputError, match=rf"recipe\.yaml.*{message}") as error:
         parse(tmp_path, text)
     assert "\n" not in str(error.value)
@@ -87,7 +87,7 @@ def test_mistakes_in_a_recipe_are_one_line_with_file_and_key(tmp_path, text, mes
         (["--gradient-accumulation-steps", "3", "--total_train_batch_size", "16"], "leave it out"),
     ],
 )
-def test_mistakes_in_flags_are_one_line(tmp_path, flags, message):
+def test_flag_mistakes_are_one_line(tmp_path, flags, message):
     with pytest.raises(InputError, match=message) as error:
         parse_flags(["--use_cpu", "--output_dir", str(tmp_path), *flags], ExampleTrainingArguments)
     assert "\n" not in str(error.value)
@@ -112,7 +112,7 @@ def test_mistakes_in_flags_are_one_line(tmp_path, flags, message):
         ([], None),
     ],
 )  # fmt: skip
-def test_the_best_model_is_taken_where_that_is_possible(tmp_path, flags, why):
+def test_best_model_is_loaded_where_possible(tmp_path, flags, why):
     def parsed(*more):
         return parse_flags(["--use_cpu", "--output_dir", str(tmp_path), *flags, *more], ExampleTrainingArguments)[0]
 
@@ -120,7 +120,7 @@ def test_the_best_model_is_taken_where_that_is_possible(tmp_path, flags, why):
     assert arguments.load_best_model_at_end == (why is None)
     assert arguments.why_not_the_best is None if why is None else why in arguments.why_not_the_best
     assert parsed("--load_best_model_at_end", "false").why_not_the_best is None
-    if why is not None:  # asked for in words: an error
+    if why is not None:  # an error if the flag was given explicitly
         with pytest.raises(InputError, match=f"--load_best_model_at_end is not possible: .*{why}"):
             parsed("--load_best_model_at_end", "true")
 
@@ -150,7 +150,7 @@ def trainer_of(tmp_path, count: int, model=None, **flags) -> ExampleTrainer:
 
 @pytest.mark.parametrize("count", [1, 5, 8, 9, 11])
 @pytest.mark.parametrize("strategy", ["random", "sequential"])
-def test_no_batch_of_one_and_every_image_in_each_epoch(tmp_path, count, strategy):
+def test_epoch_has_every_image_and_no_batch_of_one(tmp_path, count, strategy):
     trainer = trainer_of(tmp_path, count, train_sampling_strategy=strategy)
     loader, again = trainer.get_train_dataloader(), []
     for epoch in range(2):
@@ -164,7 +164,7 @@ def test_no_batch_of_one_and_every_image_in_each_epoch(tmp_path, count, strategy
         assert again[0] != again[1]
 
 
-def test_an_image_comes_twice_only_where_batch_norm_needs_it(tmp_path):
+def test_image_is_repeated_only_for_batch_norm(tmp_path):
     assert trainer_of(tmp_path, 9).repeated_images() == 1
     assert trainer_of(tmp_path, 9, dataloader_drop_last=True).repeated_images() == 0
     assert trainer_of(tmp_path, 9, per_device_train_batch_size=1).repeated_images() == 0
@@ -173,20 +173,23 @@ def test_an_image_comes_twice_only_where_batch_norm_needs_it(tmp_path):
     trainer.model = with_layer_norm
     assert trainer.repeated_images() == 0
     trainer = trainer_of(tmp_path, 13)
-    trainer.args._n_gpu, trainer._train_batch_size = 4, 12  # DataParallel: up to 4 images go one to each device
+    trainer.args._n_gpu, trainer._train_batch_size = (
+        4,
+        12,
+    )  # DataParallel: a batch of up to 4 images gives each device one
     assert trainer.repeated_images() == 5
     trainer.train_dataset = Numbers(17)  # 5 would be 2 + 2 + 1
     assert trainer.repeated_images() == 1
 
 
-def test_a_batch_of_one_image_of_one_pixel_is_named(tmp_path):
+def test_batch_of_one_pixel_is_refused_by_name(tmp_path):
     with pytest.raises(
         InputError, match=r"--per_device_train_batch_size 1: BatchNorm .* at least 2, or larger images"
     ):
         trainer_of(tmp_path, 2, per_device_train_batch_size=1, max_steps=1).train()
 
 
-def test_an_epoch_that_repeats_an_image_is_resumed_as_it_was(tmp_path):
+def test_epoch_with_repeated_image_resumes_exactly(tmp_path):
     """9 images in batches of 4 with 2 accumulated, stopped after the first of two steps of the second epoch."""
     flags = {
         "num_train_epochs": 2, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1,
@@ -206,17 +209,17 @@ def test_an_epoch_that_repeats_an_image_is_resumed_as_it_was(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, checkpoint):  # noqa: F811
-    """A finished run on two classes: its folder of images and its output folder, with the checkpoints 2, 4 and 5."""
+def trained(tmp_path_factory, small_checkpoint):
+    """A finished run on two classes: a folder with `photos` and `out`, the latter with the checkpoints 2, 4 and 5."""
     root = tmp_path_factory.mktemp("trained")
     write_images(root / "photos", [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(10)])
-    run(*resume_flags(root / "photos", root / "out", checkpoint, 5))
+    run_main(image_classification, *resume_flags(root / "photos", root / "out", small_checkpoint, 5))
     return root
 
 
 def resume_flags(photos, out, model, steps, *more):
     return [
-        "--dataset", photos, "--output_dir", out, "--model", model, *FEW, "--eval_strategy", "steps", "--eval_steps", 2,
+        "--dataset", photos, "--output_dir", out, "--model", model, *ONE_EPOCH, "--eval_strategy", "steps", "--eval_steps", 2,
         "--save_strategy", "steps", "--save_steps", 2, "--max_steps", steps, *more,
     ]  # fmt: skip
 
@@ -230,25 +233,25 @@ def out(trained, tmp_path):
 LAST = ("--resume_from_checkpoint", "last")
 
 
-def test_a_checkpoint_of_other_classes_is_refused(tmp_path, out, checkpoint):  # noqa: F811
+def test_checkpoint_of_other_classes_is_refused(tmp_path, out, small_checkpoint):
     write_images(tmp_path / "photos", [f"{name}/{i}.png" for name in ("rose", "tulip") for i in range(10)])
     before = load_file(out / "model.safetensors")
     with pytest.raises(InputError, match=r"checkpoint-\d was trained on the 2 classes cat, dog, .* rose, tulip"):
-        run(*resume_flags(tmp_path / "photos", out, checkpoint, 5, *LAST))
+        run_main(image_classification, *resume_flags(tmp_path / "photos", out, small_checkpoint, 5, *LAST))
     after = load_file(out / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert "cat" in (out / "data.json").read_text()
 
 
-def test_a_checkpoint_of_another_data_set_of_the_same_classes_is_refused(tmp_path, out, checkpoint):  # noqa: F811
+def test_checkpoint_of_other_dataset_with_same_classes_is_refused(tmp_path, out, small_checkpoint):
     write_images(tmp_path / "photos", [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(15)])
     with pytest.raises(InputError, match="was trained on another data set"):
-        run(*resume_flags(tmp_path / "photos", out, checkpoint, 5, *LAST))
+        run_main(image_classification, *resume_flags(tmp_path / "photos", out, small_checkpoint, 5, *LAST))
 
 
-def test_the_same_data_set_may_have_moved_and_nothing_left_is_said(tmp_path, trained, out, checkpoint, capsys):  # noqa: F811
+def test_moved_dataset_is_accepted_and_finished_run_is_reported(tmp_path, trained, out, small_checkpoint, capsys):
     shutil.copytree(trained / "photos", tmp_path / "moved")
-    run(*resume_flags(tmp_path / "moved", out, checkpoint, 5, *LAST))
+    run_main(image_classification, *resume_flags(tmp_path / "moved", out, small_checkpoint, 5, *LAST))
     output = capsys.readouterr().out
     assert "is taken for the same" in output
     assert "checkpoint-5 is at step 5 of 5: nothing was left to train" in output
@@ -256,7 +259,7 @@ def test_the_same_data_set_may_have_moved_and_nothing_left_is_said(tmp_path, tra
     assert not list(out.glob("checkpoint-6")) and not list(out.glob("_earlier*"))
 
 
-def test_a_streamed_data_set_of_another_name_is_said(tmp_path, capsys):
+def test_streamed_dataset_of_other_name_is_reported(tmp_path, capsys):
     parts = {"train": data.Part(None), "evaluation": data.Part(None)}
     for name in ("me/a", "me/b"):
         account = data.Account(data.Data(name, "", {}), ["x"], parts)
@@ -267,24 +270,24 @@ def test_a_streamed_data_set_of_another_name_is_said(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change", [{"depths": [1, 1, 2, 1]}, {"channels": 16}])
-def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, trained, out, change):
+def test_checkpoint_of_other_architecture_is_refused(tmp_path, trained, out, change):
     config = InternImageConfig(**{**TINY, "depths": [1, 1, 1, 1], "image_size": 32, **change})
     InternImageForImageClassification(config).save_pretrained(tmp_path / "model")
     shutil.copy(trained / "out" / "preprocessor_config.json", tmp_path / "model")
     with pytest.raises(
         InputError, match=r"checkpoint-5 is another InternImageForImageClassification .*`\w+\.[\w.]+` is"
     ):
-        run(*resume_flags(trained / "photos", out, tmp_path / "model", 9, *LAST))
+        run_main(image_classification, *resume_flags(trained / "photos", out, tmp_path / "model", 9, *LAST))
 
 
-def test_a_checkpoint_of_another_class_names_both(tmp_path):
+def test_checkpoint_of_other_class_names_both_classes(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["DetrForObjectDetection"]}')
     model = InternImageForImageClassification.from_pretrained(FIXTURES / "hf_t_like")
     with pytest.raises(InputError, match="is a DetrForObjectDetection, this run trains a InternImageForImageClass"):
         common.check_same_model(model, tmp_path)
 
 
-def test_tied_weights_are_the_same_model(tmp_path):
+def test_tied_weights_match_checkpoint(tmp_path):
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
     model["b"].weight = model["a"].weight
     save_file({n: t for n, t in model.state_dict().items() if n != "b.weight"}, tmp_path / "model.safetensors")
@@ -294,10 +297,10 @@ def test_tied_weights_are_the_same_model(tmp_path):
         common.check_same_model(model, tmp_path)
 
 
-def test_a_new_run_moves_checkpoints_of_another_away(trained, out, checkpoint, capsys):  # noqa: F811
-    """`Trainer` would delete the new run's, of lower numbers, and `last` would go on with the old run's."""
+def test_new_run_sets_earlier_checkpoints_aside(trained, out, small_checkpoint, capsys):
+    """`Trainer` would delete the new run's lower-numbered checkpoints, and `last` would resume the old run."""
     old = {file.name: (file / "trainer_state.json").read_bytes() for file in out.glob("checkpoint-*")}
-    run(*resume_flags(trained / "photos", out, checkpoint, 2))
+    run_main(image_classification, *resume_flags(trained / "photos", out, small_checkpoint, 2))
     assert {file.name for file in out.glob("checkpoint-*")} == {"checkpoint-2"}
     aside = out / "_earlier_run_1"
     assert {file.name: (file / "trainer_state.json").read_bytes() for file in aside.iterdir()} == old
@@ -306,7 +309,7 @@ def test_a_new_run_moves_checkpoints_of_another_away(trained, out, checkpoint, c
     assert state["best_model_checkpoint"].endswith("out/checkpoint-2")
 
 
-def test_checkpoints_beyond_the_one_that_is_gone_on_from_are_moved_away(tmp_path):
+def test_checkpoints_after_resumed_one_are_set_aside(tmp_path):
     for step in (2, 4, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
@@ -319,7 +322,7 @@ def test_checkpoints_beyond_the_one_that_is_gone_on_from_are_moved_away(tmp_path
 
 
 @pytest.mark.parametrize("given", ["nowhere", "True", "incomplete"])
-def test_what_is_no_checkpoint_is_named(tmp_path, given):
+def test_incomplete_checkpoint_is_named(tmp_path, given):
     (tmp_path / "incomplete").mkdir()
     path = str(tmp_path / given) if given == "incomplete" else given
     arguments = TrainingArguments(str(tmp_path), resume_from_checkpoint=path, use_cpu=True)

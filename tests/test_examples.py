@@ -1,35 +1,20 @@
-"""The example programs, on small inputs."""
+"""Tests of the example programs on small inputs."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import jaccard_score
+from utils import FEW_STEPS, FIXTURES, SMALL_HEADS, run_example, run_main
 
 
-def run_example(name: str, *arguments: object, expect: int = 0) -> str:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        check=False,
-    )
-    assert result.returncode == expect, result.stderr[-3000:]
-    return result.stdout if expect == 0 else result.stderr
-
-
-def test_classification_on_a_folder_from_a_checkpoint_and_resume(programs, photos, tmp_path, capsys):
+def test_classification_fine_tunes_on_folder_and_resumes(programs, photos, tmp_path, capsys):
     flags = [
         "--dataset", photos, "--model", FIXTURES / "hf_t_like", "--eval_fraction", 0.25, "--per_device_train_batch_size", 8,
         "--learning_rate", 1e-3, "--bf16", "--use_cpu", "--gradient_checkpointing", "--logging_strategy", "no", "--save_total_limit", 5,
@@ -43,7 +28,7 @@ def test_classification_on_a_folder_from_a_checkpoint_and_resume(programs, photo
     assert config["id2label"] == {"0": "bright", "1": "dark"}
     assert json.loads((folder / "all_results.json").read_text())["eval_accuracy"] == 1.0
 
-    # the last epoch again, with nothing left but the second one's checkpoint
+    # repeat the last epoch from the second epoch's checkpoint
     epoch = 4  # steps
     last, keep = folder / f"checkpoint-{3 * epoch}" / "model.safetensors", folder / f"checkpoint-{2 * epoch}"
     expected = load_file(last)
@@ -57,7 +42,7 @@ def test_classification_on_a_folder_from_a_checkpoint_and_resume(programs, photo
         torch.testing.assert_close(actual[name], tensor, atol=1e-6, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_classification_recipe_file_and_bad_flags(programs, photos, tmp_path):
+def test_classification_reads_recipe_and_refuses_bad_flags(programs, photos, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("num_train_epochs: 1\nlearning_rate: 1e-3\nmax_steps: 1\neval_strategy: no\nsave_strategy: no\n")
     common = ["--output_dir", tmp_path / "out", "--image_size", 32]
@@ -69,26 +54,7 @@ def test_classification_recipe_file_and_bad_flags(programs, photos, tmp_path):
         run_main(programs.image_classification, "--dataset", photos, "--label_column", "kind", *common)
 
 
-# --- detection and segmentation: in this process, which has loaded the libraries once
-
-
-SMALL_DETECTOR = {"decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16}
-SMALL_HEADS = {
-    "rt_detr": {**SMALL_DETECTOR, "encoder_hidden_dim": 16, "decoder_in_channels": [16] * 3, "num_queries": 10},
-    "deformable_detr": {**SMALL_DETECTOR, "d_model": 32, "two_stage_num_proposals": 10},
-    "detr": SMALL_DETECTOR,
-    "upernet": {"hidden_size": 16, "auxiliary_channels": 8},
-    "mask2former": {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "decoder_layers": 2, "train_num_points": 64},
-}  # fmt: skip
-FEW_STEPS = [
-    "--per_device_train_batch_size", 4, "--per_device_eval_batch_size", 2, "--max_steps", 4, "--warmup_steps", 0,
-    "--eval_strategy", "steps", "--eval_steps", 2, "--save_strategy", "steps", "--save_steps", 2, "--use_cpu",
-    "--disable_tqdm", "true", "--picture_samples", 2, "--logging_strategy", "no",
-]  # fmt: skip
-
-
-def run_main(program, *arguments: object) -> dict[str, float]:
-    return program.main([str(argument) for argument in arguments])
+# --- detection and segmentation, in this process
 
 
 def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -105,7 +71,7 @@ def check_outputs(folder: Path, metrics: dict[str, float], metric: str) -> None:
 
 
 def check_resume(program, flags: list, folder: Path) -> None:
-    """Killed after its first checkpoint, in mid-epoch, and resumed: the last checkpoint has the same weights."""
+    """Resumes from the first checkpoint, within an epoch: the last checkpoint has the same weights."""
     expected = saved_weights(folder / "checkpoint-4")
     shutil.rmtree(folder / "checkpoint-4")
     run_main(program, *flags, "--resume_from_checkpoint", "last")
@@ -115,18 +81,18 @@ def check_resume(program, flags: list, folder: Path) -> None:
 
 
 def check_unchanged(folder: Path, again: Path) -> None:
-    """What was trained with a learning rate of 0 from the model in `folder` has all its weights, and its code."""
+    """Compares a model trained with a learning rate of 0 with the original in `folder`: weights and code are equal."""
     expected = saved_weights(folder)
     actual = saved_weights(again)
     assert set(actual) == set(expected)
     for name, tensor in actual.items():
-        if "running_" not in name and "num_batches" not in name:  # batch norm's averages go on
+        if "running_" not in name and "num_batches" not in name:  # BatchNorm updates its running statistics
             torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
     assert (again / "modeling_internimage_head.py").is_file()
 
 
 @pytest.mark.parametrize("head", ["rt_detr", "deformable_detr", pytest.param("detr", marks=pytest.mark.slow)])
-def test_detection_on_a_coco_folder(programs, coco_folder, tmp_path, capsys, head):
+def test_detection_trains_resumes_and_reloads(programs, coco_folder, tmp_path, capsys, head):
     flags = [
         "--dataset", coco_folder, "--head", head, "--head_config_overrides", json.dumps(SMALL_HEADS[head]),
         "--image_size", 64, "--output_dir", tmp_path, *FEW_STEPS,
@@ -151,8 +117,8 @@ def test_detection_on_a_coco_folder(programs, coco_folder, tmp_path, capsys, hea
     check_unchanged(tmp_path, tmp_path / "again")
 
 
-def test_batch_norms_of_a_new_head_begin_with_1(programs):
-    """transformers draws RT-DETR's around 0, from which the demo learns little and by chance."""
+def test_batch_norm_weights_of_new_head_start_at_1(programs):
+    """transformers draws RT-DETR's BatchNorm weights around 0; from there the demo hardly learns."""
     detection = programs.object_detection
     arguments = detection.DetectionModelArguments()
     model, _ = detection.build_model(arguments, ["one", "two"], None)
@@ -161,7 +127,7 @@ def test_batch_norms_of_a_new_head_begin_with_1(programs):
 
 
 @pytest.mark.parametrize("head", ["upernet", "mask2former"])
-def test_segmentation_on_folders(programs, mask_folder, tmp_path, head):
+def test_segmentation_trains_resumes_and_reloads(programs, mask_folder, tmp_path, head):
     flags = [
         "--dataset", mask_folder, "--reduce_labels", "--head", head, "--image_size", 64,
         "--head_config_overrides", json.dumps(SMALL_HEADS[head]), "--output_dir", tmp_path, *FEW_STEPS,
@@ -180,8 +146,8 @@ def test_segmentation_on_folders(programs, mask_folder, tmp_path, head):
     check_unchanged(tmp_path, tmp_path / "again")
 
 
-def test_coco_metrics_of_the_truth_are_perfect(programs, coco_folder):
-    """Through the model's own terms: fractions of a padded batch, from which `detect` must find the way back."""
+def test_coco_metrics_of_ground_truth_are_perfect(programs, coco_folder):
+    """Boxes go through the model's units, fractions of a padded batch; `detect` must convert them back."""
     detection = programs.object_detection
     data = detection.DetectionDataArguments(dataset=str(coco_folder))
     train, evaluation, account = detection.load_splits(data, seed=0)
@@ -219,8 +185,8 @@ def test_coco_metrics_of_the_truth_are_perfect(programs, coco_folder):
     assert metrics["map"] == 0.0
 
 
-def test_detection_splits_of_an_imagefolder(programs, scenes, tmp_path):
-    """No splits, boxes by corners, categories by name: what many datasets on the Hub look like."""
+def test_detection_reads_splits_of_imagefolder(programs, scenes, tmp_path):
+    """No splits, boxes by corners, categories by name, as in many datasets on the Hub."""
     with open(tmp_path / "metadata.jsonl", "w") as file:
         for i, scene in enumerate(scenes["train"]):
             scene["image"].save(tmp_path / f"{i}.png")
@@ -238,7 +204,7 @@ def test_detection_splits_of_an_imagefolder(programs, scenes, tmp_path):
     assert train[0]["objects"]["area"][0] == np.prod(train[0]["objects"]["bbox"][0][2:])
 
 
-def test_segmentation_classes_from_the_masks(programs, mask_folder, tmp_path):
+def test_segmentation_finds_classes_in_masks(programs, mask_folder, tmp_path):
     folder = tmp_path / "masks"
     shutil.copytree(mask_folder, folder)
     (folder / "id2label.json").unlink()
@@ -253,11 +219,11 @@ def test_segmentation_classes_from_the_masks(programs, mask_folder, tmp_path):
     assert np.array_equal(row["mask"][4:], original[4:] - 1)
 
 
-def test_mean_iou_is_that_of_scikit_learn(programs):
+def test_mean_iou_equals_scikit_learn(programs):
     rng = np.random.default_rng(0)
     masks, predicted = rng.integers(0, 7, (5, 40, 30)), rng.integers(0, 7, (5, 40, 30))
     masks[masks == 6] = 255
-    masks[masks == 4] = 3  # a class that is predicted only
+    masks[masks == 4] = 3  # class 4 is predicted but never true
     areas = [
         programs.semantic_segmentation.class_areas(torch.tensor(p), torch.tensor(m), 9, 255).numpy()
         for p, m in zip(predicted, masks, strict=True)
@@ -269,7 +235,7 @@ def test_mean_iou_is_that_of_scikit_learn(programs):
     assert metrics["overall_accuracy"] == pytest.approx((masks == predicted)[counted].mean())
 
 
-def test_random_transformations_depend_on_seed_epoch_and_index_alone(programs, scenes):
+def test_random_transformations_depend_on_seed_epoch_and_index_only(programs, scenes):
     data = programs.semantic_segmentation.SegmentationDataArguments(
         random_flip=True, color_jitter=True, min_scale=0.7, max_scale=1.5
     )
@@ -311,9 +277,7 @@ def test_random_transformations_depend_on_seed_epoch_and_index_alone(programs, s
         ("semantic_segmentation", ["--mask_column", "mask"], "--mask_column mask is not a column"),
     ],
 )
-def test_bad_flags_of_detection_and_segmentation(
-    programs, coco_folder, mask_folder, tmp_path, program, flags, message
-):
+def test_bad_flags_are_one_line(programs, coco_folder, mask_folder, tmp_path, program, flags, message):
     folder = coco_folder if program == "object_detection" else mask_folder
     with pytest.raises(ValueError, match=message):
         run_main(getattr(programs, program), "--dataset", folder, "--output_dir", tmp_path, *FEW_STEPS, *flags)
@@ -324,7 +288,7 @@ def test_bad_flags_of_detection_and_segmentation(
     ("program", "metric", "least"),
     [("object_detection", "eval_map_50", 0.5), ("semantic_segmentation", "eval_mean_iou", 0.6)],
 )
-def test_programs_learn_the_embedded_data(tmp_path, program, metric, least):
+def test_programs_learn_embedded_data(tmp_path, program, metric, least):
     output = run_example(f"{program}.py", "--output_dir", tmp_path)
     assert "predictions.png" in output
     assert json.loads((tmp_path / "all_results.json").read_text())[metric] >= least

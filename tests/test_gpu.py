@@ -1,4 +1,4 @@
-"""The whole model on a GPU: a training step beside the CPU, compiled, in a CUDA graph, on two streams, on a second device."""
+"""Tests of the model on a GPU: training step against the CPU, compiled, CUDA graph, two streams, second device."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -18,14 +18,14 @@ DEVICE = torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def _kernel_and_full_precision():
-    """On a GPU the kernel serves and convolutions compute in float32; the CPU of the comparison chooses by itself."""
+    """The GPU uses the kernel, with float32 convolutions; the CPU's backend is chosen automatically."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 
 @pytest.fixture(scope="module")
 def model():
-    """The widths of InternImage-T in few layers, with offsets of about a pixel."""
+    """A model with the widths of InternImage-T, few layers, and offsets of about a pixel."""
     torch.manual_seed(0)
     config = InternImageConfig(channels=64, depths=[1, 1, 2, 1], groups=[4, 8, 16, 32], num_labels=10)
     model = InternImageForImageClassification(config)
@@ -45,7 +45,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def worst_error(actual: Iterable[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """The largest relative error of a gradient. Those that are nearly zero by nature, as before a BatchNorm, count by the rest."""
+    """Returns the largest relative error of a gradient; for near-zero gradients (bias before BatchNorm), relative to the others."""
     floor = 1e-2 * max(float(gradient.norm()) for gradient in expected)
     return max(
         float((a.double().cpu() - e.double().cpu()).norm()) / max(float(e.norm()), floor)
@@ -84,7 +84,7 @@ def test_training_step_agrees_with_float64_on_the_cpu(model, dtype, tolerance, c
     assert losses[-1] < losses[0]
 
 
-def test_cuda_graph_of_the_model(model):
+def test_cuda_graph_equals_model(model):
     on_gpu = copy.deepcopy(model).to(DEVICE).eval()
     pixel_values = images()
     with use_dcnv3_backend("kernel"), torch.inference_mode():
@@ -106,7 +106,7 @@ def test_cuda_graph_of_the_model(model):
     assert not torch.allclose(captured, before)
 
 
-def test_two_streams_do_not_disturb_each_other(model):
+def test_two_streams_do_not_interfere(model):
     on_gpu = copy.deepcopy(model).to(DEVICE).eval()
 
     def outputs(pixel_values):
@@ -128,7 +128,7 @@ def test_two_streams_do_not_disturb_each_other(model):
         assert relative_error(gradient, expected[number][1]) < 1e-4
 
 
-def test_second_device(model):
+def test_second_device_equals_first(model):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     pixel_values = images()

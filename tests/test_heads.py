@@ -8,14 +8,15 @@ InternImage.
 import dataclasses
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import transformers
-from conftest import TINY, TINY_VARIANTS
 from transformers import ConvNextV2Config, PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
+from utils import ROOT, TINY, TINY_VARIANTS
 
 from internimage_hf import InternImageBackbone, InternImageConfig
 
@@ -42,7 +43,7 @@ def convnextv2(stages: tuple[str, ...], **fields) -> PreTrainedConfig:
     return ConvNextV2Config(hidden_sizes=CHANNELS, depths=[1, 1, 2, 1], out_features=list(stages), **fields)
 
 
-# What heads are given: keyword arguments of a forward pass, and those which a training step adds.
+# Inputs of heads: keyword arguments of a forward pass, and those that a training step adds.
 def images(height: int = HEIGHT, width: int = WIDTH) -> dict:
     return {"pixel_values": torch.rand(BATCH, 3, height, width)}
 
@@ -479,8 +480,8 @@ HEADS = {
 }
 
 
-# What else takes a `backbone_config`, and what it asks of the backbone that neither InternImage nor ConvNextV2 has:
-# by the configuration's class, the model to show it by, fields of the configuration, and the reason.
+# Heads that need an attribute of the backbone which InternImage and ConvNextV2 lack: by the configuration's class, the model
+# for the test, fields of the configuration, and the reason.
 NECK = {"neck_hidden_sizes": CHANNELS, "fusion_hidden_size": 16}
 SAM_NECK = {"backbone_channel_list": CHANNELS[::-1], "fpn_hidden_size": 16, "fpn_top_down_levels": [2, 3]}
 REFUSING: dict[str, tuple[str, dict, str]] = {
@@ -513,7 +514,7 @@ REFUSING: dict[str, tuple[str, dict, str]] = {
     "VitPoseConfig": ("VitPoseForPoseEstimation", {}, "reads a vision transformer's `hidden_size` and `patch_size`"),
     "ZoeDepthConfig": ("ZoeDepthForDepthEstimation", NECK, "reads a vision transformer's `hidden_size`, takes tokens"),
 }
-# Never built a backbone from: part of another head's configuration.
+# No model builds a backbone from these: they are parts of other heads' configurations.
 UNUSED = {"MaskFormerDetrConfig": "MaskFormer's decoder: DETR's configuration, of which it builds the decoder alone"}
 
 
@@ -538,7 +539,7 @@ def config_classes() -> dict[str, type[PreTrainedConfig]]:
 
 
 def build(head: Head, backbone: Callable = internimage) -> tuple[PreTrainedModel, BackboneMixin]:
-    """A head with weights that nothing would initialise them to, and the backbone in it."""
+    """Returns a head with weights unlike any initialisation, and its backbone."""
     if not hasattr(transformers, head.model):
         pytest.skip(f"transformers {transformers.__version__} has no {head.model}")
     torch.manual_seed(0)
@@ -553,7 +554,7 @@ def build(head: Head, backbone: Callable = internimage) -> tuple[PreTrainedModel
 
 
 def tensors(output, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Everything in a model's output that is a tensor, with where it is."""
+    """Yields every tensor in a model's output with its path."""
     if isinstance(output, torch.Tensor):
         yield name, output
     elif isinstance(output, dict):
@@ -565,7 +566,7 @@ def tensors(output, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def check_forward(model: PreTrainedModel, head: Head) -> dict[str, torch.Tensor]:
-    """The outputs for fixed inputs, of which none is NaN and those of two different images are different."""
+    """Returns the outputs for fixed inputs; checks that none is NaN and that they depend on the images."""
     torch.manual_seed(1)
     inputs = head.inputs()
     with torch.no_grad():
@@ -578,7 +579,7 @@ def check_forward(model: PreTrainedModel, head: Head) -> dict[str, torch.Tensor]
 
 
 def parameters_in_front(backbone: BackboneMixin, pixel_values: torch.Tensor) -> set[str]:
-    """The backbone's parameters that its maps depend on."""
+    """Returns the names of the backbone's parameters that its maps depend on."""
     total = sum(feature_map.sum() for feature_map in backbone(pixel_values).feature_maps)
     names, parameters = zip(*backbone.named_parameters(), strict=True)
     gradients = torch.autograd.grad(total, parameters, allow_unused=True)
@@ -589,12 +590,12 @@ def check_training_step(model: PreTrainedModel, backbone: BackboneMixin, head: H
     torch.manual_seed(2)
     model.train()
     inputs = head.inputs()
-    # moves by the sign of the gradient, however small that is
+    # Adam's first step moves by the gradient's sign; eps keeps that true for tiny gradients
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, eps=1e-30)
     if head.targets is not None:
         loss = model(**inputs, **head.targets()).loss
     else:
-        # a random direction, so that no sum over a softmax or a norm comes to a constant
+        # random weights: a plain sum over a softmax or a norm would be constant
         outputs = [t for _, t in tensors(model(**inputs)) if t.requires_grad]
         loss = sum((t * torch.randn_like(t)).mean() for t in outputs)
     assert loss.isfinite()
@@ -620,11 +621,11 @@ def check_files(model: PreTrainedModel, head: Head, folder) -> None:
     model.save_pretrained(folder)
     for loader in (type(model), *(getattr(transformers, name, None) for name in head.auto)):
         if loader is None:
-            continue  # an Auto class that this transformers hasn't yet
+            continue  # the installed transformers lacks this Auto class
         again, info = loader.from_pretrained(folder, output_loading_info=True)
         assert type(again) is type(model)
         assert not any(info.values()), info
-        # the report leaves out what a class declares as nothing to report
+        # the report omits names that a class declares as ignorable
         state, original = again.state_dict(), model.state_dict()
         assert state.keys() == original.keys()
         assert not [name for name, tensor in original.items() if not torch.equal(tensor, state[name])]
@@ -635,7 +636,7 @@ def check_files(model: PreTrainedModel, head: Head, folder) -> None:
 
 
 def with_control(head: Head, check: str, run: Callable[[Callable], None]) -> None:
-    """Runs a check with InternImage. Where transformers is said to be broken, it must fail so for ConvNextV2 as well."""
+    """Runs a check with InternImage. A check marked as broken in transformers must fail alike with ConvNextV2."""
     if check not in head.broken:
         run(internimage)
         return
@@ -653,13 +654,13 @@ CASES = [pytest.param(name, marks=() if head.fast else pytest.mark.slow) for nam
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_forward_and_training_step(name):
+def test_head_runs_forward_and_training_step(name):
     head = HEADS[name]
     with_control(head, "training", lambda backbone: check_training_step(*build(head, backbone), head))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_save_and_load(name, tmp_path):
+def test_head_saves_and_loads(name, tmp_path):
     head = HEADS[name]
     with_control(
         head, "files", lambda backbone: check_files(build(head, backbone)[0], head, tmp_path / backbone.__name__)
@@ -669,8 +670,8 @@ def test_save_and_load(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", TINY_VARIANTS)
 @pytest.mark.parametrize("name", ["rt_detr", "deformable_detr", "mask2former"])
-def test_every_kind_of_backbone(name, variant, tmp_path):
-    """Every switch of the architecture; RT-DETR also freezes what batch norms it finds in a backbone."""
+def test_head_works_with_every_kind_of_backbone(name, variant, tmp_path):
+    """Every switch of the architecture; RT-DETR also freezes the backbone's BatchNorm layers."""
     head = HEADS[name]
 
     def backbone(stages, **fields):
@@ -683,8 +684,8 @@ def test_every_kind_of_backbone(name, variant, tmp_path):
 
 
 @pytest.mark.parametrize("name", REFUSING)
-def test_heads_for_other_backbones(name):
-    """Whoever needs more of a backbone than maps refuses ConvNextV2 in the same way."""
+def test_heads_for_other_backbones_refuse_as_with_convnextv2(name):
+    """Heads that need more than feature maps fail alike with InternImage and ConvNextV2."""
     if not hasattr(transformers, name):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     model, fields, _ = REFUSING[name]
@@ -698,8 +699,16 @@ def test_heads_for_other_backbones(name):
     assert errors[0].traceback[-1].lineno == errors[1].traceback[-1].lineno
 
 
-def test_every_head_is_known():
-    """A head that a new transformers brings has to be put into one of the tables above."""
+def test_readme_counts_the_heads_that_are_tested():
+    (number,) = re.findall(
+        r"`tests/test_heads.py` has a working configuration for (\d+)",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+    )
+    assert int(number) == len({head.model for head in HEADS.values()})
+
+
+def test_every_head_of_transformers_is_in_a_table():
+    """Heads of a new transformers version must be added to one of the tables above."""
     known = {head.config_name for head in HEADS.values()} | REFUSING.keys() | UNUSED.keys()
     unknown = config_classes().keys() - known
     assert not unknown, f"transformers {transformers.__version__} has heads that no test here knows: {sorted(unknown)}"

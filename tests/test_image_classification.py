@@ -1,4 +1,4 @@
-"""The classification program: which images and classes it uses, and what it says of those that it does not."""
+"""Tests of the classification program: the images and classes that it uses, and its messages about the others."""
 
 import json
 import sys
@@ -7,11 +7,8 @@ from collections import Counter
 import datasets
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, TINY
 from PIL import Image
-
-from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageImageProcessor
+from utils import ONE_EPOCH, ROOT, run_main, write_images
 
 
 EXAMPLES = ROOT / "examples"
@@ -21,46 +18,13 @@ import image_classification as program  # noqa: E402
 from data import Data, InputError, run_program, undecoded  # noqa: E402
 
 
-def write_images(root, names, size=(16, 12)):
-    """Images by name; the shade of each tells its folder."""
-    folders = sorted({str(name).rpartition("/")[0] for name in names})
-    for name in names:
-        shade = 40 + 180 * folders.index(name.rpartition("/")[0]) // len(folders)
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size, (shade, 255 - shade, shade)).save(root / name)
-    return root
-
-
 def load(dataset, **flags):
     return program.load_splits(program.DataArguments(dataset=str(dataset), **flags), seed=0)
 
 
 def counts(account):
-    """Images of each class, over training and evaluation."""
+    """Returns the number of images per class over training and evaluation."""
     return sum((Counter(part.counts) for part in account.parts.values()), Counter())
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A small classifier of images of 32 x 32."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    config = InternImageConfig(**{**TINY, "depths": [1, 1, 1, 1], "image_size": 32})
-    InternImageForImageClassification(config).save_pretrained(folder)
-    InternImageImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
-        folder
-    )
-    return folder
-
-
-FEW = [
-    "--use_cpu", "--disable_tqdm", "true", "--logging_strategy", "no", "--num_train_epochs", "1", "--warmup_steps", "0",
-    "--per_device_train_batch_size", "4", "--learning_rate", "1e-3",
-]  # fmt: skip
-
-
-def run(*flags):
-    return program.main([*map(str, flags)])
 
 
 # ------------------------------------------------------------------------------------------------- folders and their names
@@ -86,7 +50,7 @@ def test_every_image_of_every_class_is_used(tmp_path, classes):
             assert f"/{account.classes[row['label']]}/" in row["image"]["path"]
 
 
-def test_splits_are_those_with_class_folders(tmp_path):
+def test_folders_with_class_folders_are_splits(tmp_path):
     names = [f"{split}/{name}/{i}.png" for split in ("Train", "val", "test") for name in "ab" for i in range(3)]
     _, account = load(write_images(tmp_path, names))
     assert account.parts["train"].counts == account.parts["evaluation"].counts == {"a": 3, "b": 3}
@@ -95,7 +59,7 @@ def test_splits_are_those_with_class_folders(tmp_path):
     assert "trained on test, evaluated on Train" in str(account)
 
 
-def test_one_image_beside_the_class_folders_is_one_line(tmp_path):
+def test_image_beside_class_folders_is_one_line(tmp_path):
     write_images(tmp_path, [*(f"{name}/{i}.png" for name in "ab" for i in range(2)), "stray.png"])
     with pytest.raises(InputError, match=r"stray\.png lies beside the class folders a, b"):
         load(tmp_path)
@@ -121,7 +85,7 @@ def test_labels_in_metadata_are_numbered_over_all_splits(tmp_path, column):
 
 
 def saved(folder, features=None, **splits):
-    """Splits by name as columns, saved by `save_to_disk`; `image` is there already."""
+    """Saves splits, given as columns, by `save_to_disk`; adds the column `image`."""
     result = {}
     for name, columns in splits.items():
         length = len(next(iter(columns.values())))
@@ -144,7 +108,7 @@ def saved(folder, features=None, **splits):
         ([True, False, True, False, True, False], ["False", "True"]),
     ],
 )
-def test_labels_of_any_kind(tmp_path, values, names):
+def test_labels_of_any_type_become_classes(tmp_path, values, names):
     saved(tmp_path, training={"label": values}, val={"label": values[:2]})
     parts, account = load(tmp_path)
     assert account.classes == names
@@ -152,7 +116,7 @@ def test_labels_of_any_kind(tmp_path, values, names):
         assert [names[label] for label in parts[name]["label"]] == list(map(str, expected))
 
 
-def test_class_labels_that_differ_from_split_to_split(tmp_path):
+def test_class_labels_differing_between_splits_are_matched_by_name(tmp_path):
     kinds = {
         "train": {"label": datasets.ClassLabel(names=["a", "b", "c"])},
         "test": {"label": datasets.ClassLabel(names=["c", "a"])},
@@ -163,7 +127,7 @@ def test_class_labels_that_differ_from_split_to_split(tmp_path):
 
 
 @pytest.mark.parametrize("secret", [[-1] * 4, [None] * 4])
-def test_a_test_split_without_labels_is_not_evaluated_on(tmp_path, secret):
+def test_test_split_without_labels_is_not_evaluated(tmp_path, secret):
     kind = {"label": datasets.ClassLabel(names=["a", "b"])}
     saved(tmp_path, dict.fromkeys(("train", "test"), kind), train={"label": [0, 1] * 5}, test={"label": secret})
     _, account = load(tmp_path)
@@ -173,13 +137,13 @@ def test_a_test_split_without_labels_is_not_evaluated_on(tmp_path, secret):
         load(tmp_path, eval_split="test")
 
 
-def test_a_missing_label_is_named(tmp_path):
+def test_missing_label_is_named(tmp_path):
     saved(tmp_path, train={"label": ["a", "b", None, "a"]})
     with pytest.raises(InputError, match=r"1 of the 4 images of the split train have no label .* row 2; a class"):
         load(tmp_path)
 
 
-def test_columns_are_found_by_type_then_by_name_and_a_choice_is_said(tmp_path):
+def test_columns_are_found_by_type_then_name_and_choice_is_reported(tmp_path):
     kinds = {"train": dict.fromkeys(("coarse", "label"), datasets.ClassLabel(names=["a", "b"]))}
     saved(tmp_path, kinds, train={"coarse": [0, 0, 1, 1], "label": [0, 1, 0, 1]})
     _, account = load(tmp_path)
@@ -195,7 +159,7 @@ def test_columns_are_found_by_type_then_by_name_and_a_choice_is_said(tmp_path):
 # ------------------------------------------------------------------------------------------------------ classes and counts
 
 
-def test_a_class_without_training_images_is_said(tmp_path):
+def test_class_without_training_images_is_reported(tmp_path):
     names = [*(f"train/{name}/{i}.png" for name in "ab" for i in range(3)), "test/a/0.png", "test/zebra/0.png"]
     _, account = load(write_images(tmp_path, names))
     assert account.classes == ["a", "b", "zebra"]
@@ -205,10 +169,10 @@ def test_a_class_without_training_images_is_said(tmp_path):
     assert "none of" in next(line for line in str(account).splitlines() if line.strip().startswith("train"))
 
 
-def test_one_class_is_an_error(tmp_path):
+def test_single_class_is_refused(tmp_path):
     write_images(tmp_path / "photos", [f"only/{i}.png" for i in range(4)])
     with pytest.raises(InputError, match="has images of one class, only; at least two"):
-        run("--dataset", tmp_path / "photos", "--output_dir", tmp_path / "out", *FEW)
+        run_main(program, "--dataset", tmp_path / "photos", "--output_dir", tmp_path / "out", *ONE_EPOCH)
     assert not (tmp_path / "out").exists()
 
 
@@ -228,7 +192,7 @@ def labelled(names, labels, images=None):
     return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
 
 
-def test_a_streamed_data_set_has_one_numbering_of_classes(monkeypatch):
+def test_streamed_dataset_numbers_classes_once(monkeypatch):
     streamed(monkeypatch, training=labelled(["a", "b", "c"], [0, 1, 2]), val=labelled(["c", "a"], [0, 1, 0]))
     parts, account = load("me/photos", streaming=True, max_eval_samples=2)
     assert account.classes == ["a", "b", "c"] and account.parts["train"].images is None
@@ -236,7 +200,7 @@ def test_a_streamed_data_set_has_one_numbering_of_classes(monkeypatch):
     assert "trained on training, evaluated on val" in str(account)
 
 
-def test_a_streamed_data_set_without_names_or_evaluation_is_named(monkeypatch):
+def test_streamed_dataset_without_names_or_evaluation_is_refused(monkeypatch):
     part = labelled(["a", "b"], [0, 1])
     streamed(monkeypatch, train=part)
     with pytest.raises(InputError, match="no split `validation` or `test`"):
@@ -247,7 +211,7 @@ def test_a_streamed_data_set_without_names_or_evaluation_is_named(monkeypatch):
         load("me/photos", streaming=True)
 
 
-def test_a_streamed_folder_is_counted(tmp_path):
+def test_streamed_folder_is_counted(tmp_path):
     names = [f"{split}/{name}/{i}.png" for split in ("train", "test") for name in ("train_1", "b") for i in range(3)]
     parts, account = load(write_images(tmp_path, names), streaming=True)
     assert isinstance(parts["train"], datasets.IterableDataset)
@@ -255,34 +219,36 @@ def test_a_streamed_folder_is_counted(tmp_path):
     assert Counter(row["label"] for row in parts["train"]) == {0: 3, 1: 3}
 
 
-def test_a_broken_or_unlabelled_image_of_a_stream_is_named(tmp_path, checkpoint, monkeypatch):
+def test_broken_or_unlabelled_image_of_stream_is_named(tmp_path, small_checkpoint, monkeypatch):
     names = [f"{split}/{name}/{i}.png" for split in ("train", "test") for name in "ab" for i in range(4)]
     write_images(tmp_path / "photos", names)
     file = tmp_path / "photos" / "train" / "b" / "1.png"
     file.write_bytes(file.read_bytes()[:20])
-    flags = ["--model", checkpoint, "--output_dir", tmp_path / "out", *FEW, "--streaming", "--max_steps", 3]
+    flags = ["--model", small_checkpoint, "--output_dir", tmp_path / "out", *ONE_EPOCH]
+    flags += ["--streaming", "--max_steps", 3]
     with pytest.raises(InputError, match=r"train/b/1\.png cannot be read as an image"):
-        run("--dataset", tmp_path / "photos", *flags, "--eval_strategy", "no")
+        run_main(program, "--dataset", tmp_path / "photos", *flags, "--eval_strategy", "no")
     streamed(monkeypatch, train=labelled(["a", "b"], [0, 1, -1, 1]), test=labelled(["a", "b"], [0, 1]))
     with pytest.raises(InputError, match="has no label"):
-        run("--dataset", "me/photos", *flags, "--eval_strategy", "no")
+        run_main(program, "--dataset", "me/photos", *flags, "--eval_strategy", "no")
 
 
 # ----------------------------------------------------------------------------------------------------------- images, model
 
 
-def test_a_truncated_jpeg_is_one_line_with_its_name_also_from_a_worker(tmp_path, checkpoint):
+def test_truncated_jpeg_is_named_by_worker_too(tmp_path, small_checkpoint):
     names = [f"{name}/{i}.jpg" for name in "ab" for i in range(6)]
     write_images(tmp_path / "photos", names, size=(60, 60))
     for name in names[::2]:
         file = tmp_path / "photos" / name
         file.write_bytes(file.read_bytes()[:-60])
-    flags = ["--dataset", tmp_path / "photos", "--model", checkpoint, "--output_dir", tmp_path / "out", *FEW]
+    flags = ["--dataset", tmp_path / "photos", "--model", small_checkpoint]
+    flags += ["--output_dir", tmp_path / "out", *ONE_EPOCH]
     with pytest.raises(SystemExit, match=r"\Aerror: .*/[ab]/\d\.jpg cannot be read as an image: [^\n]*\Z"):
-        run_program(lambda: run(*flags, "--dataloader_num_workers", 2))
+        run_program(lambda: run_main(program, *flags, "--dataloader_num_workers", 2))
 
 
-def test_an_image_without_a_file_is_named_by_its_row(tmp_path):
+def test_image_without_file_is_named_by_row(tmp_path):
     saved(tmp_path, train={"label": ["a", "b"] * 5})
     parts, _ = load(tmp_path)
     batch = parts["train"][:1]
@@ -291,7 +257,7 @@ def test_an_image_without_a_file_is_named_by_its_row(tmp_path):
         program.decoded(batch)
 
 
-def test_photographs_are_turned_upright_before_training(tmp_path):
+def test_exif_orientation_is_applied_before_training(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     for name in "ab":
@@ -302,7 +268,7 @@ def test_photographs_are_turned_upright_before_training(tmp_path):
     assert [image.size for image in program.decoded(parts["train"][:])] == [(10, 20)] * 2
 
 
-def test_sizes_of_an_image_processor():
+def test_image_processor_sizes_are_read():
     class Processor:
         do_center_crop = do_resize = True
         size, crop_size = {"shortest_edge": 70}, {"height": 64, "width": 96}
@@ -328,23 +294,25 @@ def test_sizes_of_an_image_processor():
 )
 def test_bad_flags_are_one_line(tmp_path, photos, flags, message):
     with pytest.raises(InputError, match=message) as error:
-        run("--dataset", photos, "--output_dir", tmp_path / "out", *FEW, *flags)
+        run_main(program, "--dataset", photos, "--output_dir", tmp_path / "out", *ONE_EPOCH, *flags)
     assert "\n" not in str(error.value)
 
 
-def test_a_detector_is_no_model_for_it(tmp_path, photos):
+def test_detector_checkpoint_is_refused(tmp_path, photos):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "detr"}))
     with pytest.raises(InputError, match=r"--model .* cannot be used"):
-        run("--dataset", photos, "--model", tmp_path / "model", "--output_dir", tmp_path / "out", *FEW)
+        run_main(
+            program, "--dataset", photos, "--model", tmp_path / "model", "--output_dir", tmp_path / "out", *ONE_EPOCH
+        )
 
 
-def test_the_program_trains_on_all_classes_and_keeps_the_account(tmp_path, checkpoint, capsys):
-    """33 images in batches of 4: the last one would be alone, and its map has one pixel."""
+def test_program_trains_on_all_classes_and_writes_summary(tmp_path, small_checkpoint, capsys):
+    """33 images in batches of 4: the last batch would have one image, whose map has one pixel."""
     names = [f"{name}/train-{i}.png" for name in ("test_tube", "bus", "freight_train") for i in range(14)]
     write_images(tmp_path / "photos", names)
-    metrics = run(
-        "--dataset", tmp_path / "photos", "--model", checkpoint, "--output_dir", tmp_path / "out", *FEW,
+    metrics = run_main(
+        program, "--dataset", tmp_path / "photos", "--model", small_checkpoint, "--output_dir", tmp_path / "out", *ONE_EPOCH,
         "--eval_strategy", "no", "--random_crop_scale", 1,
     )  # fmt: skip
     output = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The models: parity with the official implementation, and what people do with a transformers model."""
+"""Tests of the models: parity with the official implementation, and the common uses of a transformers model."""
 
 import copy
 import json
@@ -6,11 +6,11 @@ import logging
 
 import pytest
 import torch
-from conftest import FIXTURES, MODEL_CASES, TINY, TINY_VARIANTS, load_case
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
+from utils import FIXTURES, MODEL_CASES, TINY, TINY_VARIANTS, load_case
 
 from internimage_hf import (
     InternImageBackbone,
@@ -20,12 +20,12 @@ from internimage_hf import (
     use_dcnv3_backend,
 )
 from internimage_hf.checkpoint import translate_state_dict
+from internimage_hf.compatibility import halve
 from internimage_hf.modeling_internimage import (
     InternImageDeformableSampling,
     InternImageDownsample,
     InternImageLayer,
     InternImageStem,
-    _halve,
 )
 
 
@@ -53,7 +53,7 @@ def randomised(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", MODEL_CASES)
-def test_parity_with_the_official_model(case, dtype):
+def test_outputs_equal_official_model(case, dtype):
     state_dict, expected = load_case(case)
     config = InternImageConfig.from_dict(json.loads(((FIXTURES / case) / "config.json").read_text()))
     model = InternImageForImageClassification(config).eval()
@@ -71,7 +71,7 @@ def test_parity_with_the_official_model(case, dtype):
 
 
 @pytest.mark.parametrize("name", [name for name in RELEASED if RELEASED[name]["config"]["num_classes"] == 1000])
-def test_published_parameter_counts(name):
+def test_parameter_counts_equal_published(name):
     with torch.device("meta"):
         model = InternImageForImageClassification(InternImageConfig.from_variant(name.split("_")[1]))
         backbone = InternImageBackbone(model.config)
@@ -86,7 +86,7 @@ def test_published_parameter_counts(name):
 
 @pytest.mark.parametrize("variant", TINY_VARIANTS)
 @pytest.mark.parametrize("size", [(64, 64), (40, 72), (65, 33), (8, 8), (1, 1)])
-def test_outputs(variant, size):
+def test_outputs_have_documented_shapes(variant, size):
     height, width = size
     config = tiny_config(variant)
     model = InternImageForImageClassification(config).eval()
@@ -105,13 +105,13 @@ def test_outputs(variant, size):
     assert base.hidden_states is None
 
 
-def test_no_pooling_layer():
+def test_model_without_pooling_layer_has_no_pooler_output():
     model = InternImageModel(tiny_config(), add_pooling_layer=False)
     assert model(torch.randn(1, 3, 32, 32)).pooler_output is None
 
 
 @pytest.mark.parametrize("model_class", [InternImageModel, InternImageForImageClassification, InternImageBackbone])
-def test_return_dict_and_hidden_states(model_class):
+def test_return_dict_and_output_hidden_states_follow_config(model_class):
     pixel_values = torch.randn(1, 3, 32, 32)
     model = model_class(tiny_config(out_features=["stage2", "stage4"])).eval()
     outputs = model(pixel_values)
@@ -129,7 +129,7 @@ def test_return_dict_and_hidden_states(model_class):
     assert asking(pixel_values, return_dict=True, output_hidden_states=False).hidden_states is None
 
 
-def test_backbone():
+def test_backbone_returns_requested_stages():
     names = ["stem", "stage1", "stage2", "stage3", "stage4"]
     config = tiny_config(out_features=names)
     backbone = AutoBackbone.from_config(config)
@@ -146,7 +146,7 @@ def test_backbone():
     assert AutoBackbone.from_config(tiny_config(out_indices=[1, -1])).out_features == ["stage1", "stage4"]
 
 
-def test_backbone_is_trained_whole():
+def test_every_backbone_parameter_is_in_use():
     """Plain DDP stops at a parameter without a gradient: with the last stage used, there is none."""
     backbone = InternImageBackbone(tiny_config("res_post_norm"))
     sum(m.square().mean() for m in backbone(torch.randn(1, 3, 64, 64)).feature_maps).backward()
@@ -154,7 +154,7 @@ def test_backbone_is_trained_whole():
 
 
 @pytest.mark.parametrize("variant", TINY_VARIANTS)
-def test_every_parameter_learns(variant):
+def test_every_parameter_gets_gradient(variant):
     model = randomised(InternImageForImageClassification(tiny_config(variant)))
     model(torch.randn(2, 3, 64, 64), labels=torch.tensor([0, 3])).loss.backward()
     # a constant added to all keys changes no softmax
@@ -173,7 +173,7 @@ def test_every_parameter_learns(variant):
         ("regression", 3, torch.rand(2, 3)),
     ],
 )
-def test_losses(problem_type, num_labels, labels):
+def test_loss_follows_problem_type(problem_type, num_labels, labels):
     model = InternImageForImageClassification(tiny_config(num_labels=num_labels, problem_type=problem_type)).eval()
     pixel_values = torch.randn(2, 3, 32, 32)
     outputs = model(pixel_values, labels=labels)
@@ -184,7 +184,7 @@ def test_losses(problem_type, num_labels, labels):
     torch.testing.assert_close(outputs.loss, reference(outputs.logits, labels))
 
 
-def test_no_labels_means_features():
+def test_classifier_without_labels_returns_pooled_features():
     model = InternImageForImageClassification(tiny_config(num_labels=0)).eval()
     pixel_values = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(model(pixel_values).logits, model.internimage(pixel_values).pooler_output)
@@ -203,17 +203,17 @@ def test_no_labels_means_features():
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "dtype"),
     ],
 )
-def test_bad_input(model_class, pixel_values, message):
+def test_bad_input_is_refused(model_class, pixel_values, message):
     with pytest.raises(ValueError, match=message):
         model_class(tiny_config())(pixel_values)
 
 
-def test_missing_input():
+def test_missing_input_is_refused():
     with pytest.raises(ValueError, match="pixel_values"):
         InternImageModel(tiny_config())()
 
 
-def test_empty_batch_and_nan_in_one_image():
+def test_empty_batch_works_and_nan_stays_in_its_image():
     model = randomised(InternImageForImageClassification(tiny_config())).eval()
     assert model(torch.randn(0, 3, 64, 64)).logits.shape == (0, 5)
     pixel_values = torch.randn(3, 3, 64, 64)
@@ -228,7 +228,7 @@ def test_empty_batch_and_nan_in_one_image():
 
 
 @pytest.mark.parametrize("variant", TINY_VARIANTS)
-def test_batching_changes_nothing(variant):
+def test_batch_equals_single_images(variant):
     model = randomised(InternImageForImageClassification(tiny_config(variant))).eval()
     pixel_values = torch.randn(4, 3, 64, 48)
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_batching_changes_nothing(variant):
     torch.testing.assert_close(together, alone, atol=1e-4 * float(together.abs().max()), rtol=0)
 
 
-def test_memory_format_changes_nothing():
+def test_memory_format_does_not_change_outputs():
     model = randomised(InternImageForImageClassification(tiny_config())).eval()
     pixel_values = torch.randn(2, 3, 64, 64)
     expected = model(pixel_values).logits
@@ -247,7 +247,7 @@ def test_memory_format_changes_nothing():
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_no_map_is_copied_into_another_layout(memory_format, monkeypatch):
+def test_feature_maps_are_not_copied_into_another_layout(memory_format, monkeypatch):
     monkeypatch.setattr(InternImageDeformableSampling, "forward", lambda self, input, *args, **kwargs: input)
     model = InternImageForImageClassification(tiny_config()).eval()
     pixel_values = torch.randn(2, 3, 64, 96).contiguous(memory_format=memory_format)
@@ -258,7 +258,7 @@ def test_no_map_is_copied_into_another_layout(memory_format, monkeypatch):
     assert copied == ([[2, 3, 64, 96]] if memory_format == torch.contiguous_format else [])
 
 
-def test_layer_scale_and_drop_path_act_on_the_branch():
+def test_layer_scale_and_drop_path_act_on_branch():
     layer = randomised(InternImageLayer(tiny_config("post_norm"), 8, 2, drop_path=0.5)).train()
     hidden_states = torch.randn(16, 4, 5, 8)
     branch = layer.norm1(layer.dcn(hidden_states)) * layer.layer_scale1
@@ -271,7 +271,7 @@ def test_layer_scale_and_drop_path_act_on_the_branch():
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("variant", ["pre_norm", "res_post_norm", "clip"])
-def test_gradient_checkpointing_gives_equal_gradients(variant, use_reentrant):
+def test_gradient_checkpointing_keeps_gradients(variant, use_reentrant):
     model = randomised(InternImageForImageClassification(tiny_config(variant, drop_path_rate=0.3))).train()
     assert sum(isinstance(m, GradientCheckpointingLayer) for m in model.modules()) == sum(model.config.depths)
     state = copy.deepcopy(model.state_dict())  # BatchNorm's statistics move with every forward pass
@@ -289,7 +289,7 @@ def test_gradient_checkpointing_gives_equal_gradients(variant, use_reentrant):
         torch.testing.assert_close(gradients[1][name], gradient, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_drop_path_rates():
+def test_drop_path_rates_follow_type():
     def rates(**fields):
         layers = InternImageModel(tiny_config(**fields)).modules()
         return [getattr(m.drop_path, "drop_prob", 0.0) for m in layers if isinstance(m, InternImageLayer)]
@@ -304,7 +304,7 @@ def test_drop_path_rates():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype, tmp_path):
+def test_half_precision_stays_close(dtype, tmp_path):
     model = randomised(InternImageForImageClassification(tiny_config("res_post_norm"))).eval()
     model.save_pretrained(tmp_path)
     half = InternImageForImageClassification.from_pretrained(tmp_path, dtype=dtype).eval()
@@ -316,7 +316,7 @@ def test_half_precision(dtype, tmp_path):
     assert (logits.float() - expected).abs().max() < 0.1 * expected.abs().max()
 
 
-def test_autocast_trains():
+def test_autocast_training_step_runs():
     model = randomised(InternImageForImageClassification(tiny_config("clip")))
     pixel_values, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 1])
     expected = model(pixel_values, labels=labels).loss
@@ -331,7 +331,7 @@ def test_autocast_trains():
 
 
 @pytest.mark.parametrize("variant", TINY_VARIANTS)
-def test_initialisation(variant):
+def test_initialisation_follows_official_code(variant):
     config = tiny_config(variant)
     for model in (
         InternImageForImageClassification(config),
@@ -356,7 +356,7 @@ def test_initialisation(variant):
 
 @pytest.mark.parametrize("variant", TINY_VARIANTS)
 @pytest.mark.parametrize("model_class", [InternImageModel, InternImageForImageClassification, InternImageBackbone])
-def test_save_and_load(model_class, variant, tmp_path):
+def test_save_and_load_round_trip_is_exact(model_class, variant, tmp_path):
     model = randomised(model_class(tiny_config(variant, out_features=["stage1", "stage4"]))).eval()
     model.save_pretrained(tmp_path)
     again, info = model_class.from_pretrained(tmp_path, output_loading_info=True)
@@ -365,7 +365,7 @@ def test_save_and_load(model_class, variant, tmp_path):
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
-def test_one_checkpoint_for_all_classes(tmp_path, caplog):
+def test_one_checkpoint_loads_into_every_class(tmp_path, caplog):
     classifier = randomised(InternImageForImageClassification(tiny_config(out_indices=[1, 2, 3, 4]))).eval()
     classifier.save_pretrained(tmp_path)
     pixel_values = torch.randn(1, 3, 64, 64)
@@ -387,7 +387,7 @@ def test_one_checkpoint_for_all_classes(tmp_path, caplog):
         torch.testing.assert_close(actual, state)
 
 
-def test_new_head_on_a_checkpoint(tmp_path):
+def test_checkpoint_takes_new_head(tmp_path):
     InternImageForImageClassification(tiny_config()).save_pretrained(tmp_path)
     model = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
     assert model.classifier.weight.shape[0] == 3 and model.num_labels == 3
@@ -395,7 +395,7 @@ def test_new_head_on_a_checkpoint(tmp_path):
         AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3)
 
 
-def test_base_model_into_classifier(tmp_path):
+def test_base_model_checkpoint_loads_into_classifier(tmp_path):
     base = randomised(InternImageModel(tiny_config()))
     base.save_pretrained(tmp_path)
     model, info = InternImageForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
@@ -403,7 +403,7 @@ def test_base_model_into_classifier(tmp_path):
     assert torch.equal(model.internimage.stem.conv1.weight, base.stem.conv1.weight)
 
 
-def test_unused_res_post_norms_are_no_surprise(tmp_path):
+def test_unused_res_post_norms_load_without_warning(tmp_path):
     """The official code saves these norms even where post norm or layer scale keeps it from using them."""
     config = tiny_config("post_norm", res_post_norm=True)
     model = InternImageForImageClassification(config)
@@ -417,7 +417,7 @@ def test_unused_res_post_norms_are_no_surprise(tmp_path):
     assert not info["unexpected_keys"] and not info["missing_keys"]
 
 
-def test_device_map_and_meta(tmp_path):
+def test_device_map_and_meta_device_load(tmp_path):
     pytest.importorskip("accelerate")
     model = randomised(InternImageForImageClassification(tiny_config())).eval()
     model.save_pretrained(tmp_path)
@@ -444,7 +444,7 @@ def test_device_map_and_meta(tmp_path):
     torch.testing.assert_close(on_meta.eval()(pixel_values).logits, model(pixel_values).logits)
 
 
-def test_tools_find_their_places():
+def test_input_embeddings_and_unsplit_layers_are_known():
     model = InternImageForImageClassification(tiny_config())
     assert model.get_input_embeddings() is model.internimage.stem.conv1
     assert model.get_input_embeddings() is model.internimage.get_input_embeddings()
@@ -459,7 +459,7 @@ def test_tools_find_their_places():
 
 
 @pytest.mark.parametrize("variant", ["res_post_norm", "clip"])
-def test_export_with_symbolic_batch_and_size(variant):
+def test_export_takes_symbolic_batch_and_size(variant):
     model = randomised(InternImageForImageClassification(tiny_config(variant))).eval()
     auto = torch.export.Dim.AUTO
     with torch.no_grad():
@@ -506,7 +506,7 @@ def test_halving_is_the_same_convolution_in_compiled_graphs(height, width):
         shapes.extend(node.meta["example_value"].shape for node in graph.graph.nodes if "pad" in str(node.target))
         return graph.forward
 
-    compiled = torch.compile(_halve, backend=look, dynamic=False)
+    compiled = torch.compile(halve, backend=look, dynamic=False)
     torch.testing.assert_close(compiled(conv, pixel_values), conv(pixel_values), atol=1e-6, rtol=1e-6)
     assert shapes == [(2, 3, height + height % 2, width + width % 2)]
 
@@ -535,7 +535,7 @@ def test_compiled_models_take_any_size(model_class, backend, dynamic, variant):
 
 # Inductor's training step takes a minute or more to compile; that of the operator alone is among the tests of test_dcnv3.py.
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compile_inference_and_training(backend):
+def test_compiled_inference_and_training_equal_eager(backend):
     torch._dynamo.reset()
     model = randomised(InternImageForImageClassification(tiny_config(depths=[1, 1, 1, 1]))).eval()
     pixel_values, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 1])

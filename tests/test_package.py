@@ -1,36 +1,18 @@
-"""The package as a whole: import, registration, image processor, remote code, README, command lines."""
+"""Tests of the whole package: import, registration, image processor, remote code, README, command lines."""
 
 import json
 import re
 import shutil
-import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, TINY, TINY_VARIANTS
 from PIL import Image
+from utils import FIXTURES, ROOT, TINY, TINY_VARIANTS, bare_environment, run_python
 
 import internimage_hf
 from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageImageProcessor
-
-
-def run_python(program: str, *arguments: str, cwd=ROOT, flags: tuple[str, ...] = (), **environment: str) -> str:
-    """Runs a program in a fresh interpreter and returns what it printed."""
-    import os
-
-    result = subprocess.run(
-        [sys.executable, *flags, "-c", textwrap.dedent(program), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, **environment},
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 # ------------------------------------------------------------------------------------------------------------- import
@@ -52,8 +34,8 @@ def test_import_is_silent_and_offline():
     assert output == "[]\n"
 
 
-def test_import_has_registered_when_it_ends():
-    """Nothing is left to the first use of an Auto class, which two threads may make at once."""
+def test_import_registers_auto_classes():
+    """Registration is complete after the import: two threads may use an Auto class for the first time at once."""
     output = run_python(
         """
         import sys, threading
@@ -97,7 +79,7 @@ def test_import_has_registered_when_it_ends():
         "import internimage_hf.modeling_internimage; from transformers import AutoBackbone, AutoModel, AutoConfig",
     ],
 )
-def test_auto_classes_know_the_model_in_any_order_of_import(imports):
+def test_auto_classes_work_in_any_import_order(imports):
     output = run_python(
         imports
         + """
@@ -108,7 +90,7 @@ print(type(AutoModel.from_config(config)).__name__, type(AutoBackbone.from_confi
     assert output == "InternImageModel InternImageBackbone\n"
 
 
-def test_public_names():
+def test_public_names_exist():
     import internimage_hf
 
     for name in internimage_hf.__all__:
@@ -122,7 +104,7 @@ def test_public_names():
 
 
 def official_transform(image: Image.Image, size: int) -> torch.Tensor:
-    """Resize(size, bicubic), CenterCrop(size), ToTensor, Normalize of torchvision, on PIL images."""
+    """Applies torchvision's Resize(size, bicubic), CenterCrop(size), ToTensor and Normalize to a PIL image."""
     width, height = image.size
     if width <= height:
         new_width, new_height = size, int(size * height / width)
@@ -137,7 +119,7 @@ def official_transform(image: Image.Image, size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 67), (131, 97), (100, 300), (33, 20), (640, 427)])
-def test_pixels_equal_the_official_transform(size, tmp_path):
+def test_pixels_equal_official_transform(size, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     processor = InternImageImageProcessor.from_pretrained(FIXTURES / "hf_t_like")
@@ -150,13 +132,13 @@ def test_pixels_equal_the_official_transform(size, tmp_path):
 
 
 def auto_image_processor():
-    # from where it is defined: transformers 5.17 offers a placeholder at the top where torchvision is absent
+    # imported from its own module: without torchvision, `transformers.AutoImageProcessor` of 5.17 is a placeholder
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     return AutoImageProcessor
 
 
-def test_published_preprocessor_config():
+def test_published_preprocessor_config_loads():
     processor = auto_image_processor().from_pretrained(FIXTURES / "hf_t_like", backend="pil")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 130, 3), dtype=np.uint8))
     pixel_values = processor(image, return_tensors="pt")["pixel_values"]
@@ -183,25 +165,10 @@ LOAD_WITHOUT_THE_PACKAGE = """
 """
 
 
-def bare_environment(tmp_path):
-    """A folder of links to the installed packages without this one, and what makes Python use it, and it alone."""
-    import internimage_hf
-
-    site = tmp_path / "site-packages"
-    site.mkdir()
-    installed = next(p for p in map(type(tmp_path), sys.path) if (p / "transformers").is_dir())
-    for entry in installed.iterdir():
-        if "internimage" not in entry.name and entry.suffix != ".pth":
-            (site / entry.name).symlink_to(entry)
-    assert not (site / "internimage_hf").exists() and internimage_hf
-    # -S keeps the environment's own folder of packages out, and with it an editable installation of this package
-    return {"flags": ("-S",), "PYTHONPATH": str(site), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-
-
 @pytest.mark.parametrize(
     "route, variant", [("save_with_remote_code", "clip"), ("register_for_auto_class", "res_post_norm")]
 )
-def test_remote_code_loads_without_the_package(route, variant, tmp_path):
+def test_remote_code_loads_without_package(route, variant, tmp_path):
     from safetensors.torch import save_file
 
     folder = tmp_path / "model"
@@ -231,14 +198,15 @@ def test_remote_code_loads_without_the_package(route, variant, tmp_path):
             )
     """
     assert save_file
-    run_python(program, DCNV3_BACKEND="torch")  # without the package there is no kernel
+    run_python(program, DCNV3_BACKEND="torch")  # the run without the package has no kernel
     load = LOAD_WITHOUT_THE_PACKAGE
-    if route == "register_for_auto_class":  # which names one Auto class, not all of them
+    if route == "register_for_auto_class":  # this route names one Auto class only
         load = load.replace("(AutoModelForImageClassification, AutoModel)", "(AutoModelForImageClassification,)")
         load = re.sub(r"    config = .*\n    assert len.*\n", "", load)
-    output = run_python(load, folder, tmp_path / "expected.safetensors", cwd=tmp_path, **bare_environment(tmp_path))
+    bare = bare_environment(tmp_path, without=("kernels",) if route == "register_for_auto_class" else ())
+    output = run_python(load, folder, tmp_path / "expected.safetensors", cwd=tmp_path, **bare)
     assert output == "equal transformers_modules\n"
-    # with the package, the package's own classes serve, and nobody is asked to trust anything
+    # with the package, its own classes load, without `trust_remote_code`
     output = run_python(
         """
         import sys, internimage_hf
@@ -277,8 +245,8 @@ HEADS = {
 }
 
 
-def test_heads_load_without_the_package(tmp_path):
-    """And what was loaded so can be saved, and loaded so again."""
+def test_heads_load_without_package(tmp_path):
+    """A loaded head can be saved and loaded again."""
     imports = re.findall(r"(\w+)\(", " ".join(model for model, _ in HEADS.values()).replace("backbone(", ""))
     build = ";".join(f"models[{name!r}] = {model}" for name, (model, _) in HEADS.items())
     run_python(
@@ -349,7 +317,7 @@ def test_remote_code_refuses_other_models(tmp_path):
 
 
 CODE_FILES = {
-    "checkpoint.py", "compatibility.py", "configuration_internimage.py", "dcnv3.py", "dcnv3_torch.py", "image_processing_internimage.py",
+    "checkpoint.py", "compatibility.py", "configuration_internimage.py", "dcnv3.py", "dcnv3_chunked.py", "dcnv3_reference.py", "image_processing_internimage.py",
     "imagenet_labels.py", "kernel_loader.py", "modeling_internimage.py",
 }  # fmt: skip
 
@@ -376,7 +344,7 @@ def content(folder) -> dict[str, bytes]:
     "make, names",
     [(tiny_model, sorted(CODE_FILES)), (tiny_segmenter, ["dcnv3.py", "modeling_internimage_head.py"])],
 )
-def test_remote_code_leaves_foreign_files_alone(make, names, tmp_path):
+def test_remote_code_keeps_foreign_files(make, names, tmp_path):
     model = make()
     for i, name in enumerate(names):
         folder = tmp_path / str(i)
@@ -390,7 +358,7 @@ def test_remote_code_leaves_foreign_files_alone(make, names, tmp_path):
         assert content(folder) == {name: b"# my own\nvalue = 1\n"}  # nothing was written, weights and config included
 
 
-def test_remote_code_leaves_foreign_folders_and_links_alone(tmp_path):
+def test_remote_code_keeps_foreign_folders_and_links(tmp_path):
     model, folder = tiny_model(), tmp_path / "model"
     (folder / "dcnv3.py").mkdir(parents=True)
     with pytest.raises(FileExistsError, match=r"dcnv3\.py"):
@@ -408,8 +376,8 @@ def test_remote_code_leaves_foreign_folders_and_links_alone(tmp_path):
         internimage_hf.save_with_remote_code(model, tmp_path / "file")
 
 
-def test_remote_code_replaces_links_to_its_own_files(tmp_path):
-    """A folder of links, as the Hub's cache has them: what they point to stays as it is."""
+def test_remote_code_replaces_links_to_own_files(tmp_path):
+    """A folder of links, as in the Hub's cache: their targets stay unchanged."""
     model, store, folder = tiny_model(), tmp_path / "store", tmp_path / "model"
     internimage_hf.save_with_remote_code(model, folder)
     folder.rename(store)
@@ -422,11 +390,11 @@ def test_remote_code_replaces_links_to_its_own_files(tmp_path):
     internimage_hf.remote_code.write_remote_code(folder)
     assert content(store) == before and content(folder)["dcnv3.py"] != old
     assert not any(file.is_symlink() for file in folder.iterdir())
-    assert {file.name for file in folder.iterdir()} == {*CODE_FILES, "config.json"}  # nor is a temporary file left
+    assert {file.name for file in folder.iterdir()} == {*CODE_FILES, "config.json"}  # no temporary file is left
 
 
-def test_config_names_the_code_last(tmp_path, monkeypatch):
-    """A save that ends in the middle leaves no `auto_map` that names missing files."""
+def test_config_names_code_after_code_is_written(tmp_path, monkeypatch):
+    """An interrupted save leaves no `auto_map` that names missing files."""
     from internimage_hf import remote_code
 
     replace, names = remote_code.os.replace, []
@@ -452,8 +420,8 @@ def test_broken_configuration_is_named(text, problem, tmp_path):
     assert content(tmp_path) == {"config.json": text.encode()}
 
 
-def test_saving_again_names_no_missing_code(tmp_path):
-    """What the package's own classes load has no `auto_map`, as `save_pretrained` writes no code."""
+def test_saving_without_code_removes_its_names_from_config(tmp_path):
+    """`save_pretrained` writes no code, so models of the package's own classes drop `auto_map`."""
     from transformers import AutoConfig, AutoModelForImageClassification
 
     first, again, third = (tmp_path / name for name in ("first", "again", "third"))
@@ -497,7 +465,7 @@ def test_push_to_hub_uploads_weights_and_code_in_one_commit(hub, tmp_path):
     expected = {*CODE_FILES, "config.json", "model.safetensors", "README.md"}
     assert hub.repositories.keys() == {"me/x", "somebody/my-model"}
     for name, files in hub.repositories.items():
-        assert files.keys() == expected and len(hub.commits[name]) == 2  # one when it was made, and one commit
+        assert files.keys() == expected and len(hub.commits[name]) == 2  # the repository's creation and one commit
         assert all(data == (folder / file).read_bytes() for file, data in files.items())
     assert (folder / "notes.txt").read_text() == "mine"
 
@@ -506,7 +474,7 @@ def test_push_to_hub_uploads_weights_and_code_in_one_commit(hub, tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_loading_takes_the_memory_of_the_weights_once(tmp_path):
+def test_loading_holds_weights_in_memory_once(tmp_path):
     run_python(
         """
         import sys, torch
@@ -530,11 +498,11 @@ def test_loading_takes_the_memory_of_the_weights_once(tmp_path):
             with open("/proc/self/status") as status:
                 return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
 
-        InternImageForImageClassification(InternImageConfig(channels=16, groups=[1, 1, 1, 1]))  # what is imported late
+        InternImageForImageClassification(InternImageConfig(channels=16, groups=[1, 1, 1, 1]))  # loads modules that are imported late
         before = memory("VmRSS")
         model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
         for parameter in model.parameters():
-            parameter.sum()  # read every byte: pages of a mapped file count once they are touched
+            parameter.sum()  # reads every byte: untouched pages of a mapped file do not count
         print((memory("VmHWM") - before) / os.path.getsize(sys.argv[1] + "/model.safetensors"))
         """,
         tmp_path,
@@ -545,7 +513,7 @@ def test_loading_takes_the_memory_of_the_weights_once(tmp_path):
 # ------------------------------------------------------------------------------------------------- pipeline and README
 
 
-def test_pipeline_names_the_classes(tmp_path):
+def test_pipeline_returns_class_names(tmp_path):
     from transformers import pipeline
 
     model = InternImageForImageClassification(InternImageConfig(**{**TINY, "num_labels": 1000}))
@@ -564,7 +532,7 @@ def readme_snippets() -> list[str]:
 
 
 def test_readme_snippets_run(tmp_path):
-    """Every Python snippet, in order, in one interpreter, with a small checkpoint in the place of the Hub's."""
+    """Runs every Python snippet in order in one interpreter, with a small checkpoint in place of the Hub's."""
     snippets = readme_snippets()
     assert len(snippets) >= 4
     checkpoint = tmp_path / "checkpoint"
@@ -582,7 +550,7 @@ def test_readme_snippets_run(tmp_path):
     run_python(program, cwd=tmp_path, PYTHONPATH=str(ROOT))
 
 
-def test_readme_figures_are_those_of_the_released_models():
+def test_readme_parameter_counts_equal_released_models():
     readme = (ROOT / "README.md").read_text()
     for name, released in json.loads((FIXTURES / "released_models.json").read_text()).items():
         assert f"`OpenGVLab/{name}`" in readme, name

@@ -11,10 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES
 from PIL import Image
 from safetensors.torch import load_file
-from test_package import bare_environment, run_python
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -24,6 +22,7 @@ from transformers import (
     pipeline,
 )
 from transformers.utils import logging
+from utils import FIXTURES, bare_environment, run_python
 
 from convert import detection
 from convert.errors import ConversionError
@@ -396,7 +395,10 @@ def test_images_without_objects_small_ones_and_a_batch_of_very_different_sizes(s
     outputs.loss.backward()
     assert all(loss.isfinite() for loss in outputs.loss_dict.values())
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    model.zero_grad()
     outputs = model(torch.randn(1, 3, 9, 7), labels=[objects(0, 9, 7)])
+    outputs.loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == [], "as data-parallel training needs"
     assert outputs.loss.isfinite() and outputs.loss_dict["s0.loss_mask" if stages == 3 else "loss_mask"] == 0
     model.eval()
     with torch.no_grad():

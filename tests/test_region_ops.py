@@ -155,6 +155,7 @@ def test_torchvision_is_used_where_it_gives_the_same_numbers_and_only_there(monk
     calls = []
 
     def fake_roi_align(maps, rois, size, scale, sampling_ratio, aligned):
+        assert sampling_ratio == 0 and aligned
         calls.append("roi_align")
         return region_ops._roi_align(maps, rois, size, scale)
 
@@ -166,22 +167,36 @@ def test_torchvision_is_used_where_it_gives_the_same_numbers_and_only_there(monk
     def unaligned(maps, rois, size, scale, sampling_ratio, aligned):
         return region_ops._roi_align(maps, rois + torch.tensor([0, 1.0, 1.0, 1.0, 1.0]) / scale / 2, size, scale)
 
+    good = SimpleNamespace(roi_align=fake_roi_align, nms=fake_nms)
+    assert region_ops._gives_the_same_numbers(good, "cpu")
+    assert not region_ops._gives_the_same_numbers(SimpleNamespace(roi_align=unaligned, nms=fake_nms), "cpu")
+    wrong = SimpleNamespace(roi_align=fake_roi_align, nms=lambda *_: torch.arange(3))
+    assert not region_ops._gives_the_same_numbers(wrong, "cpu")
+
     boxes, scores, groups = random_boxes(60), torch.rand(60), torch.randint(3, (60,))
-    expected = nms(boxes, scores, groups, 0.5)
+    feature_map, rois = torch.randn(1, 2, 8, 8), nn.functional.pad(boxes, (1, 0))
+    expected = nms(boxes, scores, groups, 0.5), roi_align(feature_map, rois, 2, 0.1)
+    monkeypatch.setattr(region_ops, "_torchvision_ops", lambda device_type: good)
+    calls.clear()
+    assert torch.equal(nms(boxes, scores, groups, 0.5), expected[0])
+    assert torch.equal(roi_align(feature_map, rois, 2, 0.1), expected[1])
+    assert calls == ["nms"] * 3 + ["roi_align"]
+
+
+def test_a_broken_torchvision_is_named_and_not_used(monkeypatch, caplog):
+    def broken(name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
     monkeypatch.setattr(region_ops, "is_torchvision_available", lambda: True)
-    for ops, used in (
-        (SimpleNamespace(roi_align=fake_roi_align, nms=fake_nms), True),
-        (SimpleNamespace(roi_align=unaligned, nms=fake_nms), False),
-        (SimpleNamespace(roi_align=fake_roi_align, nms=lambda *_: torch.arange(3)), False),
-    ):
-        monkeypatch.setattr(region_ops.importlib, "import_module", lambda name, ops=ops: ops)
-        region_ops._torchvision_ops.cache_clear()
-        assert (region_ops._torchvision_ops("cpu") is ops) == used
-        calls.clear()
-        assert torch.equal(nms(boxes, scores, groups, 0.5), expected)
-        roi_align(torch.randn(1, 2, 8, 8), torch.nn.functional.pad(boxes, (1, 0)), 2, 0.1)
-        assert bool(calls) == used
+    monkeypatch.setattr(region_ops.importlib, "import_module", broken)
+    monkeypatch.setattr(region_ops.logger, "propagate", True)
     region_ops._torchvision_ops.cache_clear()
+    try:
+        assert region_ops._torchvision_ops("cpu") is None and not caplog.records
+        assert region_ops._torchvision_ops("cuda") is None
+        assert "cannot be used on cuda: operator torchvision::nms does not exist" in caplog.text
+    finally:
+        region_ops._torchvision_ops.cache_clear()
 
 
 def test_deltas_there_and_back():

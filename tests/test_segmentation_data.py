@@ -1,4 +1,4 @@
-"""What the segmenter takes for classes, images and masks, and what it says of those that it cannot use."""
+"""Tests of the segmentation example's input: classes, images and masks, and its messages about unusable ones."""
 
 import importlib
 import io
@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
+from utils import ROOT
 
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -25,12 +25,12 @@ def picture(width=12, height=8) -> Image.Image:
 
 
 def mask(*values: int, width=12, height=8, dtype=np.uint8) -> Image.Image:
-    """Stripes of these values."""
+    """Returns a mask with a stripe per value."""
     return Image.fromarray(np.tile(np.resize(np.array(values, dtype=dtype), width), (height, 1)))
 
 
 def folder(root, train: list, validation: list | None = None, ending="png"):
-    """`images/SPLIT/N.png` and `annotations/SPLIT/N.png`; without a validation split, no folders of splits."""
+    """Writes `images/SPLIT/N.png` and `annotations/SPLIT/N.png`; without a validation split, no folders of splits."""
     splits = {"": train} if validation is None else {"training": train, "validation": validation}
     for split, annotations in splits.items():
         for kind in ("images", "annotations"):
@@ -57,7 +57,7 @@ def refused(root, **flags) -> str:
 # -------------------------------------------------------------------------------------------------------- values and classes
 
 
-def test_binary_masks_are_never_one_class(tmp_path):
+def test_binary_masks_have_two_classes(tmp_path):
     root = folder(tmp_path, [[0, 255], [0, 255], [0]])
     message = refused(root)
     assert "0 (in 3 masks), 255 (in 2 masks, ignored), 1 class; at least two classes were expected" in message
@@ -72,7 +72,7 @@ def test_binary_masks_are_never_one_class(tmp_path):
     assert load(root, mask_values=["0", "255"])[2].classes == ["background", "road"]
 
 
-def test_values_with_gaps_are_named_and_can_be_mapped(tmp_path):
+def test_mask_values_with_gaps_are_named_and_can_be_mapped(tmp_path):
     root = folder(tmp_path, [[0, 50, 100], [0, 100, 255]])
     message = refused(root)
     assert "the values 0, 50, 100, by which 98 of 101 classes would be empty" in message
@@ -86,25 +86,25 @@ def test_values_with_gaps_are_named_and_can_be_mapped(tmp_path):
     assert load(root, mask_values=["0", "100"], ignore_other_values=True)[2].classes == ["value 0", "value 100"]
 
 
-def test_a_few_classes_without_a_mask_are_a_warning(tmp_path):
+def test_few_classes_without_mask_are_warning(tmp_path):
     account = load(folder(tmp_path, [[0, 1], [3]]))[2]
     assert account.classes == [f"class {i}" for i in range(4)]
     assert "1 of 4 classes are in no mask: class 2" in account.warnings
 
 
 @pytest.mark.parametrize("flags", [{}, {"reduce_labels": True}, {"ignore_index": 1}])
-def test_a_single_class_is_refused(tmp_path, flags):
+def test_single_class_is_refused(tmp_path, flags):
     assert "at least two classes were expected" in refused(
         folder(tmp_path, [[0, 1]] if flags else [[0], [0]]), **flags
     )
 
 
-def test_masks_of_one_split_without_any_class_are_refused(tmp_path):
+def test_split_without_any_class_is_refused(tmp_path):
     root = folder(tmp_path, [[0, 1]], [[255], [255]])
     assert "all pixels of the 2 masks of evaluation are ignored" in refused(root)
 
 
-def test_a_class_of_the_validation_masks_alone_is_a_class(tmp_path):
+def test_class_only_in_validation_masks_is_class(tmp_path):
     root = folder(tmp_path, [[0, 1], [1, 255], [255]], [[0, 2]])
     train, evaluation, account = load(root)
     assert account.classes == ["class 0", "class 1", "class 2"]
@@ -117,7 +117,7 @@ def test_a_class_of_the_validation_masks_alone_is_a_class(tmp_path):
     assert set(np.unique(evaluation[0]["mask"])) == {0, 2} and len(train) == 3
 
 
-def test_classes_are_those_of_a_split_that_is_not_used_too(tmp_path):
+def test_classes_of_unused_split_count(tmp_path):
     root = folder(tmp_path, [[0, 1]], [[0, 1]])
     for kind in ("images", "annotations"):
         (root / kind / "test").mkdir()
@@ -128,7 +128,7 @@ def test_classes_are_those_of_a_split_that_is_not_used_too(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["training", "validation"])
-def test_names_are_checked_against_the_masks_of_all_splits(tmp_path, split):
+def test_names_are_checked_against_masks_of_all_splits(tmp_path, split):
     root = folder(tmp_path, [[0, 1], [1]], [[0, 1]])
     (root / "id2label.json").write_text('{"0": "sky", "1": "sea"}')
     assert load(root)[2].classes == ["sky", "sea"]
@@ -156,21 +156,21 @@ def test_names_are_checked_against_the_masks_of_all_splits(tmp_path, split):
         ('{"0": "a"}', "has the numbers 0"),
     ],
 )
-def test_a_file_of_names_that_is_none_is_refused(tmp_path, content, message):
+def test_invalid_file_of_names_is_refused(tmp_path, content, message):
     root = folder(tmp_path, [[0, 1], [1]])
     (root / "names.json").write_text(content)
     found = refused(root, id2label=str(root / "names.json"))
     assert message in found and "names.json" in found and "numbered from 0 without gaps" in found
 
 
-def test_a_name_for_the_ignored_value_is_no_class(tmp_path):
+def test_name_of_ignored_value_is_no_class(tmp_path):
     root = folder(tmp_path, [[0, 1, 255], [1]])
     (root / "id2label.json").write_text('{"0": "sky", "1": "sea", "255": "void"}')
     assert load(root)[2].classes == ["sky", "sea"]
     assert "names.json cannot be read" in refused(root, id2label=str(root / "names.json"))
 
 
-def test_modes_of_masks_whose_values_are_defined(tmp_path):
+def test_mask_modes_with_defined_values_are_read(tmp_path):
     palette = mask(0, 1, 2).convert("P")
     palette.putdata(list(mask(0, 1, 2).get_flattened_data()))
     grey_rgb, opaque = (mask(0, 1, 2).convert(mode) for mode in ("RGB", "RGBA"))
@@ -199,7 +199,7 @@ def test_modes_of_masks_whose_values_are_defined(tmp_path):
     assert changed.shape == (64, 64) and set(np.unique(changed)) <= {*range(192, 288), 65535}
 
 
-def test_masks_of_colours_need_their_list(tmp_path):
+def test_colour_masks_need_list_of_colours(tmp_path):
     colours = np.array([[0, 0, 0], [255, 0, 0], [0, 128, 255]], dtype=np.uint8)
     coded = Image.fromarray(colours[np.asarray(mask(0, 1, 2))])
     palette = coded.quantize(4)
@@ -216,14 +216,16 @@ def test_masks_of_colours_need_their_list(tmp_path):
             assert np.array_equal(row["mask"], np.asarray(mask(0, 1, 2)))
     assert account.classes == ["value #000000", "value #ff0000", "value #0080ff"]
     blue = Image.fromarray(np.array([[0, 0, 0], [255, 0, 0], [0, 0, 255]], dtype=np.uint8)[np.asarray(mask(0, 1, 2))])
-    blues = folder(tmp_path.with_name(f"{tmp_path.name}_blue"), [blue, blue])  # 255 as a number, and yet not ignored
+    blues = folder(
+        tmp_path.with_name(f"{tmp_path.name}_blue"), [blue, blue]
+    )  # the colour is 255 as a number, but is not ignored
     assert "the value #0000ff" in refused(blues, mask_values=["#000000", "#ff0000"])
     assert "the value #0080ff; #000000, #ff0000 of --mask_values were expected" in refused(
         root, mask_values=["#000000", "#ff0000"]
     )
 
 
-def test_masks_without_defined_values_are_refused_by_name(tmp_path):
+def test_masks_without_defined_values_are_refused(tmp_path):
     transparent = mask(0, 1).convert("RGBA")
     transparent.putpixel((3, 3), (1, 1, 1, 0))
     real = Image.fromarray(np.zeros((8, 12), dtype=np.float32))
@@ -278,7 +280,7 @@ def test_sizes_of_all_pairs_are_compared(tmp_path):
     assert "1 of the 1 masks of the split validation have another size" in refused(root)
 
 
-def test_an_image_that_exif_turns_needs_a_turned_mask(tmp_path):
+def test_image_rotated_by_exif_needs_rotated_mask(tmp_path):
     root = folder(tmp_path, [[0, 1], [0, 1]])
 
     def turn(image: Image.Image, orientation: int):
@@ -297,12 +299,12 @@ def test_an_image_that_exif_turns_needs_a_turned_mask(tmp_path):
     assert account.warnings == []
     for row in (*train, *evaluation):
         assert row["mask"].shape == row["image"].size[::-1]
-    turn(picture(), 3)  # half a turn: sizes do not tell
+    turn(picture(), 3)  # rotated by 180 degrees: the sizes stay equal
     mask(0, 1).save(root / "annotations" / "0.png")
     assert any("images with an EXIF orientation" in text and "0.png" in text for text in load(root)[2].warnings)
 
 
-def test_what_is_no_pair_is_counted_and_named(tmp_path):
+def test_unpaired_files_are_counted_and_named(tmp_path):
     root = folder(tmp_path, [[0, 1], [0, 1], [1]], [[0, 1]])
     (root / "images" / "training" / "x.heic").write_bytes(b"")
     (root / "images" / "training" / ".hidden.png").write_bytes(b"")
@@ -331,7 +333,7 @@ def test_what_is_no_pair_is_counted_and_named(tmp_path):
     assert "annotations/training/alone.png" in str(account)
 
 
-def test_an_image_without_a_mask_is_an_error_that_says_which_was_expected(tmp_path):
+def test_image_without_mask_names_expected_mask(tmp_path):
     root = folder(tmp_path, [[0, 1], [0, 1], [1]], [[0, 1]])
     (root / "annotations" / "training" / "1.png").rename(root / "annotations" / "training" / "1_mask.png")
     message = refused(root)
@@ -361,8 +363,8 @@ def test_ambiguous_names_are_refused(tmp_path):
     assert load(root)[2].data.left_out.counts == {"masks without an image": 2}
 
 
-def test_layouts_of_folders(tmp_path):
-    """Endings in upper case, folders in the splits' folders, splits above or below, `masks` beside COCO's `annotations`."""
+def test_folder_layouts_are_recognised(tmp_path):
+    """Upper-case endings, subfolders of splits, splits above or below, `masks` beside COCO's `annotations`."""
     cities = tmp_path / "cities"
     for split in ("train", "val"):
         for city in ("aachen", "bonn"):
@@ -386,7 +388,7 @@ def test_layouts_of_folders(tmp_path):
     assert [len(part) for part in load(above)[:2]] == [2, 2]
 
 
-def test_metadata_names_masks(tmp_path):
+def test_metadata_pairs_images_with_masks(tmp_path):
     root = folder(tmp_path, [[0, 1], [0, 1], [0, 2]])
     rows = [{"file_name": f"images/{i}.png", "annotation_file_name": f"annotations/{2 - i}.png"} for i in range(3)]
     (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -394,7 +396,7 @@ def test_metadata_names_masks(tmp_path):
     train, evaluation, account = load(root)
     assert len(train) + len(evaluation) == 3 and account.classes == ["a", "b", "c"] and not account.data.left_out
     (root / "metadata.jsonl").write_text('{"file_name": "images/0.png", "caption": "x"}')
-    train, evaluation, account = load(root)  # captions: masks have their images' names
+    train, evaluation, account = load(root)  # the metadata holds captions: masks are found by their images' names
     assert len(train) + len(evaluation) == 3
     assert account.data.left_out.counts == {"without the column annotation": 1}
     shutil.rmtree(root / "annotations")
@@ -431,7 +433,7 @@ def test_broken_files_are_named(tmp_path):
     assert f"{broken} cannot be read as an image" in refused(root)
 
 
-def test_a_data_set_with_missing_masks(tmp_path):
+def test_dataset_rows_without_mask_are_refused(tmp_path):
     import datasets
 
     features = datasets.Features(
@@ -478,8 +480,8 @@ def trainer_of(head: str, tmp_path, rows: list[dict], **flags):
 
 
 @pytest.mark.parametrize("head", ["upernet", "mask2former"])
-def test_one_image_per_device_and_ignored_masks_are_trained_on(tmp_path, head):
-    """UperNet's BatchNorm sees one value per channel then, and its loss is the mean over no pixel."""
+def test_batch_of_one_and_ignored_masks_train(tmp_path, head):
+    """UperNet's BatchNorm gets one value per channel, and the loss is a mean over no pixels."""
     classes = np.asarray(mask(0, 1, width=40, height=40))
     rows = [{"image": picture(40, 40), "mask": classes if i != 1 else np.full_like(classes, 255)} for i in range(3)]
     trainer = trainer_of(
@@ -493,14 +495,14 @@ def test_one_image_per_device_and_ignored_masks_are_trained_on(tmp_path, head):
     assert np.isfinite([metrics["eval_loss"], metrics["eval_mean_iou"]]).all()
 
 
-def test_a_last_image_is_no_batch_of_its_own(tmp_path):
+def test_last_image_joins_a_batch(tmp_path):
     rows = [{"image": picture(40, 40), "mask": np.asarray(mask(0, 1, width=40, height=40))} for _ in range(3)]
     trainer = trainer_of("upernet", tmp_path, rows, per_device_train_batch_size=2, num_train_epochs=1)
     assert [len(batch["labels"]) for batch in trainer.get_train_dataloader()] == [2, 2]
     assert np.isfinite(trainer.train().training_loss)
 
 
-def test_more_classes_than_queries_are_a_warning(tmp_path):
+def test_more_classes_than_queries_is_warning(tmp_path):
     train, _, account = load(folder(tmp_path, [[0, 1], [0, 1, 2, 255]], [[0]]))
     model, _ = small_model("mask2former", 3)
     rules = masks.MaskRules()
@@ -514,13 +516,13 @@ def test_more_classes_than_queries_are_a_warning(tmp_path):
     assert account.classes == ["class 0", "class 1", "class 2"]
 
 
-def test_classes_of_one_name_are_counted_apart(tmp_path):
+def test_classes_of_same_name_are_counted_separately(tmp_path):
     root = folder(tmp_path, [[0, 1], [1, 2]], [[0]])
     (root / "id2label.json").write_text('{"0": "door", "1": "sky", "2": "door"}')
     assert load(root)[2].parts["train"].counts == {"door (0)": 1, "sky": 2, "door (2)": 1}
 
 
-def test_a_single_value_is_normalised_as_in_evaluation():
+def test_mask_of_one_value_is_normalised_as_in_evaluation():
     norm = segmentation.OneValueBatchNorm2d(3)
     norm.running_mean.copy_(torch.tensor([1.0, 2.0, 3.0]))
     one, many = torch.randn(1, 3, 1, 1), torch.randn(2, 3, 4, 4)
@@ -530,8 +532,8 @@ def test_a_single_value_is_normalised_as_in_evaluation():
     torch.testing.assert_close(norm(many), torch.nn.BatchNorm2d(3)(many))
 
 
-def test_evaluation_counts_at_the_masks_own_sizes(tmp_path):
-    """A batch of masks of different sizes; classes that no mask has are no part of the mean."""
+def test_evaluation_counts_at_mask_sizes(tmp_path):
+    """Masks of different sizes in a batch; classes without pixels are left out of the mean."""
     rows = []
     for width, height in ((40, 24), (20, 64)):
         rows.append({"image": picture(width, height), "mask": np.asarray(mask(0, 1, 255, width=width, height=height))})
@@ -539,7 +541,7 @@ def test_evaluation_counts_at_the_masks_own_sizes(tmp_path):
     prediction = trainer.predict(trainer.eval_dataset)
     areas = prediction.predictions.sum(0)
     assert areas[1].sum() == sum((row["mask"] != 255).sum() for row in rows) == areas[2].sum()
-    # the same by hand, one image after the other
+    # the expected values, one image at a time
     right = 0
     for row in rows:
         batch = trainer.data_collator([row])
@@ -550,7 +552,7 @@ def test_evaluation_counts_at_the_masks_own_sizes(tmp_path):
     assert areas[0].sum() == right
 
 
-def test_masks_of_a_batch_are_those_of_pillow(tmp_path):
+def test_resized_masks_equal_pillow(tmp_path):
     rng = np.random.default_rng(0)
     for height, width, size in ((37, 50, (64, 32)), (64, 64, (32, 32)), (5, 9, (20, 13))):
         values = rng.integers(0, 200, (height, width), dtype=np.uint8)
@@ -563,7 +565,7 @@ def test_masks_of_a_batch_are_those_of_pillow(tmp_path):
     assert batch["mask_labels"][0].shape == (2, 32, 32) and batch["mask_labels"][1].shape == (0, 32, 32)
 
 
-def test_the_program_prints_the_account_and_one_line_of_an_error(tmp_path, capsys):
+def test_program_prints_summary_and_one_line_error(tmp_path, capsys):
     root = folder(tmp_path / "data", [[0, 1], [0, 255], [1]], [[0, 1]])
     flags = ["--dataset", root, "--image_size", 32, "--max_steps", 1, "--use_cpu", "--disable_tqdm", "true"]
     flags += ["--output_dir", tmp_path / "out", "--per_device_train_batch_size", 1, "--eval_strategy", "steps"]

@@ -1,12 +1,12 @@
-"""Parameter groups and averaged weights."""
+"""Tests of parameter groups, averaged weights and the Trainer."""
 
 from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import TINY
 from torch import nn
 from transformers import DetrConfig, DetrForObjectDetection, Trainer, TrainingArguments
+from utils import TINY
 
 from internimage_hf import InternImageConfig, InternImageForImageClassification
 from internimage_hf.training import (
@@ -41,15 +41,15 @@ def detector():
 
 
 def rates(model, **options):
-    """The learning rate and the weight decay of every parameter, by its name."""
+    """Returns learning rate and weight decay of every parameter by its name."""
     groups = parameter_groups(model, 1.0, 0.05, **options)
     by_id = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert len(by_id) == sum(len(group["params"]) for group in groups), "a parameter is in two groups"
     return {name: by_id[id(p)] for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_learning_rates_by_layer():
-    """Depths 1, 1, 3, 1: six layers, the last of which has the full rate (the official `lr_decay_keywords`)."""
+def test_learning_rate_decays_by_layer():
+    """Depths 1, 1, 3, 1: six layers; the last one has the full rate, as in the official `lr_decay_keywords`."""
     model = classifier(post_norm=True, level2_post_norm_block_ids=[1], center_feature_scale=True)
     rate = {name: lr for name, (lr, _) in rates(model, layer_decay=0.5, offset_lr_multiplier=1.0).items()}
     stage = "internimage.encoder.stages."
@@ -78,7 +78,7 @@ def test_learning_rates_by_layer():
 
 
 @pytest.mark.parametrize("make", [classifier, detector])
-def test_offsets_and_weight_decay(make):
+def test_offsets_get_multiplier_and_norms_get_no_weight_decay(make):
     model = make()
     found = rates(model, offset_lr_multiplier=0.1)
     slow = {name for name, (lr, _) in found.items() if lr == pytest.approx(0.1)}
@@ -88,7 +88,7 @@ def test_offsets_and_weight_decay(make):
             assert found[name][1] == (0.05 if parameter.ndim > 1 else 0.0), name
 
 
-def test_frozen_parameters_and_other_models():
+def test_frozen_parameters_are_left_out_and_other_models_work():
     model = classifier(layer_scale_init_value=0.1)
     model.internimage.stem.requires_grad_(False)
     found = rates(model)
@@ -101,8 +101,8 @@ def test_frozen_parameters_and_other_models():
             parameter_groups(model, 1e-3, **{name: -1.0})
 
 
-def test_parameters_that_deepspeed_has_sharded():
-    """Their shape is elsewhere: what decays is the same."""
+def test_sharded_parameters_keep_their_weight_decay():
+    """DeepSpeed keeps the shape in `ds_shape`; the groups are the same as without sharding."""
     model = classifier()
     expected = rates(model, layer_decay=0.9)
     for parameter in model.parameters():
@@ -110,7 +110,7 @@ def test_parameters_that_deepspeed_has_sharded():
     assert rates(model, layer_decay=0.9) == expected
 
 
-def test_with_torch_optim_alone():
+def test_groups_work_with_torch_optim():
     model = classifier()
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, layer_decay=0.9))
     losses = []
@@ -146,7 +146,7 @@ def train(folder, resume=None, **options):
     return trainer
 
 
-def test_the_trainer_uses_the_groups(tmp_path):
+def test_trainer_uses_parameter_groups(tmp_path):
     trainer = train(tmp_path, layer_decay=0.5, offset_lr_multiplier=0.1, max_steps=1)
     rates = {group["initial_lr"] for group in trainer.optimizer.param_groups}
     assert min(rates) == pytest.approx(1e-2 * 0.5**5 * 0.1) and max(rates) == pytest.approx(1e-2)
@@ -156,8 +156,8 @@ def test_the_trainer_uses_the_groups(tmp_path):
 
 
 @pytest.mark.parametrize("resumes", [True, False], ids=["resumed", "best model at the end"])
-def test_a_detector_keeps_its_backbone(tmp_path, resumes):
-    """Which transformers saves under names that `Trainer` does not read."""
+def test_resumed_detector_keeps_backbone(tmp_path, resumes):
+    """transformers saves the backbone's weights under names that `Trainer` does not read."""
 
     def collate(seeds):
         images = torch.stack([torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(s)) for s in seeds])
@@ -189,10 +189,10 @@ def test_a_detector_keeps_its_backbone(tmp_path, resumes):
         torch.testing.assert_close(actual[name], tensor, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_averaged_weights(tmp_path):
+def test_averaged_weights_follow_decay(tmp_path):
     plain = train(tmp_path / "plain").model
     trainer = train(tmp_path / "ema", ema_decay=0.5)
-    # by hand, from the weights after each step
+    # the expected average, from the weights after each step
     torch.manual_seed(0)
     raw, mean = [], None
 
@@ -236,7 +236,7 @@ def test_averaged_weights_resume_and_are_evaluated(tmp_path):
         EMACallback(1.0)
 
 
-def test_the_best_checkpoints_average_is_what_remains(tmp_path):
+def test_average_of_best_checkpoint_is_saved(tmp_path):
     trainer = train(
         tmp_path,
         ema_decay=0.5,
@@ -254,8 +254,8 @@ def test_the_best_checkpoints_average_is_what_remains(tmp_path):
     assert metrics["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-4)
 
 
-def test_going_on_from_a_run_without_average(tmp_path, caplog):
-    """The best checkpoint may have none: what there is then is used, and said."""
+def test_resume_from_run_without_average_starts_average(tmp_path, caplog):
+    """The best checkpoint may have no average: the last average is used, with a warning."""
     options = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "greater_is_better": True}
     train(tmp_path, max_steps=4, **options)
     trainer = train(tmp_path, max_steps=8, ema_decay=0.5, resume=str(tmp_path / "checkpoint-4"), **options)
@@ -263,10 +263,10 @@ def test_going_on_from_a_run_without_average(tmp_path, caplog):
     assert sum(EMA_FILE in record.getMessage() for record in caplog.records) == 2
 
 
-def test_what_cannot_be_averaged(tmp_path):
+def test_average_of_sharded_or_other_model_is_refused(tmp_path):
     state = type("State", (), {"global_step": 0})
     model = classifier()
-    model.classifier.weight.ds_id = 0  # DeepSpeed's mark of a parameter that is elsewhere
+    model.classifier.weight.ds_id = 0  # DeepSpeed sets this on sharded parameters
     with pytest.raises(ValueError, match="ZeRO-3"):
         EMACallback(0.5).on_train_begin(flags(tmp_path), state, None, model=model)
     ema = EMACallback(0.5)
@@ -276,6 +276,6 @@ def test_what_cannot_be_averaged(tmp_path):
         ema.load(tmp_path / EMA_FILE, classifier())
 
 
-def test_synchronised_batch_norm_needs_gpus(tmp_path):
+def test_synchronised_batch_norm_without_gpus_is_refused(tmp_path):
     with pytest.raises(ValueError, match="sync_batch_norm"):
         InternImageTrainer(model=classifier(), args=flags(tmp_path, sync_batch_norm=True))

@@ -1,10 +1,10 @@
-"""transformers' own common model tests on our classes, with ConvNextV2 as the control; see `transformers_suite/run.py`."""
+"""Runs transformers' common model tests on this package's classes, with ConvNextV2 as control; see `transformers_suite/run.py`."""
 
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from utils import ROOT
 
 
 def run_suite(*options: str) -> None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
-"""Training as the authors did it: learning rates by layer, slower offsets, averaged weights, streamed data sets."""
+"""Training as in the official code: learning rates by layer, slower offsets, averaged weights; and streamed datasets."""
 
 from .ema import EMA_FILE, EMACallback
 from .optimization import LORA_MODULES_TO_SAVE, LORA_TARGET_MODULES, layer_distances, parameter_groups

@@ -1,5 +1,5 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
-"""Averaged weights: a callback that takes the model's weights after each step and gives it their average at the end."""
+"""In: the model's weights after each step. Out: their exponential moving average, in checkpoints and in the final model."""
 
 import os
 from collections import defaultdict
@@ -26,16 +26,16 @@ EMA_FILE = "ema.safetensors"
 class EMACallback(TrainerCallback):
     """An exponential moving average of the weights and buffers, by `torch.optim.swa_utils`.
 
-    Checkpoints hold it as `ema.safetensors`, a state dict of the model, and resuming goes on with it. After training, the
-    model gets the average: that of the best checkpoint if `load_best_model_at_end`. For a single process, DDP, and FSDP2,
-    where every process averages its own shards.
+    Each checkpoint holds the average as `ema.safetensors`, a state dict of the model; a resumed run continues it. After
+    training, the model gets the average, with `load_best_model_at_end` that of the best checkpoint. Works in a single
+    process, under DDP, and under FSDP2, where every process averages its own shards.
 
     Args:
-        decay: of the average; 0.9998 upstream.
+        decay: of the average; 0.9998 in the official code.
 
     Raises:
-        ValueError: if `decay` is not between 0 and 1, or training starts under FSDP1 or DeepSpeed ZeRO-3, whose parameters
-            are not there as a whole or as shards of their own.
+        ValueError: if `decay` is not in [0, 1), or training starts under FSDP1 or DeepSpeed ZeRO-3: their parameters are
+            neither whole tensors nor DTensor shards.
     """
 
     def __init__(self, decay: float = 0.9998):
@@ -48,7 +48,7 @@ class EMACallback(TrainerCallback):
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model has the averaged weights within the block, if there are any yet."""
+        """Within the block, the model has the averaged weights, once there are any."""
         if self.averaged is None:
             yield
             return
@@ -61,7 +61,7 @@ class EMACallback(TrainerCallback):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Takes the model's weights into the average; the first time they are the average."""
+        """Updates the average with the model's weights; the first call starts it with them."""
         if self.averaged is None:
             self.averaged = _copy(model)
             return
@@ -77,7 +77,7 @@ class EMACallback(TrainerCallback):
                 torch._foreach_copy_(means, values)
 
     def save(self, folder: Path, should_write: bool = True) -> None:
-        """Writes the average, at once; a sharded one needs all processes, of which those with `should_write` write."""
+        """Writes the average atomically. All processes must call it for a sharded model; those with `should_write` write."""
         if self.averaged is None:
             return
         tensors = {}
@@ -92,16 +92,16 @@ class EMACallback(TrainerCallback):
         self._saved_in = folder
 
     def load(self, file: Path, model: nn.Module) -> None:
-        """Reads an average of `model`; a sharded model's is sharded likewise.
+        """Reads the average of `model` from a file and shards it as the model is sharded.
 
         Raises:
-            ValueError: if the file is not of this model.
+            ValueError: if the names or shapes in the file are not those of the model.
         """
         state, whole = model.state_dict(), load_file(file)
         if {name: tensor.shape for name, tensor in whole.items()} != {name: t.shape for name, t in state.items()}:
             raise ValueError(f"{file} holds the averaged weights of another model than this {type(model).__name__}")
         self.averaged = {
-            # each process has read it all: nothing to send
+            # src_data_rank=None: each process has read the whole file, no process has to send it
             name: distribute_tensor(whole[name].to(t.device), t.device_mesh, t.placements, src_data_rank=None)
             if isinstance(t, DTensor)
             else whole[name].to(t.device)
@@ -132,20 +132,20 @@ class EMACallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if folder != self._saved_in:  # by the mix-in, earlier
+        if folder != self._saved_in:  # else `InternImageTrainerMixin.save_model` has written it
             self.save(folder, args.should_save)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        if self.averaged is None:  # no step was left to do
+        if self.averaged is None:  # no step was trained
             return
         if args.load_best_model_at_end and state.best_model_checkpoint:
             file = Path(state.best_model_checkpoint) / EMA_FILE
             if file.is_file():
                 self.load(file, model)
-            else:  # written by a run without averaging
+            else:  # a run without averaging wrote this checkpoint
                 logger.warning(f"no {EMA_FILE} in {file.parent}: the model gets the last average, not the best one's")
         model.load_state_dict(self.averaged)
-        self.averaged = None  # the model has it
+        self.averaged = None  # the model holds the average now; frees the copy
 
 
 def _copy(model: nn.Module) -> dict[str, torch.Tensor]:

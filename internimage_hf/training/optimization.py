@@ -1,8 +1,9 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
-"""Learning rates by layer, slower offsets, and what LoRA adapts: the parameters of a model, by name, in groups.
+"""In: a classifier, or any model with an InternImage backbone. Out: its parameters in groups for an optimiser.
 
-After `set_weight_decay_and_lr` (classification/optimizer.py) and `lr_decay_keywords` (classification/models/intern_image.py)
-of OpenGVLab/InternImage. For the classifier and for every model that holds an InternImage backbone.
+The groups have learning rates by layer and a lower rate for offsets. Corresponds to `set_weight_decay_and_lr`
+(classification/optimizer.py) and `lr_decay_keywords` (classification/models/intern_image.py) of OpenGVLab/InternImage. The
+module also lists the modules for LoRA.
 """
 
 import re
@@ -17,14 +18,13 @@ from ..modeling_internimage import InternImageBackbone, InternImageModel
 _OFFSETS = re.compile(r"layers\.\d+\.dcn\.(offset|mask|center_feature_scale_proj)\.")
 
 # For `peft.LoraConfig(target_modules=...)`: the projections around DCNv3 and the feed-forward networks of all layers, in
-# the classifier and in every model that holds an InternImage backbone. Not the offsets and masks, which the authors train
-# with a tenth of the learning rate: a low-rank change there moves all sampling points of a layer together.
+# the classifier and in every model with an InternImage backbone. The projections to offsets and masks are left out: a
+# low-rank update moves all sampling points of a layer together, and the official fine-tuning gives them a tenth of the rate.
 LORA_TARGET_MODULES = r".*\.stages\.\d+\.layers\.\d+\.(dcn\.(input_proj|output_proj)|mlp\.(fc1|fc2))"
 
-# For `peft.LoraConfig(modules_to_save=...)`, beside the targets: the classifier, and every norm that is a BatchNorm in some
-# configuration. Training moves a BatchNorm's statistics whether its parameters are frozen or not, so an adapter without them
-# gives other logits when it is loaded. PEFT ignores names that a model lacks; where such a norm is a LayerNorm, it is
-# trained and saved like the classifier.
+# For `peft.LoraConfig(modules_to_save=...)`: the classifier, and every norm that is a BatchNorm in some configuration.
+# Training updates the running statistics of frozen BatchNorms too; an adapter without them gives other logits after loading.
+# PEFT ignores names that a model lacks. Where such a norm is a LayerNorm, PEFT trains and saves it like the classifier.
 LORA_MODULES_TO_SAVE = [
     "classifier",
     "pooler.norm",  # a BatchNorm in T to XL; in H and G the last norm of the CLIP head
@@ -41,15 +41,15 @@ LORA_MODULES_TO_SAVE = [
 
 
 def layer_distances(model: nn.Module) -> dict[str, int]:
-    """How many layers of the backbone lie behind each of its parameters, by the parameter's name in `model`.
+    """Counts the layers of the backbone after each of its parameters, by the parameter's name in `model`.
 
-    The last layer of the last stage is 0, the first layer of the first stage `sum(depths) - 1`. The stem counts as the
-    first layer, the norm and the downsampling at a stage's end as the first layer of the next stage, a norm between layers
-    (`post_norms`) as the layer after which it stands (the official code forgets these). What is not named is 0: the last
-    stage's norm, the pooler, and all heads.
+    The last layer of the last stage has 0, the first layer of the first stage `sum(depths) - 1`. The stem counts as the
+    first layer, the norm and the downsampling at a stage's end as the first layer of the next stage, and a norm between
+    layers (`post_norms`, missing in the official code) as the layer before it. The last stage's norm and the pooler have 0.
+    Parameters of heads are not in the result; their distance is 0.
 
     Raises:
-        ValueError: if there is no InternImage in the model.
+        ValueError: if the model contains no InternImage.
     """
     result = {}
     for prefix, module in model.named_modules():
@@ -63,7 +63,7 @@ def layer_distances(model: nn.Module) -> dict[str, int]:
 
 
 def _position(name: str, config: InternImageConfig) -> int:
-    """The number of the layer, counted from the first, that a parameter of the backbone belongs to."""
+    """Returns the index of the layer, counted over all stages, that a parameter of the backbone belongs to."""
     starts = [sum(config.depths[:stage]) for stage in range(len(config.depths))]
     if name.startswith("stem."):
         return 0
@@ -85,19 +85,19 @@ def parameter_groups(
     layer_decay: float = 1.0,
     offset_lr_multiplier: float = 0.1,
 ) -> list[dict]:
-    """Parameter groups for any optimiser of `torch.optim`.
+    """Returns parameter groups for any optimiser of `torch.optim`.
 
     Args:
-        model: a classifier, a backbone, or any model that holds one. Frozen parameters are left out.
+        model: a classifier, a backbone, or any model with an InternImage backbone. Frozen parameters are left out.
         learning_rate: of the head and the last layer.
-        weight_decay: of matrices and convolutions. Norms, biases and layer scales have none.
-        layer_decay: factor of the learning rate from each layer to the one before it (0.9 for the official 22k-to-1k
+        weight_decay: of matrices and convolutions. Norms, biases and layer scales get none.
+        layer_decay: factor of the learning rate from each layer to the previous one (0.9 in the official 22k-to-1k
             fine-tuning of L to G).
         offset_lr_multiplier: factor for the projections to sampling offsets, modulation masks and centre feature scale
             (`DCN_LR_MUL`, 0.1 in the official fine-tuning).
 
     Returns:
-        Dictionaries with `params`, `lr`, `weight_decay` and a `name`, one for each combination that occurs.
+        Dictionaries with `params`, `lr`, `weight_decay` and `name`, one per distinct combination.
 
     Raises:
         ValueError: if a number is out of range, or the model holds no InternImage.

@@ -1,5 +1,5 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
-"""A `Trainer` with parameter groups by layer, averaged weights and streamed data sets, in one process or many."""
+"""In: a model, `TrainingArguments` and datasets. Out: `Trainer` with layer-wise rates, averaged weights and streaming."""
 
 import json
 import os
@@ -25,10 +25,10 @@ logger = logging.get_logger(__name__)
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest complete checkpoint of a `Trainer` in its output folder; None if there is none, or no folder.
+    """Returns the newest complete checkpoint in a `Trainer`'s output folder; None without one, or without the folder.
 
-    `Trainer` writes `trainer_state.json` last: a checkpoint in whose writing the process was killed has none that can be
-    read, and is passed over. `transformers.trainer_utils.get_last_checkpoint` returns it.
+    `Trainer` writes `trainer_state.json` last. A checkpoint without a readable one is incomplete and is skipped with a
+    warning; `transformers.trainer_utils.get_last_checkpoint` would return it.
     """
     found = {}
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -64,21 +64,21 @@ class InternImageTrainingFlags:
 
 
 class InternImageTrainerMixin:
-    """Makes a `Trainer` do what the flags ask for, and what it lacks for sharded models and streamed datasets.
+    """A mix-in for `Trainer`: the options of `InternImageTrainingFlags`, sharded models and streamed datasets.
 
     `class MyTrainer(InternImageTrainerMixin, Trainer): pass`; the arguments may be any `TrainingArguments`, with or without
     `InternImageTrainingFlags`.
 
-    - Parameter groups, and with `ema_decay` averaged weights: evaluation sees them, and after training the model has them.
-    - Under FSDP2 `save_model` and every checkpoint write the whole model, which `from_pretrained` loads, also where the
-      state to resume from is sharded. Evaluation uses the BatchNorm statistics of process 0, as DDP does: those are saved.
-    - An `EndlessStream` as training set is read by each process in part.
-    - `train(resume_from_checkpoint=True)` passes over a checkpoint that was not written to its end.
+    - The optimiser gets parameter groups. With `ema_decay`, evaluation and the trained model use averaged weights.
+    - Under FSDP2, `save_model` and every checkpoint write the whole model for `from_pretrained`, beside a sharded state.
+      Evaluation uses the BatchNorm statistics of process 0, as DDP does; these are the saved ones.
+    - Each process reads its part of an `EndlessStream`.
+    - `train(resume_from_checkpoint=True)` skips incomplete checkpoints.
     - Weights are saved under the model's own parameter names, and losses of set prediction are normalised over all
-      processes, in spite of two faults of transformers (`compatibility.py`).
+      processes: workarounds for two faults of transformers, see `compatibility.py`.
 
     Raises:
-        ValueError: for `sync_batch_norm` without GPUs, or for a model whose BatchNorm layers it cannot replace.
+        ValueError: for `sync_batch_norm` without GPUs, or with BatchNorm layers that have no synchronised version.
     """
 
     def __init__(self, *args, **kwargs):
@@ -92,7 +92,7 @@ class InternImageTrainerMixin:
                 raise ValueError("`sync_batch_norm` needs GPUs, PyTorch has no synchronised BatchNorm for CPUs")
             if any(isinstance(module, InternImageTokenBatchNorm) for module in self.model.modules()):
                 raise ValueError("`sync_batch_norm` is not possible with `use_clip_projector` and `norm_layer='BN'`")
-            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # in place: the model itself is no BatchNorm
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # in place, as the model itself is no BatchNorm
         if self.is_fsdp_enabled and isinstance(self.model, PreTrainedModel):
             answer_for_input_embeddings(self.model)
 
@@ -128,7 +128,7 @@ class InternImageTrainerMixin:
             prefetch_factor=args.dataloader_prefetch_factor,
             worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
         )
-        # "one process": the stream is this process's part already
+        # num_processes=1: the stream is already split
         return prepare_data_loader(
             loader,
             device=self.accelerator.device,
@@ -139,7 +139,7 @@ class InternImageTrainerMixin:
         )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        if resume_from_checkpoint is True:  # no checkpoint at all: `Trainer` says so
+        if resume_from_checkpoint is True:  # True: `Trainer` raises its own error for a missing checkpoint
             resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
         if self.ema is not None and isinstance(resume_from_checkpoint, (str, os.PathLike)):
             self.ema.resume_from = Path(resume_from_checkpoint)
@@ -161,11 +161,11 @@ class InternImageTrainerMixin:
         output_dir = self.args.output_dir if output_dir is None else output_dir
         super().save_model(output_dir, _internal_call)
         if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
-            state_dict = self.accelerator.get_state_dict(self.model)  # from all processes
+            state_dict = self.accelerator.get_state_dict(self.model)  # a collective call: all processes take part
             if self.args.should_save:
                 self._save(output_dir, state_dict=state_dict)
         if self.ema is not None and self.is_in_train:
-            # before `trainer_state.json`, which says that the checkpoint is complete
+            # before `Trainer` writes `trainer_state.json`, the mark of a complete checkpoint
             self.ema.save(Path(output_dir), self.args.should_save)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

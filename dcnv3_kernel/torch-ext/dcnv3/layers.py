@@ -1,9 +1,9 @@
-"""In: the operator. Out: a stateless layer that replaces a model's layer of this name through `kernels.kernelize`."""
+"""In: the operator. Out: stateless layers that replace a model's layers of these names through `kernels.kernelize`."""
 
 import torch
 from torch import nn
 
-from . import dcnv3_softmax
+from . import dcnv3, dcnv3_softmax
 
 
 class DCNv3(nn.Module):
@@ -26,4 +26,16 @@ class DCNv3(nn.Module):
         )
 
 
-__all__ = ["DCNv3"]
+class DCNv4(nn.Module):
+    """Deformable sampling with the modulation mask as it is, which DCNv4 uses; see `dcnv3`."""
+
+    has_backward: bool = True
+    can_torch_compile: bool = True
+
+    def forward(
+        self, input: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, groups: int, offset_scale: float = 1.0
+    ) -> torch.Tensor:
+        return dcnv3(input, offset, mask, groups=groups, offset_scale=offset_scale)
+
+
+__all__ = ["DCNv3", "DCNv4"]

@@ -1,4 +1,4 @@
-"""The model under test, in three variants; each runs every common test."""
+"""The model under test, in four variants; each runs every common test."""
 
 import unittest
 
@@ -64,6 +64,16 @@ RES_POST_NORM = {
     "use_clip_projector": True,
 }
 
+# Like FlashInternImage-S to L: DCNv4 with a depth-wise convolution, post-norm, layer scale.
+DCNV4 = {
+    **TINY,
+    "dcn_version": 4,
+    "layer_scale_init_value": 0.1,
+    "post_norm": True,
+    "offset_scale": 0.5,
+    "dw_kernel_size": 3,
+}
+
 
 # transformers wants test models under 1 million parameters; the authors' projector alone, of fixed width 1024, has 4.
 CLIP_PROJECTOR_PARAMETERS = 8_000_000
@@ -111,3 +121,12 @@ class InternImageResPostNormModelTest(Model, InternImageModelTests, unittest.Tes
 
 class InternImageResPostNormBackboneTest(Model, HierarchicalVisionBackboneTests, unittest.TestCase):
     config_kwargs = RES_POST_NORM
+
+
+class InternImageDCNv4ModelTest(Model, InternImageModelTests, unittest.TestCase):
+    variant = "dcnv4"
+    config_kwargs = DCNV4
+
+
+class InternImageDCNv4BackboneTest(Model, HierarchicalVisionBackboneTests, unittest.TestCase):
+    config_kwargs = DCNV4
