@@ -11,7 +11,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_convert import convert, hub_here, only_error  # noqa: F401 (a fixture)
-from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
+from transformers import AutoModelForObjectDetection, pipeline
+
+# from where it is defined: transformers 5.17 offers a placeholder at the top where torchvision is absent
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from utils import FIXTURES, bare_environment, run_python
 
 from convert import all as convert_all

@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
-from transformers import AutoImageProcessor
+
+# from where it is defined: transformers 5.17 offers a placeholder at the top where torchvision is absent
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from utils import FIXTURES
 
 from internimage_hf import InternImageDetectionImageProcessor
