@@ -15,12 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForInstanceSegmentation,
     AutoModelForObjectDetection,
     ConvNextV2Config,
     pipeline,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 from utils import FIXTURES, bare_environment, run_python
 
