@@ -367,27 +367,31 @@ _ALL = [
     *(
         Released(
             name,
-            "backbone",
+            "detection",
             f"flash_{variant}",
-            "none",
+            "coco",
             800,
             training_data=("coco",),
             drop_path_rate=drop_path_rate,
+            width=1333,
+            precisions=tuple(
+                (kind, "COCO val2017", value) for kind, value in zip(("box AP", "mask AP"), values, strict=False)
+            ),
             repository=DCNV4_REPOSITORY,
         )
-        for name, variant, drop_path_rate in (
-            ("mask_rcnn_flash_internimage_t_fpn_1x_coco", "t", 0.2),
-            ("mask_rcnn_flash_internimage_t_fpn_3x_coco", "t", 0.2),
-            ("mask_rcnn_flash_internimage_s_fpn_1x_coco", "s", 0.3),
-            ("mask_rcnn_flash_internimage_s_fpn_3x_coco", "s", 0.4),
-            ("mask_rcnn_flash_internimage_b_fpn_1x_coco", "b", 0.3),
-            ("mask_rcnn_flash_internimage_b_fpn_3x_coco", "b", 0.4),
-            ("cascade_flash_internimage_l_fpn_1x_coco", "l", 0.4),
-            ("cascade_flash_internimage_l_fpn_3x_coco", "l", 0.4),
-            ("dino_4scale_flash_internimage_t_1x_coco", "t", 0.2),
-            ("dino_4scale_flash_internimage_s_1x_coco", "s", 0.3),
-            ("dino_4scale_flash_internimage_b_1x_coco", "b", 0.3),
-            ("dino_4scale_flash_internimage_l_1x_coco", "l", 0.4),
+        for name, variant, drop_path_rate, *values in (
+            ("mask_rcnn_flash_internimage_t_fpn_1x_coco", "t", 0.2, 48.0, 43.1),
+            ("mask_rcnn_flash_internimage_t_fpn_3x_coco", "t", 0.2, 49.5, 44.0),
+            ("mask_rcnn_flash_internimage_s_fpn_1x_coco", "s", 0.3, 49.2, 44.0),
+            ("mask_rcnn_flash_internimage_s_fpn_3x_coco", "s", 0.4, 50.5, 44.9),
+            ("mask_rcnn_flash_internimage_b_fpn_1x_coco", "b", 0.3, 50.1, 44.5),
+            ("mask_rcnn_flash_internimage_b_fpn_3x_coco", "b", 0.4, 50.6, 45.4),
+            ("cascade_flash_internimage_l_fpn_1x_coco", "l", 0.4, 55.6, 48.2),
+            ("cascade_flash_internimage_l_fpn_3x_coco", "l", 0.4, 56.7, 48.9),
+            ("dino_4scale_flash_internimage_t_1x_coco", "t", 0.2, 54.7),
+            ("dino_4scale_flash_internimage_s_1x_coco", "s", 0.3, 55.3),
+            ("dino_4scale_flash_internimage_b_1x_coco", "b", 0.3, 56.0),
+            ("dino_4scale_flash_internimage_l_1x_coco", "l", 0.4, 58.8),
         )
     ),
 ]
