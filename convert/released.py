@@ -375,7 +375,7 @@ _ALL = [
             drop_path_rate=drop_path_rate,
             width=1333,
             precisions=tuple(
-                (f"{kind} AP", "COCO val2017", value) for kind, value in zip(("box", "mask"), values, strict=False)
+                (kind, "COCO val2017", value) for kind, value in zip(("box AP", "mask AP"), values, strict=False)
             ),
             repository=DCNV4_REPOSITORY,
         )
