@@ -21,6 +21,7 @@ from internimage_hf import (
 )
 from internimage_hf.checkpoint import join_offset_mask, split_offset_mask, translate_config, translate_state_dict
 from internimage_hf.kernel_loader import get_dcnv3_kernel
+from internimage_hf.training import parameter_groups
 
 
 OPS = {case["name"]: case for case in json.loads((FIXTURES / "dcnv4_ops.json").read_text())["cases"]}
@@ -196,6 +197,16 @@ def test_use_kernels_replaces_the_operator(tmp_path):
         torch.testing.assert_close(model(pixel_values).logits, plain(pixel_values).logits)
     """
     assert run_python(program, tmp_path) == "True\n"
+
+
+def test_offsets_and_masks_are_the_slow_group():
+    model = InternImageForImageClassification(InternImageConfig(**TINY, **TINY_VARIANTS["dcnv4_post_norm"]))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, 1.0, offset_lr_multiplier=0.1)
+    slow = {
+        names[id(parameter)] for group in groups if group["lr"] == pytest.approx(0.1) for parameter in group["params"]
+    }
+    assert slow == {name for name in names.values() if ".dcn.offset." in name or ".dcn.mask." in name}
 
 
 # ------------------------------------------------------------------------------------------------------- the configuration
