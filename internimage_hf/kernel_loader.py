@@ -97,9 +97,9 @@ def offer_kernel_layer(layer_name: str, device_type: str) -> None:
         except Exception as error:
             log = logger.info if kernel is not None else logger.warning
             log(f"{HUB_REPOSITORY} could not be loaded from the Hub. {type(error).__name__}: {_first_line(error)}")
-    if kernel is not None:
-        layer = _LoadedLayer(getattr(kernel.layers, layer_name))
-        library.register_kernel_mapping({layer_name: {device_type: layer}})
+    layer = getattr(getattr(kernel, "layers", None), layer_name, None)  # older builds have no layer for DCNv4
+    if layer is not None:
+        library.register_kernel_mapping({layer_name: {device_type: _LoadedLayer(layer)}})
 
 
 class _LoadedLayer:

@@ -146,7 +146,7 @@ def test_imagenet_labels_follow_class_numbers():
         ({"post_norm": "yes"}, "post_norm"),
         ({"out_features": ["stage5"]}, "stage5"),
         ({"act_layer": "Swish"}, "act_layer"),
-        ({"core_op": "DCNv4"}, "core_op"),
+        ({"core_op": "DCNv5"}, "core_op"),
         ({"num_classes": 3, "num_labels": 4}, "num_labels"),
     ],
 )

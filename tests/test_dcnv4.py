@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from utils import FIXTURES, load_case
+from transformers.integrations import hub_kernels
+from utils import FIXTURES, TINY, TINY_VARIANTS, load_case, run_python
 
 from internimage_hf import (
     DCNv3,
@@ -20,6 +21,7 @@ from internimage_hf import (
 )
 from internimage_hf.checkpoint import join_offset_mask, split_offset_mask, translate_config, translate_state_dict
 from internimage_hf.kernel_loader import get_dcnv3_kernel
+from internimage_hf.training import parameter_groups
 
 
 OPS = {case["name"]: case for case in json.loads((FIXTURES / "dcnv4_ops.json").read_text())["cases"]}
@@ -172,6 +174,39 @@ def test_offset_mask_is_split_by_group_and_joined_again():
     for rows in (0, 26, 27, 54, 57, 64):
         with pytest.raises(ValueError, match=rf"levels.0 must have 27 rows .*\({rows},\)"):
             split_offset_mask("levels.0", torch.zeros(rows))
+
+
+def test_use_kernels_replaces_the_operator(tmp_path):
+    """In a process of its own: the registration with the `kernels` library is global."""
+    pytest.importorskip("kernels")
+    kernel, reason = get_dcnv3_kernel("cpu")
+    if kernel is None or not hub_kernels.is_kernels_available():
+        pytest.skip(f"no kernel, or transformers does not take the installed kernels: {reason}")
+    InternImageForImageClassification(InternImageConfig(**TINY, **TINY_VARIANTS["dcnv4"])).save_pretrained(tmp_path)
+    program = """
+        import sys
+        import torch
+        from internimage_hf import InternImageForImageClassification
+
+        plain, model = (
+            InternImageForImageClassification.from_pretrained(sys.argv[1], use_kernels=use).eval() for use in (False, True)
+        )
+        forward = model.internimage.encoder.stages[0].layers[0].dcn.sampling.forward.__func__
+        print("dcnv3_kernel" in forward.__globals__["__file__"])
+        pixel_values = torch.randn(1, 3, 64, 64)
+        torch.testing.assert_close(model(pixel_values).logits, plain(pixel_values).logits)
+    """
+    assert run_python(program, tmp_path) == "True\n"
+
+
+def test_offsets_and_masks_are_the_slow_group():
+    model = InternImageForImageClassification(InternImageConfig(**TINY, **TINY_VARIANTS["dcnv4_post_norm"]))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, 1.0, offset_lr_multiplier=0.1)
+    slow = {
+        names[id(parameter)] for group in groups if group["lr"] == pytest.approx(0.1) for parameter in group["params"]
+    }
+    assert slow == {name for name in names.values() if ".dcn.offset." in name or ".dcn.mask." in name}
 
 
 # ------------------------------------------------------------------------------------------------------- the configuration
