@@ -272,6 +272,8 @@ def test_every_released_name_of_flash_internimage_maps_without_remainder(name):
     }
     assert {key: t.shape for key, t in official_state_dict(model).items()} == {k: t.shape for k, t in official.items()}
     assert plan.config.fpn_layer_norm and plan.config.backbone_config.dcn_version == 4
+    assert plan.config.backbone_config.drop_path_rate == released.drop_path_rate
+    assert plan.config.id2label[0] == "person" and plan.processor.size == {"shortest_edge": 800, "longest_edge": 1333}
 
 
 def test_feature_pyramid_with_layer_norms():
