@@ -683,7 +683,6 @@ DETECT = """
     if not without:
         import internimage_hf
         from convert import detection
-from convert.all import PLANS
         arguments = [sys.argv[1] + "/checkpoint.pth", "--config", sys.argv[1] + "/config.json", "--output", sys.argv[3]]
         assert detection.main([*arguments, "--remote-code", "--push-to-hub", "somebody/mask-rcnn"]) == 0
     from transformers import AutoModelForInstanceSegmentation, AutoModelForObjectDetection
