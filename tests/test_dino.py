@@ -219,10 +219,12 @@ def test_every_parameter_has_a_gradient(counts):
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
-def test_without_denoising_every_parameter_has_a_gradient_too():
-    model = small_model(num_denoising=0).train()
+@pytest.mark.parametrize("fields", [{"num_denoising": 0}, {"auxiliary_loss": False}])
+def test_every_parameter_has_a_gradient_where_a_loss_is_switched_off(fields):
+    model = small_model(**fields).train()
     outputs = model(torch.randn(1, 3, 64, 64), labels=small_labels(2))
-    assert not any("_dn" in name for name in outputs.loss_dict)
+    assert any("_dn" in name for name in outputs.loss_dict) == ("num_denoising" not in fields)
+    assert ("loss_ce_0" in outputs.loss_dict) == ("auxiliary_loss" not in fields)
     outputs.loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
