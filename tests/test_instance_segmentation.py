@@ -502,44 +502,8 @@ def test_metrics_of_the_truth_are_perfect_and_crowds_do_not_count(program):
 # ----------------------------------------------------------------------------------------------------------------- training
 
 
-@pytest.fixture(scope="module")
-def digits_coco(scenes, tmp_path_factory) -> Path:
-    """A folder in COCO's format with polygons and run lengths, an image without objects, and crowds."""
-    root = tmp_path_factory.mktemp("instances")
-    (root / "annotations").mkdir()
-    for split, name in (("train", "train2017"), ("validation", "val2017")):
-        (root / name).mkdir()
-        images, annotations = [], []
-        for i, scene in enumerate(scenes[split]):
-            scene["image"].save(root / name / f"{i}.png")
-            images.append({"id": i, "file_name": f"{i}.png", "width": 64, "height": 64})
-            for j, ((x, y, w, h), category) in enumerate(
-                zip(scene["objects"]["bbox"], scene["objects"]["category"], strict=True)
-            ):
-                mask = np.zeros((64, 64), dtype=np.uint8)
-                window = slice(int(y), int(y + h)), slice(int(x), int(x + w))
-                mask[window] = np.asarray(scene["annotation"])[window] == 1 + category
-                kinds = ([[x, y, x + w, y, x + w, y + h, x, y + h]], text_of(mask), numbers_of(mask))
-                if i != 1:
-                    annotations.append(
-                        {
-                            "id": len(annotations),
-                            "image_id": i,
-                            "category_id": 3 + category,
-                            "bbox": [x, y, w, h],
-                            "segmentation": kinds[j % 3],
-                            "area": w * h,
-                            "iscrowd": int(i == 2),
-                        }
-                    )
-        categories = [{"id": 3 + i, "name": f"the {i}"} for i in range(10)]
-        content = {"images": images, "annotations": annotations, "categories": categories}
-        (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
-    return root
-
-
-def test_program_trains_resumes_and_starts_from_trained_model(program, digits_coco, tmp_path, capsys):
-    flags = ["--dataset", digits_coco, *SMALL, "--image_size", 64, "--output_dir", tmp_path, *FEW_STEPS]
+def test_program_trains_resumes_and_starts_from_trained_model(program, coco_folder, tmp_path, capsys):
+    flags = ["--dataset", coco_folder, *SMALL, "--image_size", 64, "--output_dir", tmp_path, *FEW_STEPS]
     metrics = run_main(program, *flags)
     output = capsys.readouterr().out
     assert "9 images, 1 of them without objects; objects per class: the 0" in output.partition("train_loss")[0]
@@ -573,7 +537,7 @@ def test_program_trains_resumes_and_starts_from_trained_model(program, digits_co
         tmp_path,
     ]
     more += ["--eval_strategy", "no", "--save_strategy", "no"]
-    again = run_main(program, "--dataset", digits_coco, *more, "--remote_code")
+    again = run_main(program, "--dataset", coco_folder, *more, "--remote_code")
     assert set(again) == set(metrics) and (tmp_path / "again" / "modeling_internimage_head.py").is_file()
     same = load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.allclose(tensor, trained[name], atol=1e-6) for name, tensor in same.items())
@@ -603,9 +567,9 @@ def test_program_trains_resumes_and_starts_from_trained_model(program, digits_co
         (["--model", FIXTURES / "hf_t_like"], "hf_t_like is a internimage, not one of mask2former"),
     ],
 )
-def test_bad_flags_are_one_line(program, digits_coco, tmp_path, flags, message):
+def test_bad_flags_are_one_line(program, coco_folder, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
-        run_main(program, "--dataset", digits_coco, "--output_dir", tmp_path, *FEW_STEPS, *flags)
+        run_main(program, "--dataset", coco_folder, "--output_dir", tmp_path, *FEW_STEPS, *flags)
 
 
 def test_embedded_masks_are_the_digits(program):
