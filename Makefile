@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST_WORKERS ?= 2
 
-.PHONY: install kernel emulation wheel demo test test-all style quality clean
+.PHONY: install kernel emulation wheel demo docs test test-all style quality clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,10 @@ wheel: kernel
 demo: install
 	-$(BIN)/python dcnv3_kernel/build.py
 	$(BIN)/python examples/image_classification.py
+
+# The documentation as a site in site/, built without a network.
+docs: install
+	$(BIN)/python -m mkdocs build --strict
 
 test: quality kernel emulation
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not slow"
