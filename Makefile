@@ -36,7 +36,7 @@ demo: install
 
 # The documentation as a site in site/, built without a network.
 docs: install
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: quality kernel emulation
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not slow"
