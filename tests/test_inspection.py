@@ -13,8 +13,9 @@ from transformers import (
     UperNetConfig,
     UperNetForSemanticSegmentation,
 )
-from utils import SMALL_HEADS, TINY, TINY_VARIANTS
+from utils import SMALL_DETECTOR, SMALL_HEADS, TINY, TINY_VARIANTS
 
+import internimage_hf
 from internimage_hf import (
     InternImageBackbone,
     InternImageConfig,
@@ -24,6 +25,7 @@ from internimage_hf import (
     effective_receptive_field,
     sampling_points,
 )
+from internimage_hf.inspection import LayerSampling
 
 
 HEIGHT, WIDTH = 52, 76  # neither is a multiple of 32
@@ -61,6 +63,35 @@ def compiled() -> nn.Module:
     return torch.compile(classifier(), backend="eager")
 
 
+def of_package(*names: str) -> list:
+    """Classes of the package, for its models that come after the first."""
+    if missing := [name for name in names if not hasattr(internimage_hf, name)]:
+        pytest.skip(f"the package has no {', '.join(missing)}")
+    return [getattr(internimage_hf, name) for name in names]
+
+
+def dcnv4(**fields) -> InternImageForImageClassification:
+    if "dcn_version" not in InternImageConfig.__dataclass_fields__:
+        pytest.skip("the package has no DCNv4")
+    return classifier(dcn_version=4, offset_scale=0.5, dw_kernel_size=3, **fields)
+
+
+def dino() -> nn.Module:
+    config, model = of_package("InternImageDinoConfig", "InternImageDinoForObjectDetection")
+    fields = {**SMALL_DETECTOR, "d_model": 32, "encoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    return model(config(backbone_config=backbone_config(), num_queries=10, neck_groups=8, num_labels=3, **fields))
+
+
+def rcnn() -> nn.Module:
+    config, model = of_package("InternImageRcnnConfig", "InternImageRcnnForInstanceSegmentation")
+    return model(config(backbone_config=backbone_config(), fpn_channels=16, num_labels=3))
+
+
+def composite() -> nn.Module:
+    config, model = of_package("InternImageCompositeConfig", "InternImageCompositeBackbone")
+    return model(config(**TINY, out_features=["stage1", "stage4"]))
+
+
 MODELS = {
     **{name: lambda fields=fields: classifier(**fields) for name, fields in TINY_VARIANTS.items()},
     "backbone": lambda: InternImageBackbone(backbone_config(remove_center=True, offset_scale=1.5)),
@@ -69,6 +100,9 @@ MODELS = {
     "mask2former": mask2former,
     "use_kernels": with_kernels,
     "compiled": compiled,
+    "dcnv4": dcnv4,
+    "dino": dino,
+    "rcnn": rcnn,
 }
 
 
@@ -96,9 +130,9 @@ def bilinear(value: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return total
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_positions_and_weights_reproduce_operator(name):
-    model = move_points(MODELS[name]())
+def check_against_operator(model: nn.Module) -> list[LayerSampling]:
+    """Compares sampling by `bilinear` at the positions with what each layer of the model computes."""
+    move_points(model)
     images = torch.randn(2, 3, HEIGHT, WIDTH)
     calls = {}
 
@@ -110,15 +144,32 @@ def test_positions_and_weights_reproduce_operator(name):
             module.register_forward_hook(lambda _, args, output, path=path: record(path, args, output))
     found = sampling_points(model, images)
 
-    assert [(layer.stage, layer.layer) for layer in found] == [(1, 0), (2, 0), (3, 0), (3, 1), (3, 2), (4, 0)]
+    assert {f"{layer.name}.sampling" for layer in found} == calls.keys()
     for layer in found:
         value, output = calls[f"{layer.name}.sampling"]
-        groups = layer.positions.shape[3]
-        samples = bilinear(value.unflatten(-1, (groups, -1)), layer.positions / layer.stride)
-        torch.testing.assert_close(
-            (samples * layer.weights.unsqueeze(-1)).sum(-2).flatten(-2), output, atol=1e-5, rtol=1e-5
-        )
+        samples = bilinear(value.unflatten(-1, (layer.positions.shape[3], -1)), layer.positions / layer.stride)
+        samples = (samples * layer.weights.unsqueeze(-1)).sum(-2).flatten(-2)
+        torch.testing.assert_close(samples, output, atol=1e-5, rtol=1e-5)
         assert layer.stride * output.shape[1] >= HEIGHT > layer.stride * (output.shape[1] - 1)
+    return found
+
+
+LAYERS = [(1, 0), (2, 0), (3, 0), (3, 1), (3, 2), (4, 0)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_positions_and_weights_reproduce_operator(name):
+    found = check_against_operator(MODELS[name]())
+    assert [(layer.stage, layer.layer) for layer in found] == LAYERS
+
+
+def test_composite_backbone_has_points_of_both_encoders_and_fields_of_last():
+    model = composite()
+    found = check_against_operator(model)
+    assert [(layer.stage, layer.layer) for layer in found] == LAYERS * 2
+    assert [layer.name.partition(".")[0] for layer in found] == ["assistant"] * 6 + ["lead"] * 6
+    fields = effective_receptive_field(model, torch.randn(1, 3, 64, 64))
+    assert [field.name for field in fields] == [f"lead.stages.{stage}" for stage in range(4)]
 
 
 def test_untrained_points_lie_on_grid():
@@ -271,7 +322,6 @@ PLAIN_H = {
         ("t", {}, 224, 5),
         ("s", {}, 224, 8),
         ("b", {}, 224, 16),
-        ("b", {}, 800, 206),
         ("l", {}, 384, 108),
         ("xl", {}, 384, 163),
         ("h", PLAIN_H, 640, 1478),
@@ -303,7 +353,7 @@ def test_flops_equal_sum_over_layers():
     assert count_flops(model, [32, 64], device="cpu") == expected
 
 
-@pytest.mark.parametrize("make", [upernet, mask2former, with_kernels, compiled])
+@pytest.mark.parametrize("make", [upernet, mask2former, with_kernels, compiled, dcnv4, dino])
 def test_flops_of_heads_include_backbone(make):
     model = make()
     backbone = next(m for m in model.modules() if isinstance(m, (InternImageBackbone, InternImageModel)))
