@@ -12,7 +12,6 @@ The variants need no switch in the package. `config.groups` sets the groups, and
 parameterless layer `sampling`, which any module of the same signature may replace.
 """
 
-import io
 import json
 import math
 import multiprocessing
@@ -30,6 +29,7 @@ import numpy as np
 import torch
 from data import InputError, run_program
 from digit_classifier import normalised, predict, small_config, train
+from drawing import figure
 from embedded_data import load_single_digits
 from flags import parse_flags
 from torch import nn
@@ -39,7 +39,7 @@ from tqdm import tqdm
 from internimage_hf import InternImageConfig, InternImageForImageClassification, count_flops
 from internimage_hf.dcnv3 import dcnv3, dcnv3_softmax
 from internimage_hf.dcnv3_chunked import dcnv3_cpu
-from internimage_hf.dcnv3_reference import Geometry, softmax_over_points
+from internimage_hf.dcnv3_reference import Geometry
 from internimage_hf.modeling_internimage import InternImageDeformableSampling
 from internimage_hf.remote_code import replace_file
 
@@ -104,7 +104,7 @@ class PerPointSampling(nn.Module):
         offset = offset.unflatten(-1, (groups, points, 2)) + torch.tensor(
             grid, dtype=offset.dtype, device=offset.device
         )
-        mask = softmax_over_points(mask.unflatten(-1, (groups, points)))
+        mask = mask.unflatten(-1, (groups, points)).softmax(-1)
         value = input.unflatten(-1, (groups, 1, -1)).expand(-1, -1, -1, -1, points, -1)
         return operator(
             value.flatten(-3), offset.flatten(-3), mask.flatten(-2), groups * points, offset_scale, kernel_size=1
@@ -440,47 +440,36 @@ def markdown(rows: list[Row], arguments: AblationArguments) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(rows: list[Row], arguments: AblationArguments) -> bytes:
-    """A PNG: accuracy, bytes and gradient norms of the variants."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(11, 0.9 + 0.5 * len(rows)), sharey=True, layout="constrained", width_ratios=(5, 3, 4)
-    )
-    names = [VARIANTS[row.variant].title for row in rows]
-    colors = [plt.get_cmap("tab10")(list(VARIANTS).index(row.variant)) for row in rows]
-    for y, (row, color) in enumerate(zip(rows, colors, strict=True)):
-        mean, deviation = _mean_and_deviation(row.accuracies)
-        if not math.isnan(deviation):
-            left.plot([mean - deviation, mean + deviation], [y, y], color=color, linewidth=8, alpha=0.3)
-        left.plot([mean, mean], [y - 0.25, y + 0.25], color=color, linewidth=3)
-        left.scatter(row.accuracies, [y] * len(row.accuracies), color=color, edgecolor="black", s=30, zorder=3)
-        size = row.bytes_per_image / 2**20
-        middle.barh(y, size, color=color)
-        middle.text(size, y, f" {size:.2f}", va="center")
-        finite = [spike for spike in row.stress_spikes if math.isfinite(spike)]
-        right.scatter(finite, [y] * len(finite), color=color, edgecolor="black", s=40, zorder=3)
-        if len(finite) < len(row.stress_spikes):
-            right.text(0.98, y, "diverged", transform=right.get_yaxis_transform(), va="center", ha="right")
-    left.axvline(statistics.mean(rows[0].accuracies), color="grey", linestyle=":", zorder=0)
-    left.set_yticks(range(len(rows)), names, fontsize=11)
-    left.set_title(f"accuracy, %: {'one seed' if arguments.seeds == 1 else f'{arguments.seeds} seeds, mean ± sd'}")
-    middle.set_title("MiB kept per image")
-    middle.set_xlim(right=1.25 * max(row.bytes_per_image for row in rows) / 2**20)
-    right.set_xscale("log")
-    right.set_xlim(left=1)
-    right.set_title(f"largest / median gradient norm\nat a learning rate of {5 * arguments.learning_rate:g}")
-    for axis in (left, middle, right):
-        axis.grid(axis="x", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    left.invert_yaxis()
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100)
-    plt.close(figure)
-    return file.getvalue()
+def draw(rows: list[Row], arguments: AblationArguments, file: Path) -> None:
+    """Writes a PNG: accuracy, bytes and gradient norms of the variants."""
+    size = {"figsize": (11, 0.9 + 0.5 * len(rows)), "sharey": True, "width_ratios": (5, 3, 4)}
+    with figure(file, 1, 3, **size) as (_, (left, middle, right)):
+        for y, row in enumerate(rows):
+            color = f"C{list(VARIANTS).index(row.variant)}"
+            mean, deviation = _mean_and_deviation(row.accuracies)
+            if not math.isnan(deviation):
+                left.plot([mean - deviation, mean + deviation], [y, y], color=color, linewidth=8, alpha=0.3)
+            left.plot([mean, mean], [y - 0.25, y + 0.25], color=color, linewidth=3)
+            left.scatter(row.accuracies, [y] * len(row.accuracies), color=color, edgecolor="black", s=30, zorder=3)
+            kept = row.bytes_per_image / 2**20
+            middle.barh(y, kept, color=color)
+            middle.text(kept, y, f" {kept:.2f}", va="center")
+            finite = [spike for spike in row.stress_spikes if math.isfinite(spike)]
+            right.scatter(finite, [y] * len(finite), color=color, edgecolor="black", s=40, zorder=3)
+            if len(finite) < len(row.stress_spikes):
+                right.text(0.98, y, "diverged", transform=right.get_yaxis_transform(), va="center", ha="right")
+        left.axvline(statistics.mean(rows[0].accuracies), color="grey", linestyle=":", zorder=0)
+        left.set_yticks(range(len(rows)), [VARIANTS[row.variant].title for row in rows], fontsize=11)
+        left.set_title(f"accuracy, %: {'one seed' if arguments.seeds == 1 else f'{arguments.seeds} seeds, mean ± sd'}")
+        middle.set_title("MiB kept per image")
+        middle.set_xlim(right=1.25 * max(row.bytes_per_image for row in rows) / 2**20)
+        right.set_xscale("log")
+        right.set_xlim(left=1)
+        right.set_title(f"largest / median gradient norm\nat a learning rate of {5 * arguments.learning_rate:g}")
+        for axis in (left, middle, right):
+            axis.grid(axis="x", alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        left.invert_yaxis()
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
@@ -504,7 +493,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     }
     replace_file(folder / "ablations.md", table.encode())
     replace_file(folder / "ablations.json", (json.dumps(result, indent=2) + "\n").encode())
-    replace_file(folder / "ablations.png", draw(rows, arguments))
+    draw(rows, arguments, folder / "ablations.png")
     print(
         f"\n{table}\n{result['seconds']:.0f} s, {result['cpu_seconds']:.0f} s of CPU time in {arguments.processes} "
         f"processes; {folder}/ablations.md, .json, .png"
