@@ -493,8 +493,8 @@ def _annotations(
         del keys["segmentation"]
     elif "segmentation" not in fields:
         raise InputError(
-            f"--objects_column {column} of the split {name} has no `segmentation`, only {', '.join(fields)}, and there is no "
-            f"column {arguments.mask_column} of instance masks (--mask_column)"
+            f"--objects_column {column} of the split {name} has no `segmentation`, only {', '.join(fields)}; polygons or run "
+            "lengths were expected, or no such column beside one of instance masks (--mask_column)"
         )
     rows = []
     for index, value in enumerate(split.select_columns([column])[column]):
