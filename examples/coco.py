@@ -1,12 +1,16 @@
-"""In: a folder in COCO's format (a JSON file per split, with images, categories and annotations). Out: checked splits."""
+"""In: a folder in COCO's format (a JSON file per split, with images, categories and annotations). Out: checked splits.
+
+Also COCO's formats of masks: polygons and run lengths are checked, and drawn as binary masks; masks become run lengths.
+"""
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from data import EVAL_NAMES, METADATA, InputError, LeftOut, find_images
 
 
@@ -20,7 +24,7 @@ class Annotation:
     Attributes:
         name: its name in messages, such as "annotation 12".
         category: the number of its class; None if it has none.
-        bbox, area, iscrowd: the file's values.
+        bbox, area, iscrowd, segmentation: the file's values.
     """
 
     name: str
@@ -28,6 +32,7 @@ class Annotation:
     bbox: object
     area: object = None
     iscrowd: object = None
+    segmentation: object = None
 
 
 @dataclass
@@ -336,7 +341,7 @@ def _annotate(
         respelled["image"] += _is_text(entry, "image_id") != as_text["images"][image]
         respelled["category"] += _is_text(entry, "category_id") != as_text["categories"][category]
         if entry.get("id") is not None:
-            what = (image, category, repr(entry.get("bbox")))
+            what = (image, category, entry.get("bbox"), entry.get("segmentation"))
             if name not in seen:
                 seen[name] = what
             elif seen[name] == what:
@@ -345,7 +350,9 @@ def _annotate(
             else:
                 repeated.append(name)
         images[image].annotations.append(
-            Annotation(name, numbers[category], entry.get("bbox"), entry.get("area"), entry.get("iscrowd"))
+            Annotation(
+                name, numbers[category], *(entry.get(key) for key in ("bbox", "area", "iscrowd", "segmentation"))
+            )
         )
     if unknown:
         raise InputError(
@@ -379,3 +386,140 @@ def _annotate(
 
 def _more(found: list, what: str) -> str:
     return f"; there are {len(found)} {what}" if len(found) > 1 else ""
+
+
+# --------------------------------------------------------------------------------------------------------------------- masks
+
+# A mask is kept as COCO's run lengths: {"size": [height, width], "counts": text}.
+LARGEST_COORDINATE = 1e5  # pycocotools allocates memory by the length of a polygon's sides
+
+
+def read_segmentation(value: object) -> list[list[float]] | dict | None:
+    """Checks the `segmentation` of an annotation.
+
+    Args:
+        value: polygons, each [x, y, x, y, ...] in pixels; or run lengths with `size` [height, width] and `counts`, numbers or
+            their text. Polygons of fewer than three points cover nothing and are skipped.
+
+    Returns:
+        The polygons, or the run lengths as text; None if there is nothing, or only polygons of fewer than three points.
+
+    Raises:
+        ValueError: if it is something else; the message says what was expected.
+    """
+    if value is None or (isinstance(value, (list, tuple, dict, str)) and not value):
+        return None
+    if isinstance(value, dict):
+        # a column of run lengths has nulls inside where a row has none
+        return None if all(part is None for part in value.values()) else _read_run_lengths(value)
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("polygons, or run lengths with `size` and `counts`, were expected")
+    if isinstance(value[0], (int, float)):  # some files have one polygon without a list
+        value = [value]
+    polygons = []
+    for polygon in value:
+        if not isinstance(polygon, (list, tuple)) or len(polygon) % 2 or not all(map(_is_coordinate, polygon)):
+            raise ValueError(
+                f"polygons of pairs of numbers between -{LARGEST_COORDINATE:g} and {LARGEST_COORDINATE:g}, such as "
+                "[[x, y, x, y, x, y]], were expected"
+            )
+        if len(polygon) >= 6:
+            polygons.append([float(number) for number in polygon])
+    return polygons or None
+
+
+def _is_coordinate(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_COORDINATE
+
+
+def _read_run_lengths(value: dict) -> dict:
+    from pycocotools import mask as coco_mask
+
+    size, counts = value.get("size"), value.get("counts")
+    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ValueError("run lengths with `size` [height, width] were expected")
+    if isinstance(counts, (str, bytes)):
+        text = counts if isinstance(counts, bytes) else counts.encode("utf-8")
+        counts = _run_lengths_of(text)
+    elif not isinstance(counts, (list, tuple)) or not all(isinstance(n, int) for n in counts):
+        raise ValueError("run lengths with `counts`, whole numbers or their text, were expected")
+    pixels = size[0] * size[1]
+    if min(counts, default=0) < 0 or sum(counts) != pixels:  # pycocotools would write beyond the mask
+        raise ValueError(
+            f"`counts` that sum up to the {pixels} pixels of `size` {list(size)} were expected, not {sum(counts)}"
+        )
+    return as_text(coco_mask.frPyObjects({"size": list(size), "counts": list(counts)}, *size))
+
+
+def _run_lengths_of(text: bytes) -> list[int]:
+    """Decodes COCO's text of run lengths: five bits per character from "0" on, the lowest first; from the fourth number on,
+    each is the difference from the last but one."""
+    counts, value, shift = [], 0, 0
+    for character in text:
+        character -= 48
+        if not 0 <= character < 64 or shift > 60:
+            raise ValueError("`counts` in COCO's text of run lengths were expected")
+        value |= (character & 31) << shift
+        shift += 5
+        if character & 32:
+            continue
+        if character & 16:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError("`counts` in COCO's text of run lengths were expected, which is cut off here")
+    return counts
+
+
+def as_text(run_lengths: dict) -> dict:
+    """Run lengths of pycocotools, with the text as `str`: JSON and `datasets` take no bytes."""
+    counts = run_lengths["counts"]
+    return {
+        "size": [int(side) for side in run_lengths["size"]],
+        "counts": counts.decode() if isinstance(counts, bytes) else counts,
+    }
+
+
+def to_run_lengths(segmentation: list[list[float]] | dict, height: int, width: int) -> dict:
+    """Returns run lengths of a result of `read_segmentation`; polygons are drawn in an image of this size."""
+    from pycocotools import mask as coco_mask
+
+    if isinstance(segmentation, dict):
+        return segmentation
+    return as_text(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
+
+
+def box_of(segmentation: list[list[float]] | dict) -> list[float]:
+    """Returns left, top, width and height of a result of `read_segmentation`."""
+    from pycocotools import mask as coco_mask
+
+    if isinstance(segmentation, dict):
+        return coco_mask.toBbox(segmentation).tolist()
+    points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation])
+    return [*points.min(0).tolist(), *np.ptp(points, axis=0).tolist()]
+
+
+def pixels_of(run_lengths: dict) -> int:
+    """Returns the number of pixels of a mask."""
+    from pycocotools import mask as coco_mask
+
+    return int(coco_mask.area(run_lengths))
+
+
+def encode_masks(masks: np.ndarray) -> list[dict]:
+    """Returns the run lengths of binary masks, (masks, height, width)."""
+    from pycocotools import mask as coco_mask
+
+    if not len(masks):
+        return []
+    return [as_text(one) for one in coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8))]
+
+
+def decode_masks(run_lengths: Sequence[dict], height: int, width: int) -> np.ndarray:
+    """Returns binary masks as uint8 (masks, height, width), from run lengths of this size."""
+    from pycocotools import mask as coco_mask
+
+    if not run_lengths:
+        return np.zeros((0, height, width), dtype=np.uint8)
+    return np.ascontiguousarray(coco_mask.decode(list(run_lengths)).transpose(2, 0, 1))

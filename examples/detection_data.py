@@ -1,6 +1,11 @@
-"""In: a folder in COCO's format or with metadata, or a Hub id. Out: checked and counted images with boxes."""
+"""In: a folder in COCO's format or with metadata, or a Hub id. Out: checked and counted images with boxes, and with masks if asked.
 
-from collections.abc import Callable, Iterable
+Masks come from the polygons or run lengths of annotations, or from images whose values tell the instances (`InstanceRules`).
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,9 +13,20 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from coco import Annotation, CocoImage, load_coco
+from coco import (
+    Annotation,
+    CocoImage,
+    box_of,
+    decode_masks,
+    encode_masks,
+    load_coco,
+    pixels_of,
+    read_segmentation,
+    to_run_lengths,
+)
 from common import HeadDataArguments, check_column
 from data import (
+    METADATA,
     Account,
     Data,
     InputError,
@@ -25,6 +41,8 @@ from data import (
     undecoded,
     upright_size,
 )
+from instance_masks import InstanceRules, read_instance_masks, read_names
+from masks import find_names, load_pairs
 from PIL import Image
 
 
@@ -33,6 +51,7 @@ TOLERANCE = 2  # pixels that a box may extend beyond its image without a warning
 CATEGORY_FIELDS = ("category", "categories", "label", "labels", "category_id")
 COCO_FLAGS = ("train_annotations", "train_images", "eval_annotations", "eval_images")
 COLUMN_FLAGS = ("image_column", "objects_column")
+MASK_FLAGS = ("mask_column", "id2label", "label_divisor", "ignore_index", "reduce_labels")
 
 
 @dataclass
@@ -81,11 +100,46 @@ class DetectionDataArguments(HeadDataArguments):
     )
 
 
+@dataclass
+class InstanceDataArguments(DetectionDataArguments):
+    """The flags of programs that need masks; `load_splits` reads masks if it gets these."""
+
+    dataset: str = field(
+        default="digits",
+        metadata={
+            "help": "a folder in COCO's format, of images and instance masks, or with metadata, the id of a dataset on the "
+            "Hub, or `digits`"
+        },
+    )
+    mask_column: str = field(default="annotation", metadata={"help": "column of the instance masks"})
+    id2label: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file with the classes' names by their numbers in the instance masks; if absent, the dataset's own "
+            "id2label.json, or the numbers that occur"
+        },
+    )
+    label_divisor: int | None = field(
+        default=None,
+        metadata={
+            "help": "values of greyscale instance masks are class * label_divisor + instance (Cityscapes: 1000); if absent, "
+            "they are the instances of one class"
+        },
+    )
+    ignore_index: int = field(
+        default=255, metadata={"help": "value of greyscale instance masks that is no instance, as 0 is; -1 for none"}
+    )
+    reduce_labels: bool = field(
+        default=False, metadata={"help": "--id2label names the class 1 of the instance masks by 0 (ADE20K)"}
+    )
+
+
 class Detections(torch.utils.data.Dataset):
     """Images and their objects.
 
     An example has the `image` as from `datasets.Image(decode=False)`, its `name` for messages, an `image_id` from 0, and
-    `objects`: lists of `bbox` (left, top, width, height in pixels), `category` (from 0), `area` and `iscrowd`.
+    `objects`: lists of `bbox` (left, top, width, height in pixels), `category` (from 0), `area` and `iscrowd`, and with masks
+    `segmentation`, run lengths of the image's size (`coco.decode_masks`).
     """
 
     def __init__(self, images: datasets.Dataset, objects: datasets.Dataset, name: str):
@@ -108,30 +162,34 @@ def _image_name(image: object, index: int, part: str) -> str:
 def load_splits(arguments: DetectionDataArguments, seed: int) -> tuple[Detections, Detections, Account]:
     """Loads the training and the evaluation images and their account; `Account.classes` are the categories' names.
 
+    Objects have masks if `arguments` are `InstanceDataArguments`; objects without one are left out.
+
     Raises:
-        InputError: if the dataset cannot be used (see `load_coco` and `data.load_data`), an object has no valid box or category,
-            or there are no objects.
+        InputError: if the dataset cannot be used (see `load_coco` and `data.load_data`), an object has no valid box, mask or
+            category, or there are no objects.
     """
-    root, coco = Path(arguments.dataset), None
+    root, coco, masks = Path(arguments.dataset), None, isinstance(arguments, InstanceDataArguments)
     if arguments.dataset != "digits" and root.is_dir():
         files = (getattr(arguments, flag) for flag in COCO_FLAGS)
         coco = load_coco(root, *files, arguments.train_split, arguments.eval_split)
-    other = COLUMN_FLAGS if coco is not None else COCO_FLAGS
-    for flag in other:
-        if getattr(arguments, flag) != getattr(DetectionDataArguments, flag):
-            raise InputError(
-                f"--{flag} is for {'data sets with columns' if coco is not None else 'COCO annotations in a folder'}; "
-                f"--dataset {arguments.dataset} has {'COCO annotations' if coco is not None else 'none'}"
-            )
     if coco is not None:
+        _refuse((*COLUMN_FLAGS, *(MASK_FLAGS if masks else ())), arguments, "data sets with columns or instance masks",
+                "has COCO annotations")  # fmt: skip
         data = Data(arguments.dataset, coco.layout, {}, coco.left_out)
         for name, images in coco.splits.items():
-            data.splits[name] = _coco_split(name, images, coco.classes, arguments.box_format, data)
+            data.splits[name] = _coco_split(name, images, coco.classes, arguments, data)
         classes, warnings = coco.classes, coco.warnings
         arguments = replace(arguments, train_split=coco.train, eval_split=coco.evaluation)
     else:
+        _refuse(COCO_FLAGS, arguments, "COCO annotations in a folder", "has none")
         data, warnings = _load_columns(arguments), []
-        classes = _uniform_columns(data, arguments)
+        if masks and _has_instance_masks(data, arguments):
+            _refuse(("objects_column", "box_format"), arguments, "data sets with boxes", "has instance masks")
+            classes = _objects_of_masks(data, arguments, warnings)
+        else:
+            if masks:
+                _refuse(MASK_FLAGS, arguments, "data sets with instance masks", "has none")
+            classes = _uniform_columns(data, arguments)
     parts = train_and_evaluation(data, arguments, seed)
     result, lines = {}, {}
     for name, part in parts.items():
@@ -140,17 +198,35 @@ def load_splits(arguments: DetectionDataArguments, seed: int) -> tuple[Detection
     return result["train"], result["evaluation"], Account(data, classes, lines, warnings)
 
 
-def _features(classes: list[str]) -> datasets.Features:
-    return datasets.Features(
-        {
-            "objects": {
-                "bbox": datasets.List(datasets.List(datasets.Value("float32"), length=4)),
-                "category": datasets.List(datasets.ClassLabel(names=classes)),
-                "area": datasets.List(datasets.Value("float32")),
-                "iscrowd": datasets.List(datasets.Value("int64")),
-            }
-        }
-    )
+def _refuse(flags: Iterable[str], arguments: DetectionDataArguments, use: str, found: str) -> None:
+    """
+    Raises:
+        InputError: if one of the flags is not at its default.
+    """
+    for flag in flags:
+        if getattr(arguments, flag) != getattr(type(arguments), flag):
+            raise InputError(f"--{flag} is for {use}; --dataset {arguments.dataset} {found}")
+
+
+RUN_LENGTHS = {"size": datasets.List(datasets.Value("int64")), "counts": datasets.Value("string")}
+
+
+def _features(classes: list[str], segmentation: object | None = None) -> datasets.Features:
+    """Returns the features of `objects`, with masks of the given feature."""
+    objects = {
+        "bbox": datasets.List(datasets.List(datasets.Value("float32"), length=4)),
+        "category": datasets.List(datasets.ClassLabel(names=classes)),
+        "area": datasets.List(datasets.Value("float32")),
+        "iscrowd": datasets.List(datasets.Value("int64")),
+    }
+    if segmentation is not None:
+        objects["segmentation"] = datasets.List(segmentation)
+    return datasets.Features({"objects": objects})
+
+
+def _unfitted(classes: list[str], arguments: DetectionDataArguments) -> datasets.Features:
+    """Returns the features of `_checked`'s objects: a mask is the JSON text of a result of `read_segmentation`."""
+    return _features(classes, datasets.Value("string") if isinstance(arguments, InstanceDataArguments) else None)
 
 
 # ------------------------------------------------------------------------------------------------------------ single objects
@@ -161,25 +237,48 @@ def _number(value: object) -> bool:
 
 
 def _checked(
-    annotations: Iterable[Annotation], where: Callable[[], str], classes: list[str], box_format: str, left_out: LeftOut
+    annotations: Iterable[Annotation],
+    where: Callable[[], str],
+    classes: list[str],
+    arguments: DetectionDataArguments,
+    left_out: LeftOut,
 ) -> dict[str, list]:
-    """Returns an image's objects as lists of boxes (left, top, width, height), categories, areas and crowd flags.
+    """Returns an image's objects as lists of boxes (left, top, width, height), categories, areas, crowd flags, and masks if
+    `arguments` ask for them (see `_unfitted`).
 
-    Objects without a box, or with a box without area, are left out.
+    Objects without a box or a mask, or with a box without area, are left out. With masks, the box of an object without one is
+    that of its mask, and an unknown area is NaN.
 
     Raises:
         InputError: if a field has an invalid value.
     """
-    objects = {"bbox": [], "category": [], "area": [], "iscrowd": []}
+    masks = isinstance(arguments, InstanceDataArguments)
+    objects = {"bbox": [], "category": [], "area": [], "iscrowd": [], **({"segmentation": []} if masks else {})}
     for annotation in annotations:
 
         def wrong(key: str, value: object, expected: str, annotation=annotation):
-            return InputError(f"{where()}: {annotation.name}: {key} is {value!r}; {expected}")
+            text = repr(value)
+            text = text if len(text) <= 80 else f"{text[:80]}..."
+            return InputError(f"{where()}: {annotation.name}: {key} is {text}; {expected}")
 
         box, category, area, crowd = annotation.bbox, annotation.category, annotation.area, annotation.iscrowd
+        segmentation, box_format = None, arguments.box_format
+        if masks:
+            try:
+                segmentation = read_segmentation(annotation.segmentation)
+            except ValueError as error:
+                raise wrong("segmentation", annotation.segmentation, str(error)) from error
+            if segmentation is None:
+                reason = (
+                    "with polygons of fewer than three points" if annotation.segmentation else "without a segmentation"
+                )
+                left_out.add(f"objects {reason}", f"{where()}: {annotation.name}")
+                continue
         if box is None or (isinstance(box, (list, tuple)) and not box):
-            left_out.add("objects without a box", f"{where()}: {annotation.name}")
-            continue
+            if segmentation is None:
+                left_out.add("objects without a box", f"{where()}: {annotation.name}")
+                continue
+            box, box_format = box_of(segmentation), "xywh"
         if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(map(_number, box)):
             raise wrong("bbox", box, "four finite numbers were expected")
         x, y, width, height = map(float, box)
@@ -196,7 +295,7 @@ def _checked(
         if not isinstance(category, int) or not 0 <= category < len(classes):
             raise wrong("category", category, "a category was expected")
         if area is None:
-            area = width * height
+            area = math.nan if masks else width * height
         elif not _number(area) or area < 0:
             raise wrong("area", area, "a number of pixels, or null, was expected")
         if crowd is None:
@@ -207,6 +306,8 @@ def _checked(
         objects["category"].append(category)
         objects["area"].append(float(area))
         objects["iscrowd"].append(int(crowd))
+        if masks:
+            objects["segmentation"].append(json.dumps(segmentation))
     return objects
 
 
@@ -222,7 +323,7 @@ def _checked_side(value: object, where: Callable[[], str], key: str) -> int | No
 
 
 def _coco_split(
-    file: str, images: list[CocoImage], classes: list[str], box_format: str, data: Data
+    file: str, images: list[CocoImage], classes: list[str], arguments: DetectionDataArguments, data: Data
 ) -> datasets.Dataset:
     """Builds a split with the columns `image`, `width`, `height` (null if not recorded) and `objects`."""
     columns = {"image": [], "width": [], "height": [], "objects": []}
@@ -231,18 +332,21 @@ def _coco_split(
         for key in ("width", "height"):
             columns[key].append(_checked_side(getattr(image, key), lambda image=image: f"{file}: {image.path}", key))
         columns["objects"].append(
-            _checked(image.annotations, lambda: f"{data.name}/{file}", classes, box_format, data.left_out)
+            _checked(image.annotations, lambda: f"{data.name}/{file}", classes, arguments, data.left_out)
         )
     features = {
         "image": datasets.Image(decode=False),
         "width": datasets.Value("int64"),
         "height": datasets.Value("int64"),
     }
-    return datasets.Dataset.from_dict(columns, features=datasets.Features({**features, **_features(classes)}))
+    return datasets.Dataset.from_dict(
+        columns, features=datasets.Features({**features, **_unfitted(classes, arguments)})
+    )
 
 
 def _load_columns(arguments: DetectionDataArguments) -> Data:
-    """Loads the embedded data, a folder with metadata, or a dataset of the Hub."""
+    """Loads the embedded data, a folder with metadata or of images and masks, or a dataset of the Hub."""
+    masks = isinstance(arguments, InstanceDataArguments)
     if arguments.dataset == "digits":
         from embedded_data import load_digit_scenes
 
@@ -254,16 +358,66 @@ def _load_columns(arguments: DetectionDataArguments) -> Data:
             evaluation=scenes(EMBEDDED_EVAL, arguments.max_eval_samples),
             size=EMBEDDED_SIZE,
         )
+        if masks:
+            splits = {name: _with_digit_masks(split) for name, split in splits.items()}
         return Data("digits", "handwritten digits on photographs", {n: undecoded(s) for n, s in splits.items()})
+    root = Path(arguments.dataset)
     try:
+        if masks and root.is_dir() and not any(next(root.rglob(name), None) for name in METADATA):
+            return load_pairs(arguments, arguments.mask_column)
         return load_data(arguments, class_folders=False)
     except InputError as error:
-        if not Path(arguments.dataset).is_dir():
+        if not root.is_dir():
             raise
         raise InputError(
             f"{error}; COCO annotations were looked for in annotations/instances_*.json and */_annotations.coco.json, "
             "--train_annotations names others"
         ) from error
+
+
+def _with_digit_masks(split: datasets.Dataset) -> datasets.Dataset:
+    """Gives the objects of `load_digit_scenes` their masks: a digit's pixels within its box, which no other digit shares."""
+    rows = []
+    for scene in split:
+        objects, mask = scene["objects"], np.asarray(scene["annotation"])
+        masks = np.zeros((len(objects["bbox"]), *mask.shape), dtype=bool)
+        for one, (x, y, width, height), category in zip(masks, objects["bbox"], objects["category"], strict=True):
+            window = slice(int(y), int(y + height)), slice(int(x), int(x + width))
+            one[window] = mask[window] == 1 + category
+        rows.append({**objects, "segmentation": encode_masks(masks)})
+    kind = split.features["objects"] | {"segmentation": datasets.List(RUN_LENGTHS)}
+    return split.remove_columns("objects").add_column("objects", rows, feature=kind)
+
+
+def _has_instance_masks(data: Data, arguments: InstanceDataArguments) -> bool:
+    """Whether the used splits have a column of masks, and none of objects."""
+    used = [data.splits[name].column_names for name in chosen_splits(data.splits, arguments) if name is not None]
+    return all(arguments.mask_column in names and arguments.objects_column not in names for names in used)
+
+
+def _objects_of_masks(data: Data, arguments: InstanceDataArguments, warnings: list[str]) -> list[str]:
+    """Converts the used splits with instance masks to the columns of `_coco_split`; returns the classes' names."""
+    rules = InstanceRules(arguments.label_divisor, arguments.ignore_index, arguments.reduce_labels)
+    names, warning = find_names(arguments, arguments.id2label, read_names)
+    image_column, mask_column = arguments.image_column, arguments.mask_column
+    used = [name for name in chosen_splits(data.splits, arguments) if name is not None]
+    for column, flag in ((image_column, "image_column"), (mask_column, "mask_column")):
+        check_column(Data(data.name, data.layout, {split: data.splits[split] for split in used}), column, flag)
+    classes, objects, more = read_instance_masks(data, mask_column, image_column, used, rules, names)
+    warnings += [*([] if warning is None else [warning]), *more]
+    for name in used:
+        split, rows = data.splits[name], []
+        for index, annotations in enumerate(objects[name]):
+
+            def where(index=index, split=split, name=name) -> str:
+                return f"{data.name}, split {name}, {file_name(split, index, image_column)}"
+
+            rows.append(_checked(annotations, where, classes, arguments, data.left_out))
+        split = split.select_columns([image_column])
+        if image_column != "image":
+            split = split.rename_column(image_column, "image")
+        data.splits[name] = split.add_column("objects", rows, feature=_unfitted(classes, arguments)["objects"])
+    return classes
 
 
 def _uniform_columns(data: Data, arguments: DetectionDataArguments) -> list[str]:
@@ -303,13 +457,15 @@ def _uniform_columns(data: Data, arguments: DetectionDataArguments) -> list[str]
                 one.category = None if number is None or number < 0 else number
             for side in recorded:
                 columns[side].append(_checked_side(recorded[side][index], where, side))
-            columns["objects"].append(_checked(row, where, classes, arguments.box_format, data.left_out))
+            columns["objects"].append(_checked(row, where, classes, arguments, data.left_out))
         split = split.select_columns([image_column])
         if image_column != "image":
             split = split.rename_column(image_column, "image")
         for side in ("width", "height"):
             split = split.add_column(side, columns[side], feature=datasets.Value("int64"))
-        data.splits[name] = split.add_column("objects", columns["objects"], feature=_features(classes)["objects"])
+        data.splits[name] = split.add_column(
+            "objects", columns["objects"], feature=_unfitted(classes, arguments)["objects"]
+        )
     return classes
 
 
@@ -332,7 +488,14 @@ def _annotations(
     if category is None:
         raise InputError(f"--objects_column {column} of the split {name} has no `category`, only {', '.join(fields)}")
     kind = fields[category]
-    keys = {"bbox": "bbox", "category": category, "area": "area", "iscrowd": "iscrowd"}
+    keys = {"bbox": "bbox", "category": category, "area": "area", "iscrowd": "iscrowd", "segmentation": "segmentation"}
+    if not isinstance(arguments, InstanceDataArguments):
+        del keys["segmentation"]
+    elif "segmentation" not in fields:
+        raise InputError(
+            f"--objects_column {column} of the split {name} has no `segmentation`, only {', '.join(fields)}; polygons or run "
+            "lengths were expected, or no such column beside one of instance masks (--mask_column)"
+        )
     rows = []
     for index, value in enumerate(split.select_columns([column])[column]):
         if isinstance(value, dict):
@@ -383,7 +546,7 @@ def _fit_to_images(
     data: Data,
     warnings: list[str],
 ) -> Detections:
-    """Compares recorded sizes and boxes with the decoded images' sizes; leaves out boxes wholly outside.
+    """Compares recorded sizes, boxes and masks with the decoded images' sizes; leaves out objects wholly outside.
 
     Raises:
         InputError: if an image's size differs from the recorded one, or all boxes look like fractions.
@@ -392,13 +555,22 @@ def _fit_to_images(
     def image_name(index: int) -> str:
         return _image_name(part[index]["image"], index, name)
 
+    masks = isinstance(arguments, InstanceDataArguments)
     rows = list(part["objects"])
-    recorded = list(zip(part["width"], part["height"], strict=True))
-    kept, objects, mismatched, unrecorded, beyond = [], [], [], 0, []
+    unknown = [None] * len(part)
+    recorded = list(
+        zip(*(part[side] if side in part.column_names else unknown for side in ("width", "height")), strict=True)
+    )
+    kept, objects, mismatched, unrecorded, beyond, apart = [], [], [], 0, [], []
     for index, (width, height) in enumerate(image_sizes(part, name)):
         unrecorded += None in recorded[index]
-        if None not in recorded[index] and recorded[index] != (width, height):
-            mismatched.append((index, recorded[index], (width, height)))
+        sizes = [("width and height are recorded as", recorded[index])] if None not in recorded[index] else []
+        if masks:
+            segmentations = [json.loads(text) for text in rows[index]["segmentation"]]
+            text = "the run lengths of an object are for"
+            sizes += [(text, tuple(one["size"][::-1])) for one in segmentations if isinstance(one, dict)]
+        if other := [pair for pair in sizes if pair[1] != (width, height)]:
+            mismatched.append((index, *other[0], (width, height)))
             if arguments.leave_out_mismatched:
                 data.left_out.add("images of another size than is recorded", image_name(index))
                 continue
@@ -408,18 +580,31 @@ def _fit_to_images(
             if x >= width or y >= height or x + w <= 0 or y + h <= 0:
                 data.left_out.add("objects outside their image", f"{image_name(index)}: {[x, y, w, h]}")
                 continue
+            one = {key: values[i] for key, values in rows[index].items()}
+            if masks:
+                if other:  # an error, after all images are compared
+                    continue
+                one["segmentation"] = to_run_lengths(segmentations[i], height, width)
+                pixels = pixels_of(one["segmentation"])
+                if not pixels:
+                    data.left_out.add("objects without a pixel in their image", f"{image_name(index)}: {[x, y, w, h]}")
+                    continue
+                if math.isnan(one["area"]):
+                    one["area"] = float(pixels)
+                if overlap((x, y, w, h), box_of(one["segmentation"])) < 0.5:
+                    apart.append(index)
             reaches |= min(x, y) < -TOLERANCE or x + w > width + TOLERANCE or y + h > height + TOLERANCE
-            for key, values in rows[index].items():
-                row[key].append(values[i])
+            for key, value in one.items():
+                row[key].append(value)
         if reaches:
             beyond.append(index)
         kept.append(index)
         objects.append(row)
     if mismatched and not arguments.leave_out_mismatched:
-        index, old, new = mismatched[0]
-        others = ", ".join(image_name(i) for i, _, _ in mismatched[1:3]) + (", ..." if len(mismatched) > 3 else "")
+        index, text, old, new = mismatched[0]
+        others = ", ".join(image_name(i) for i, *_ in mismatched[1:3]) + (", ..." if len(mismatched) > 3 else "")
         raise InputError(
-            f"{image_name(index)}: width and height are recorded as {old[0]} x {old[1]}, but the image "
+            f"{image_name(index)}: {text} {old[0]} x {old[1]}, but the image "
             f"{'turned upright by its EXIF orientation ' if old == new[::-1] else ''}is {new[0]} x {new[1]}"
             + (f" (and {len(mismatched) - 1} more of {len(part)} images: {others})" if others else "")
             + ": where its boxes lie is not known; record the size of the images that the boxes were drawn on and save these images "
@@ -431,7 +616,7 @@ def _fit_to_images(
             f"{data.name}: all {len(boxes)} boxes of {name} lie between 0 and 1, such as {boxes[0]}; pixels were expected, "
             "not fractions of the image"
         )
-    if unrecorded and data.name != "digits":
+    if unrecorded and data.name != "digits" and "width" in part.column_names:
         warnings.append(
             f"{unrecorded} of {len(part)} images of {name} record no width and height: not compared with the images"
         )
@@ -441,10 +626,24 @@ def _fit_to_images(
             f"such as {image_name(beyond[0])}: were they drawn on other images, or are they not {arguments.box_format} "
             "(--box_format)? They are cut at the border in training"
         )
+    if apart:
+        warnings.append(
+            f"{len(apart)} of {len(boxes)} objects of {name} have a mask and a box that overlap by less than half of both, the "
+            f"first in {image_name(apart[0])}: does the segmentation belong to another image or size?"
+        )
     images = part.select_columns(["image"])
     if len(kept) < len(part):
         images = images.select(kept)
-    return Detections(images, datasets.Dataset.from_dict({"objects": objects}, features=_features(classes)), name)
+    features = _features(classes, RUN_LENGTHS if masks else None)
+    return Detections(images, datasets.Dataset.from_dict({"objects": objects}, features=features), name)
+
+
+def overlap(one: Sequence[float], other: Sequence[float]) -> float:
+    """Returns the IoU of two boxes (left, top, width, height)."""
+    (x0, y0, w0, h0), (x1, y1, w1, h1) = one, other
+    width = max(0.0, min(x0 + w0, x1 + w1) - max(x0, x1))
+    common = width * max(0.0, min(y0 + h0, y1 + h1) - max(y0, y1))
+    return common / (w0 * h0 + w1 * h1 - common)
 
 
 def _count(name: str, part: Detections, classes: list[str], data: Data) -> Part:
@@ -498,28 +697,41 @@ def training_transform(arguments: DetectionDataArguments) -> Callable[[dict, int
     if arguments.color_jitter if arguments.color_jitter is not None else arguments.dataset != "digits":
         steps += [A.RandomBrightnessContrast(p=0.5), A.HueSaturationValue(p=0.2)]
     boxes = A.BboxParams(
-        format="coco", label_fields=["category"], clip=True, filter_invalid_bboxes=True, min_visibility=0.3
+        format="coco", label_fields=["index"], clip=True, filter_invalid_bboxes=True, min_visibility=0.3
     )
     augment = A.Compose(steps, bbox_params=boxes)
 
     def transform(example: dict, seed: int) -> dict:
         objects = example["objects"]
         kept = [i for i, crowd in enumerate(objects["iscrowd"]) if not crowd]
+        image = read_image(example["image"], example["name"])
+        content = {"image": np.asarray(image), "bboxes": [objects["bbox"][i] for i in kept], "index": kept}
+        masks = "segmentation" in objects
+        if masks and kept:  # albumentations takes no empty list of masks
+            content["masks"] = decode_masks([objects["segmentation"][i] for i in kept], image.height, image.width)
         augment.set_random_seed(seed)
-        result = augment(
-            image=np.asarray(read_image(example["image"], example["name"])),
-            bboxes=[objects["bbox"][i] for i in kept],
-            category=[objects["category"][i] for i in kept],
-        )
+        result = augment(**content)
+        indices = [int(index) for index in result["index"]]
         boxes = [list(map(float, box)) for box in result["bboxes"]]
+        areas = [width * height for _, _, width, height in boxes]
+        changed = {}
+        if masks:  # boxes and areas are those of the masks; an object without a pixel in the crop is not in it
+            run_lengths = encode_masks(result["masks"][[kept.index(i) for i in indices]]) if indices else []
+            areas = list(map(pixels_of, run_lengths))
+            indices, run_lengths, areas = (
+                [value for value, area in zip(values, areas, strict=True) if area]
+                for values in (indices, run_lengths, areas)
+            )
+            boxes, changed = list(map(box_of, run_lengths)), {"segmentation": run_lengths}
         return {
             **example,
             "image": Image.fromarray(result["image"]),
             "objects": {
                 "bbox": boxes,
-                "category": [int(category) for category in result["category"]],
-                "area": [width * height for _, _, width, height in boxes],
+                "category": [objects["category"][i] for i in indices],
+                "area": areas,
                 "iscrowd": [0] * len(boxes),
+                **changed,
             },
         }
 

@@ -1,4 +1,4 @@
-"""In: a detector's outputs. Out: boxes in pixels of the images, COCO's metrics, and a picture."""
+"""In: a detector's outputs. Out: boxes and masks in pixels of the images, COCO's metrics, and a picture."""
 
 import contextlib
 import io
@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
+from coco import decode_masks
+from common import HeadTrainer
 from drawing import panels
 from PIL import Image
 
@@ -54,21 +57,21 @@ class CocoMetrics:
 
         self.truth = COCO()
         images, annotations = [], []
+        keys = {
+            "category": "category_id",
+            "bbox": "bbox",
+            "area": "area",
+            "iscrowd": "iscrowd",
+            "segmentation": "segmentation",
+        }
         for image, row in enumerate(objects):
-            images.append({"id": image})
-            for box, category, area, crowd in zip(
-                *(row[name] for name in ("bbox", "category", "area", "iscrowd")), strict=True
-            ):
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": image,
-                        "category_id": category,
-                        "bbox": box,
-                        "area": area,
-                        "iscrowd": crowd,
-                    }
-                )
+            images.append(
+                {"id": image, "height": 0, "width": 0}
+            )  # pycocotools takes the sizes of masks from their run lengths
+            present = [key for key in keys if key in row]
+            for values in zip(*(row[key] for key in present), strict=True):
+                annotation = {keys[key]: value for key, value in zip(present, values, strict=True)}
+                annotations.append({"id": len(annotations) + 1, "image_id": image, **annotation})
         self.truth.dataset = {
             "images": images,
             "annotations": annotations,
@@ -78,8 +81,6 @@ class CocoMetrics:
             self.truth.createIndex()
 
     def __call__(self, prediction) -> dict[str, float]:
-        from pycocotools.cocoeval import COCOeval
-
         detections, image_ids = prediction.predictions, prediction.label_ids
         rows = np.concatenate(
             [
@@ -90,11 +91,36 @@ class CocoMetrics:
             ],
             axis=1,
         )  # image, left, top, width, height, score, category
-        rows = rows[rows[:, 6] >= 0]
-        if len(rows) == 0:
+        return self._summary(rows[rows[:, 6] >= 0], image_ids, "bbox")
+
+    def of_instances(self, found: dict[int, dict[str, list]]) -> dict[str, float]:
+        """Returns the metrics of boxes, and those of masks with the prefix `mask_`.
+
+        Args:
+            found: by the images' ids, lists of `boxes` (left, top, right, bottom in pixels), `scores`, `labels` and
+                `segmentation`, run lengths of the image's size.
+        """
+        rows, masks = [], []
+        for image, one in found.items():
+            for (x0, y0, x1, y1), score, label, segmentation in zip(
+                *(one[name] for name in ("boxes", "scores", "labels", "segmentation")), strict=True
+            ):
+                rows.append([image, x0, y0, x1 - x0, y1 - y0, score, label])
+                # without a box: pycocotools would take the box's area for the mask's
+                masks.append({"image_id": image, "category_id": label, "score": score, "segmentation": segmentation})
+        of_masks = self._summary(masks, found, "segm")
+        return {
+            **{f"mask_{name}": value for name, value in of_masks.items()},
+            **self._summary(np.array(rows).reshape(-1, 7), found, "bbox"),
+        }
+
+    def _summary(self, results: np.ndarray | list[dict], image_ids: Iterable[int], kind: str) -> dict[str, float]:
+        from pycocotools.cocoeval import COCOeval
+
+        if len(results) == 0:
             return dict.fromkeys(self.NAMES, 0.0)
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluation = COCOeval(self.truth, self.truth.loadRes(rows), "bbox")
+            evaluation = COCOeval(self.truth, self.truth.loadRes(results), kind)
             evaluation.params.imgIds = sorted({int(i) for i in image_ids})
             evaluation.evaluate()
             evaluation.accumulate()
@@ -102,21 +128,66 @@ class CocoMetrics:
         return {name: float(value) for name, value in zip(self.NAMES, evaluation.stats, strict=True)}
 
 
-def draw_detections(images: list[Image.Image], truth: list[list[tuple]], found: list[list[tuple]], file: Path) -> None:
+class InstanceTrainer(HeadTrainer):
+    """Evaluation keeps the instances of each image with their run lengths, and gathers them from all processes at the end.
+
+    Args:
+        metrics: computes the metrics of all instances.
+    """
+
+    def __init__(self, *, metrics: CocoMetrics, **kwargs):
+        super().__init__(compute_metrics=self._metrics_of_all, **kwargs)
+        self.metrics, self.found = metrics, {}
+
+    def instances(self, outputs, inputs: dict) -> dict[int, dict[str, list]]:
+        """Returns the instances in a batch, as `CocoMetrics.of_instances` expects them."""
+        raise NotImplementedError
+
+    def evaluation_loop(self, *args, **kwargs):
+        self.found = {}
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, outputs, inputs = self.predict_batch(model, inputs)
+        if not prediction_loss_only:
+            self.found |= self.instances(outputs, inputs)
+        one_value = loss.new_zeros(1)  # `Trainer` computes metrics only where there are predictions and labels
+        return loss, one_value, one_value
+
+    def _metrics_of_all(self, prediction) -> dict[str, float]:
+        return self.metrics.of_instances(dict(gather_object(list(self.found.items()))))
+
+
+def draw_detections(
+    images: list[Image.Image],
+    truth: list[list[tuple]],
+    found: list[list[tuple]],
+    file: Path,
+    masks: tuple[list[list[dict]], list[list[dict]]] | None = None,
+) -> None:
     """Writes a PNG: each image with its true boxes, and again with the predicted boxes.
 
     Args:
         images: RGB.
         truth, found: tuples of left, top, width and height in pixels, and a text, for each image.
         file: the PNG's path.
+        masks: run lengths of the true and of the predicted masks of each image; they are drawn in a colour per object.
     """
+    import matplotlib
     from matplotlib.patches import Rectangle
 
+    colors = matplotlib.colormaps["hsv"].resampled(8)(range(8))[:, :3] * 255
+    of_image = zip(*masks, strict=True) if masks is not None else [([], [])] * len(images)
     with panels(file, 2 * len(images), columns=6, width=2.2, height=2.4) as axes:
-        for image, *both in zip(images, truth, found, strict=True):
-            for boxes, title, color in zip(both, ("truth", "predicted"), ("lime", "red"), strict=True):
+        for image, *both, segmentations in zip(images, truth, found, of_image, strict=True):
+            for boxes, run_lengths, title, color in zip(
+                both, segmentations, ("truth", "predicted"), ("lime", "red"), strict=True
+            ):
                 axis = next(axes)
-                axis.imshow(image)
+                pixels = np.array(image)
+                for i, mask in enumerate(decode_masks(run_lengths, image.height, image.width).astype(bool)):
+                    pixels[mask] = pixels[mask] * 0.4 + colors[i % len(colors)] * 0.6
+                axis.imshow(pixels)
                 axis.set_title(title, fontsize=8)
                 for x, y, width, height, name in boxes:
                     axis.add_patch(Rectangle((x, y), width, height, fill=False, color=color))

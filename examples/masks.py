@@ -4,10 +4,11 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from data import (
@@ -33,6 +34,7 @@ IMAGES, MASKS = "images", ("annotations", "masks", "labels")
 NAMES_FILE = "id2label.json"
 IGNORED, NO_CLASS = -1, -2
 LARGEST = 65535  # limits of a mask's values and of the number of classes
+Names = TypeVar("Names")
 LAYOUTS = (
     "images/train/ and annotations/train/, or train/images/ and train/masks/, or images/ and masks/, with masks of the images' "
     "names, or a metadata file with `file_name` and `annotation_file_name`, was expected"
@@ -311,16 +313,22 @@ def ignored_label(num_labels: int) -> int:
     return 255 if num_labels <= 255 else LARGEST
 
 
+def resized(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes masks, (..., height, width), by nearest pixels."""
+    rows = ((np.arange(height) + 0.5) * (mask.shape[-2] / height)).astype(np.int64)
+    columns = ((np.arange(width) + 0.5) * (mask.shape[-1] / width)).astype(np.int64)
+    return mask[..., rows[:, None], columns]
+
+
 # ------------------------------------------------------------------------------------------------------------------ classes
 
 
-def read_names(file: Path, rules: MaskRules) -> list[str]:
-    """Reads the classes' names of a JSON file, by number; the ignored value's name is left out.
+def numbered_names(file: Path, expected: str) -> dict[int, str]:
+    """Reads a JSON object from whole numbers to names; `expected` ends the messages.
 
     Raises:
-        InputError: if it is not a JSON object from the numbers 0, 1, ... to names.
+        InputError: if it is something else.
     """
-    expected = 'a JSON object such as {"0": "sky", "1": "sea"}, numbered from 0 without gaps, was expected'
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -332,6 +340,17 @@ def read_names(file: Path, rules: MaskRules) -> list[str]:
         if not number.isdecimal() or not isinstance(name, str):
             raise InputError(f"{file} has the entry {number!r}: {name!r}; {expected}")
         names[int(number)] = name
+    return names
+
+
+def read_names(file: Path, rules: MaskRules) -> list[str]:
+    """Reads the classes' names of a JSON file, by number; the ignored value's name is left out.
+
+    Raises:
+        InputError: if it is not a JSON object from the numbers 0, 1, ... to names.
+    """
+    expected = 'a JSON object such as {"0": "sky", "1": "sea"}, numbered from 0 without gaps, was expected'
+    names = numbered_names(file, expected)
     if sorted(names) != list(range(len(names))):
         names.pop(rules.ignore_index, None)
     if sorted(names) != list(range(len(names))) or not 2 <= len(names) <= LARGEST:
@@ -342,18 +361,19 @@ def read_names(file: Path, rules: MaskRules) -> list[str]:
 
 
 def find_names(
-    arguments: DataArguments, id2label: str | None, rules: MaskRules
-) -> tuple[list[str] | None, str | None]:
-    """Finds the classes' names in `--id2label` or the dataset's `id2label.json`; returns them or None, and warnings.
+    arguments: DataArguments, id2label: str | None, read: Callable[[Path], Names]
+) -> tuple[Names | None, str | None]:
+    """Finds the classes' names in `--id2label` or the dataset's `id2label.json`; returns what `read` returns of the file, or
+    None, and a warning or None.
 
     Raises:
-        InputError: if the file is not as `read_names` expects.
+        InputError: if the file is not as `read` expects.
     """
     if id2label is not None:
-        return read_names(Path(id2label), rules), None
+        return read(Path(id2label)), None
     if Path(arguments.dataset).is_dir():
         own = Path(arguments.dataset) / NAMES_FILE
-        return (read_names(own, rules) if own.is_file() else None), None
+        return (read(own) if own.is_file() else None), None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -363,7 +383,7 @@ def find_names(
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None, None  # the Hub's repository has no such file
         return None, f"whether {arguments.dataset} has an {NAMES_FILE} could not be found out: {one_line(error)}"
-    return read_names(Path(file), rules), None
+    return read(Path(file)), None
 
 
 def survey(data: Data, rules: MaskRules, used: Iterable[str | None]) -> list[str]:

@@ -58,7 +58,17 @@ from data import (
 )
 from drawing import panels
 from flags import parse_flags
-from masks import MaskRules, class_names, find_names, ignored_label, load_pairs, masks_per_class, survey
+from masks import (
+    MaskRules,
+    class_names,
+    find_names,
+    ignored_label,
+    load_pairs,
+    masks_per_class,
+    read_names,
+    resized,
+    survey,
+)
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -223,7 +233,7 @@ def load_data_and_account(arguments: SegmentationDataArguments, seed: int) -> tu
 
         names, warning = ["background", *DIGIT_NAMES], None
     else:
-        names, warning = find_names(arguments, arguments.id2label, rules)
+        names, warning = find_names(arguments, arguments.id2label, lambda file: read_names(file, rules))
     warnings = [] if warning is None else [warning]
     warnings += survey(data, rules, chosen_splits(data.splits, arguments))
     labels, more = class_names(data, rules, names)
@@ -394,13 +404,6 @@ class Collate:
         if "full_mask" in examples[0]:
             batch["full_masks"] = [example["full_mask"] for example in examples]
         return batch
-
-
-def resized(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes a mask by nearest pixels."""
-    rows = ((np.arange(height) + 0.5) * (mask.shape[0] / height)).astype(np.int64)
-    columns = ((np.arange(width) + 0.5) * (mask.shape[1] / width)).astype(np.int64)
-    return mask[rows[:, None], columns]
 
 
 class OneValueBatchNorm2d(nn.BatchNorm2d):

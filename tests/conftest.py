@@ -96,7 +96,7 @@ def scenes(programs):
 
 @pytest.fixture(scope="session")
 def coco_folder(scenes, tmp_path_factory) -> Path:
-    """A folder in COCO's layout: ids with gaps, images of two sizes, an image without objects, a crowd."""
+    """A folder in COCO's layout: ids with gaps, images of two sizes, an image without objects, crowds, rectangles as masks."""
     root = tmp_path_factory.mktemp("coco")
     (root / "annotations").mkdir()
     for split, name in (("train", "train2017"), ("validation", "val2017")):
@@ -115,6 +115,7 @@ def coco_folder(scenes, tmp_path_factory) -> Path:
                 scene["objects"]["bbox"], scene["objects"]["category"], strict=True
             ):
                 box = [x * scale, 1.5 * y * scale, width * scale, 1.5 * height * scale]
+                right, bottom = box[0] + box[2], box[1] + box[3]
                 annotations.append(
                     {
                         "id": 1 + len(annotations),
@@ -123,6 +124,7 @@ def coco_folder(scenes, tmp_path_factory) -> Path:
                         "bbox": box,
                         "area": box[2] * box[3],
                         "iscrowd": int(i == 2),
+                        "segmentation": [[box[0], box[1], right, box[1], right, bottom, box[0], bottom]],
                     }
                 )
         categories = [{"id": 3 + 5 * i, "name": f"the {i}"} for i in reversed(range(10))]

@@ -16,7 +16,7 @@ import torch
 from distributed_worker import GLOBAL_BATCH, IMAGES, make_stream, train
 from PIL import Image
 from safetensors.torch import load_file
-from utils import CONFIGURATIONS, FEW_STEPS, FIXTURES, LAUNCH_ENVIRONMENT, ROOT, SMALL_HEADS, launch
+from utils import CONFIGURATIONS, FEW_STEPS, FIXTURES, LAUNCH_ENVIRONMENT, ROOT, SMALL_HEADS, launch, run_main
 
 from internimage_hf import InternImageForImageClassification, InternImageImageProcessor
 from internimage_hf.training import EMA_FILE, last_checkpoint
@@ -487,6 +487,24 @@ def test_segmentation_example_runs_in_two_processes(engine, head, programs, mask
     alone = trainer.evaluate()
     for name in ("eval_mean_iou", "eval_mean_accuracy", "eval_overall_accuracy"):
         assert metrics[name] == pytest.approx(alone[name], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_instance_segmentation_example_runs_in_two_processes(programs, coco_folder, tmp_path):
+    """Both processes evaluate the saved model, whose metrics one process finds again."""
+    data = ["--dataset", coco_folder, "--image_size", 64]
+    head = ["--head_config_overrides", json.dumps(SMALL_HEADS["mask2former"])]
+    launch(
+        "ddp", ROOT / "examples" / "instance_segmentation.py", *data, *head, *FEW_STEPS, "--learning_rate", 1e-2,
+        "--output_dir", tmp_path / "model",
+    )  # fmt: skip
+    metrics = json.loads((tmp_path / "model" / "all_results.json").read_text())
+    alone = run_main(
+        programs.instance_segmentation, *data, *FEW_STEPS, "--model", tmp_path / "model", "--learning_rate", 0, "--max_steps", 1,
+        "--eval_strategy", "no", "--save_strategy", "no", "--output_dir", tmp_path / "alone",
+    )  # fmt: skip
+    coco = [name for name in metrics if "map" in name or "mar" in name]
+    assert len(coco) == 24 and all(metrics[name] == pytest.approx(alone[name], abs=1e-4) for name in coco)
 
 
 def test_classification_example_streams_folder(tmp_path, classification):

@@ -147,6 +147,15 @@ def test_segmenter(run, mask_folder):
     assert set(code_of("train a segmenter")[1:]) == set(importlib.import_module("semantic_segmentation").HEADS)
 
 
+@task("train an instance segmenter")
+def test_instance_segmenter(run, coco_folder):
+    metrics = run("train an instance segmenter", *STEP, "--image_size", 64, COCO_FOLDER=coco_folder)
+    assert metrics["eval_mask_map"] >= 0 and Path("out", "predictions.png").is_file()
+    flag, value = code_of("train an instance segmenter")[1].split()
+    arguments = importlib.import_module("instance_segmentation").InstanceDataArguments
+    assert hasattr(arguments, flag.removeprefix("--")) and value == "1000"
+
+
 @task("use another head of transformers")
 def test_use_another_head():
     """test_heads.py runs all heads and compares their number with the README's."""
@@ -219,6 +228,7 @@ def test_streaming(run, photos, tmp_path, checkpoint):
         "image_classification",
         pytest.param("object_detection", marks=pytest.mark.slow),
         pytest.param("semantic_segmentation", marks=pytest.mark.slow),
+        pytest.param("instance_segmentation", marks=pytest.mark.slow),
     ],
 )
 @task("put the result on the Hub")
@@ -227,8 +237,12 @@ def test_push_to_hub(hub, tmp_path, program):
     push, remote_code = code_of("put the result on the Hub")
     small = [*STEP, "--max_train_samples", 8, "--max_eval_samples", 4]
     if program != "image_classification":
-        head = "rt_detr" if program == "object_detection" else "upernet"
-        small += ["--image_size", 64, "--head_config_overrides", json.dumps(SMALL_HEADS[head])]
+        heads = {
+            "object_detection": "rt_detr",
+            "semantic_segmentation": "upernet",
+            "instance_segmentation": "mask2former",
+        }
+        small += ["--image_size", 64, "--head_config_overrides", json.dumps(SMALL_HEADS[heads[program]])]
     words = [ROOT / "examples" / f"{program}.py", *small, *push.split(), remote_code]
     run_command(sys.executable, *words, cwd=tmp_path, **hub.environment(tmp_path), PYTHONPATH=str(ROOT))
     (name, files), *others = hub.repositories.items()
