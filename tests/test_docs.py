@@ -78,7 +78,7 @@ def test_links_of_the_readme_lead_somewhere():
 def test_site_builds_without_warnings(tmp_path):
     """In strict mode, a link that leads nowhere or a name without a docstring ends the build."""
     pytest.importorskip("mkdocs", reason="needs `pip install internimage-hf[docs]`")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", tmp_path / "site"]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # Material's advertisement of its successor
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
