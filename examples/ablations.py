@@ -272,8 +272,10 @@ def _spike(norms: list[float]) -> float:
     return max(norms) / statistics.median(norms)
 
 
-def run_variant(name: str, seed: int, images: Path, arguments: AblationArguments) -> Run:
-    """Trains one variant with one seed, twice."""
+def run_variant(
+    name: str, seed: int, images: Path, arguments: AblationArguments, progress: Callable[[int], object]
+) -> Run:
+    """Trains one variant with one seed, twice. `progress` is called with 1 after each step."""
     start = time.process_time()
     with np.load(images) as file:
         data = dict(file)
@@ -293,7 +295,7 @@ def run_variant(name: str, seed: int, images: Path, arguments: AblationArguments
             learning_rate=learning_rate,
             batch_size=arguments.batch_size,
             seed=seed,
-            progress=_count,
+            progress=progress,
         )
         spikes.append(_spike(norms))
         if not deeper:
@@ -320,35 +322,39 @@ def run_all(arguments: AblationArguments) -> list[Run]:
         InputError: if a process was ended from outside.
     """
     jobs = [(name, seed) for seed in range(arguments.seeds) for name in arguments.variants]
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    steps = arguments.steps + arguments.stress_steps
+    steps = len(jobs) * (arguments.steps + arguments.stress_steps)
     with tempfile.TemporaryDirectory(prefix="ablations-") as folder:
         images = Path(folder) / "images.npz"
         write_images(arguments, images)
-        with (
-            tqdm(total=len(jobs) * steps, unit="step", desc="training") as bar,
-            ProcessPoolExecutor(
-                min(arguments.processes, len(jobs)), context, initializer=_start_process, initargs=(counter,)
-            ) as pool,
-        ):
-            futures = [pool.submit(run_variant, name, seed, images, arguments) for name, seed in jobs]
-            try:
-                waiting = set(futures)
-                while waiting:
-                    done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        future.result()
-                    bar.update(counter.value - bar.n)
-            except BrokenProcessPool as error:
-                raise InputError(
-                    f"--processes {arguments.processes}: a process ended before its run did; for lack of memory fewer "
-                    "were expected"
-                ) from error
-            finally:
-                for future in futures:
-                    future.cancel()
-    return [future.result() for future in futures]
+        with tqdm(total=steps, unit="step", desc="training") as bar:
+            if arguments.processes == 1:
+                return [run_variant(name, seed, images, arguments, bar.update) for name, seed in jobs]
+            return _run_in_processes(jobs, images, arguments, bar)
+
+
+def _run_in_processes(jobs: list[tuple[str, int]], images: Path, arguments: AblationArguments, bar: tqdm) -> list[Run]:
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    with ProcessPoolExecutor(
+        min(arguments.processes, len(jobs)), context, initializer=_start_process, initargs=(counter,)
+    ) as pool:
+        futures = [pool.submit(run_variant, name, seed, images, arguments, _count) for name, seed in jobs]
+        try:
+            waiting = set(futures)
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                bar.update(counter.value - bar.n)
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"--processes {arguments.processes}: a process ended before its run did; for lack of memory fewer "
+                "were expected"
+            ) from error
+        finally:
+            for future in futures:
+                future.cancel()
+        return [future.result() for future in futures]
 
 
 # -------------------------------------------------------------------------------------------------------------- the report
@@ -434,7 +440,7 @@ def markdown(rows: list[Row], arguments: AblationArguments) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "The difference is to DCNv3 with the same seed. A multiply-add is one FLOP. Bytes kept are those of one image in a "
+        "The difference is to DCNv3 with the same seed; percentages are relative to the first row. A multiply-add is one FLOP. Bytes kept are those of one image in a "
         f"training batch of {arguments.batch_size}, without parameters.",
     ]
     return "\n".join(lines) + "\n"

@@ -42,6 +42,7 @@ from internimage_hf.inspection import LayerSampling, ReceptiveField
 from internimage_hf.remote_code import replace_file
 
 
+SAMPLE = 51  # a large digit in the middle
 FIGURES = ("4", "5", "7", "8")
 GROUP_COLORS = ("#ff2d2d", "#ffd400", "#27d827", "#00c8ff", "#ff4fd8", "#ff8c00", "#9b6bff", "#ffffff")
 
@@ -59,14 +60,21 @@ class FigureArguments:
     query: list[float] | None = field(
         default=None, metadata={"help": "x and y of the pixel of figures 5 and 7, by default the middle"}
     )
-    groups: int = field(default=5, metadata={"help": "coloured groups in figure 5"})
-    number: int = field(default=100, metadata={"help": "held-out images for figures 7 and 8, without --image"})
+    groups: int = field(default=4, metadata={"help": "coloured groups in figure 5"})
+    sample: int | None = field(
+        default=None, metadata={"help": "the held-out image that figure 5 shows, without --image"}
+    )
+    number: int = field(default=200, metadata={"help": "held-out images for figures 7 and 8, without --image"})
     output_dir: str = field(default="outputs/figures", metadata={"help": "folder of the figures"})
 
     def __post_init__(self):
         for name, most in (("groups", len(GROUP_COLORS)), ("number", 10000)):
             if not 1 <= getattr(self, name) <= most:
                 raise InputError(f"--{name} must be 1 to {most}, got {getattr(self, name)}")
+        if self.sample is None:
+            self.sample = min(SAMPLE, self.number - 1)
+        if not 0 <= self.sample < self.number:
+            raise InputError(f"--sample must be 0 to {self.number - 1} (--number {self.number}), got {self.sample}")
         if self.query is not None and len(self.query) != 2:
             raise InputError(f"--query must be two numbers, x and y, got {self.query}")
 
@@ -94,19 +102,19 @@ class Subject:
     """What is drawn: a model and images as it gets them.
 
     Attributes:
-        pixel_values: (number, 3, height, width); of images of different sizes only the first.
+        pixel_values: (number, 3, height, width).
         pictures: the same for people, in uint8.
-        originals: the images before the processor.
         labels: the classes of the images, if known.
-        trained_on: for captions.
+        first: index of the image that figure 5 shows.
+        query: x and y of the pixel.
     """
 
     model: PreTrainedModel
     processor: transformers.BaseImageProcessor
     pixel_values: torch.Tensor
     pictures: np.ndarray
-    originals: list[Image.Image]
     labels: np.ndarray | None
+    first: int
     query: tuple[float, float]
 
 
@@ -138,19 +146,22 @@ def load_subject(arguments: FigureArguments) -> Subject:
         images = [read_image(file) for file in arguments.image]
     else:
         size = model.config.image_size if arguments.model is None else 213
-        pixels, labels = load_single_digits(1, arguments.number, size, seed=1)["validation"]
-        images = [Image.fromarray(image) for image in pixels]
-        labels = labels if arguments.model is None else None
+        # as many for any smaller number: so the first are the same
+        count = max(200, arguments.number) if arguments.model is None else arguments.number
+        pixels, labels = load_single_digits(1, count, size, seed=1)["validation"]
+        images = [Image.fromarray(image) for image in pixels[: arguments.number]]
+        labels = labels[: arguments.number] if arguments.model is None else None
     batch = [preprocess(processor, [image]) for image in images]
     if len({values.shape for values in batch}) > 1:
         raise InputError(f"--image has images that the processor of {name} makes of different sizes; one was expected")
     pixel_values = torch.cat(batch)
     pictures = for_people(pixel_values, processor)
     height, width = pixel_values.shape[2:]
-    query = tuple(arguments.query) if arguments.query else default_query(pictures[0], arguments)
+    first = 0 if arguments.image else arguments.sample
+    query = tuple(arguments.query) if arguments.query else default_query(pictures[first], arguments)
     if not (0 <= query[0] < width and 0 <= query[1] < height):
         raise InputError(f"--query must lie in the image, {width} x {height} pixels, got {query[0]:g} {query[1]:g}")
-    return Subject(model, processor, pixel_values, pictures, images, labels, query)
+    return Subject(model, processor, pixel_values, pictures, labels, first, query)
 
 
 def default_query(picture: np.ndarray, arguments: FigureArguments) -> tuple[float, float]:
@@ -198,19 +209,29 @@ def shared_weights(size: str) -> SharedWeights:
 
 def draw_shared_weights(rows: list[SharedWeights], file: Path) -> None:
     panels = (
-        ("parameters", [[n / 1e6 for n in row.parameters] for row in rows], "M"),
-        ("kept for the backward pass, per image", [[n / 2**20 for n in row.bytes_kept] for row in rows], "MiB"),
+        ("parameters, M", [[n / 1e6 for n in row.parameters] for row in rows], "the paper at H: −42.0 %"),
+        (
+            "MiB kept for the backward pass, per image",
+            [[n / 2**20 for n in row.bytes_kept] for row in rows],
+            "the paper at H: −84.2 % of “memory”, not reproduced",
+        ),
     )
-    with figure(file, 1, 2, figsize=(11, 4)) as (_, axes):
-        for axis, (title, values, unit) in zip(axes, panels, strict=True):
+    with figure(file, 1, 2, figsize=(11, 4.2)) as (_, axes):
+        for axis, (title, values, paper) in zip(axes, panels, strict=True):
             for i, (shared, own) in enumerate(values):
                 axis.bar(i - 0.2, shared, 0.4, color="C0", label="shared weights" if i == 0 else None)
                 axis.bar(i + 0.2, own, 0.4, color="C1", label="a projection per point" if i == 0 else None)
-                axis.text(i, own * 1.08, f"−{1 - shared / own:.0%}", ha="center", fontsize=12, fontweight="bold")
+                axis.text(
+                    i, own * 1.08, f"−{100 * (1 - shared / own):.0f} %", ha="center", fontsize=12, fontweight="bold"
+                )
             axis.set_yscale("log")
-            axis.set_ylim(top=4 * max(own for _, own in values))
+            axis.set_ylim(top=3 * max(own for _, own in values))
+            axis.set_yticks([30, 100, 300, 1000, 3000], ["30", "100", "300", "1000", "3000"])
+            axis.tick_params(which="minor", labelleft=False)
+            axis.set_ylim(bottom=0.6 * min(shared for shared, _ in values))
+            axis.set_xlabel(paper, fontsize=12)
             axis.set_xticks(range(len(rows)), [row.size for row in rows], fontsize=13)
-            axis.set_title(f"{title}, {unit}", fontsize=13)
+            axis.set_title(title, fontsize=13)
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="y", alpha=0.3)
             axis.set_axisbelow(True)
@@ -252,7 +273,7 @@ def shared_weights_table(rows: list[SharedWeights]) -> str:
 def draw_sampling_points(axis, picture: np.ndarray, layer: LayerSampling, groups: int) -> None:
     """One panel: the points of one position, of a few groups in colours and of the others in grey."""
     height, width = picture.shape[:2]
-    axis.imshow(picture, alpha=0.8, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    axis.imshow(picture, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
     positions, weights = layer.positions[0, 0, 0], layer.weights[0, 0, 0].abs()
     (x, y), half = layer.origins[0, 0].tolist(), layer.stride / 2
     chosen = layer.spread_groups(groups)
@@ -270,7 +291,7 @@ def draw_sampling_points(axis, picture: np.ndarray, layer: LayerSampling, groups
             axis.scatter(
                 px,
                 py,
-                s=max(10, 75 * min(weight, 4)),
+                s=max(12, 60 * min(weight, 3)),
                 facecolor=color if inside else "none",
                 edgecolor="black" if inside else color,
                 linewidth=1 if inside else 1.6,
@@ -278,8 +299,8 @@ def draw_sampling_points(axis, picture: np.ndarray, layer: LayerSampling, groups
             )
     corners = [x - half, x + half, x + half, x - half, x - half], [y - half, y - half, y + half, y + half, y - half]
     axis.plot(*corners, color="#1f5bff", linewidth=2, zorder=5)
-    axis.scatter(x, y, marker="*", s=330, color="#1f5bff", edgecolor="white", linewidth=1.5, zorder=6)
-    margin = 0.14 * max(height, width)
+    axis.scatter(x, y, marker="*", s=230, color="#1f5bff", edgecolor="white", linewidth=1.5, zorder=6)
+    margin = 0.09 * max(height, width)
     axis.set_xlim(-margin, width - 1 + margin)
     axis.set_ylim(height - 1 + margin, -margin)
     axis.set_xticks([])
@@ -290,12 +311,12 @@ def draw_sampling_points(axis, picture: np.ndarray, layer: LayerSampling, groups
 
 
 def draw_figure5(subject: Subject, groups: int, file: Path) -> None:
-    layers = sampling_points(subject.model, subject.pixel_values[:1], query=subject.query)
+    layers = sampling_points(subject.model, subject.pixel_values[[subject.first]], query=subject.query)
     last = {layer.stage: layer for layer in layers}
     height, width = subject.pictures.shape[1:3]
     with figure(file, 1, len(last), figsize=(3.2 * len(last), 0.9 + 3.2 * height / width)) as (_, axes):
         for axis, layer in zip(axes, last.values(), strict=True):
-            draw_sampling_points(axis, subject.pictures[0], layer, groups)
+            draw_sampling_points(axis, subject.pictures[subject.first], layer, groups)
     if all(torch.allclose(layer.positions - layer.origins[:, :, None, None], layer.grid) for layer in layers):
         print("figure 5: all sampling offsets are zero, as before training: all groups lie on the regular grid")
 
@@ -321,9 +342,9 @@ def draw_figure7(subject: Subject, arguments: FigureArguments, file: Path) -> No
         ]
     height, width = subject.pictures.shape[1:3]
     stages = len(fields["after"])
-    with figure(file, 2, stages, figsize=(2.9 * stages, 1.6 + 5.4 * height / width)) as (picture, axes):
-        for row, (name, own) in zip(axes, fields.items(), strict=True):
-            for axis, found in zip(row, own, strict=True):
+    with figure(file, 2, stages, figsize=(2.9 * stages, 1.6 + 4.7 * height / width)) as (picture, axes):
+        for i, (name, own) in enumerate(fields.items()):
+            for axis, found in zip(axes[i], own, strict=True):
                 mean = found.gradient.double().mean(0)
                 shown = (mean / mean.max().clamp_min(1e-300)).clamp_min(1e-3).log10()
                 image = axis.imshow(shown, vmin=-3, vmax=0, cmap="magma")
@@ -331,9 +352,9 @@ def draw_figure7(subject: Subject, arguments: FigureArguments, file: Path) -> No
                 axis.set_xlabel(f"50 % in {half:.1f} % of the pixels\n90 % in {most:.1f} %", fontsize=12)
                 axis.set_xticks([])
                 axis.set_yticks([])
-                if row is axes[0]:
+                if i == 0:
                     axis.set_title(f"stage {found.stage}", fontsize=15)
-            row[0].set_ylabel(f"{name} training", fontsize=15)
+            axes[i][0].set_ylabel(f"{name} training", fontsize=15)
         bar = picture.colorbar(image, ax=axes, shrink=0.6, ticks=[-3, -2, -1, 0])
         bar.ax.set_yticklabels(["≤ 0.001", "0.01", "0.1", "1"])
         bar.set_label("gradient, relative to its maximum", fontsize=12)
@@ -414,7 +435,7 @@ def draw_consistency(curves: list[Consistency], images: int, file: Path) -> None
         for axis, curve in zip(axes, curves, strict=True):
             axis.plot(curve.values, curve.same, "o-", color="C0", linewidth=2.5, label="same prediction as unchanged")
             if curve.right is not None:
-                axis.plot(curve.values, curve.right, "s--", color="C1", linewidth=2, label="right prediction")
+                axis.plot(curve.values, curve.right, "s--", color="C1", linewidth=2, label="correct prediction")
             axis.set_xlabel(curve.name, fontsize=13)
             axis.set_ylim(0, 102)
             axis.grid(alpha=0.3)

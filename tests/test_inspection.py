@@ -71,8 +71,6 @@ def of_package(*names: str) -> list:
 
 
 def dcnv4(**fields) -> InternImageForImageClassification:
-    if "dcn_version" not in InternImageConfig.__dataclass_fields__:
-        pytest.skip("the package has no DCNv4")
     return classifier(dcn_version=4, offset_scale=0.5, dw_kernel_size=3, **fields)
 
 
@@ -351,6 +349,13 @@ def test_flops_equal_sum_over_layers():
             expected += height * width * 9 * channels * 2 * channels
     assert count_flops(model, (32, 64)) == expected
     assert count_flops(model, [32, 64], device="cpu") == expected
+
+
+def test_detector_that_selects_by_values_counts_on_real_device():
+    model = rcnn().eval()
+    with pytest.raises(ValueError, match=r'does not run on the meta device .*device="cpu"'):
+        count_flops(model, 64)
+    assert count_flops(model, 64, device="cpu") > count_flops(model.backbone, 64)
 
 
 @pytest.mark.parametrize("make", [upernet, mask2former, with_kernels, compiled, dcnv4, dino])
