@@ -42,16 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"  # absent in a Space, which has this folder alone
 HUB_MODEL = "OpenGVLab/internimage_t_1k_224"
 MAX_FILE = "50mb"
-NO_IMAGE = "Drop an image on the left, or choose an example."
-
-
-class Picture(gr.Image):
-    """Gives the handlers the file's path: `gr.Image` opens the file itself, and fails without a readable message."""
-
-    is_template = True
-
-    def preprocess(self, payload) -> str | None:
-        return payload.path if payload is not None else None
+NO_IMAGE = "Drop an image above, or choose an example."
 
 
 # -------------------------------------------------------------------------------------------------------- model and images
@@ -119,7 +110,7 @@ class Page:
             analysis = self.inspector.analyse(read_image(file))
             query = tuple((side - 1) / 2 for side in analysis.view.size)
             width, height = analysis.view.size
-            status = f"The network sees {width} × {height} pixels. **Click one of them** in the picture beside."
+            status = f"The network sees {width} × {height} pixels. **Click one of them** in the picture on the right."
             if all(_is_regular(layer) for layer in analysis.layers.values()):
                 status += " All sampling offsets are zero, as before training: every group lies on the regular grid."
             start = analysis, query, status, self.predict(analysis, threshold)
@@ -217,7 +208,7 @@ def build(inspector: Inspector, examples: list[str]) -> gr.Blocks:
     with gr.Blocks(title="What InternImage looks at", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gr.Markdown(
             "# What InternImage looks at\n"
-            f"`{inspector.name}` · {sum(p.numel() for p in inspector.model.parameters()) / 1e6:.1f} M parameters. "
+            f"`{Path(inspector.name).name if Path(inspector.name).is_dir() else inspector.name}` · {sum(p.numel() for p in inspector.model.parameters()) / 1e6:.1f} M parameters. "
             "Each deformable convolution (DCNv3) chooses where it samples, separately for each group of channels and each "
             "position. This page shows where."
         )
@@ -225,15 +216,17 @@ def build(inspector: Inspector, examples: list[str]) -> gr.Blocks:
         with gr.Row():
             with gr.Column():
                 gr.Markdown("### Image")
-                picture = Picture(
+                picture = gr.Image(
                     elem_id="image", sources=["upload", "clipboard"], show_label=False, height=320, buttons=[]
                 )
+                # gr.Image opens the file itself and fails on a bad one without a readable message; `open` gets its path
+                picture.preprocess = lambda payload: payload and payload.path
+                status = gr.Markdown(NO_IMAGE, elem_id="status")
                 if examples:
                     gr.Examples([[file] for file in examples], picture, label="Examples", elem_id="examples")
             with gr.Column():
                 gr.Markdown("### What the network sees: click a pixel")
                 view = gr.Image(elem_id="view", height=320, **plain)
-                status = gr.Markdown(NO_IMAGE, elem_id="status")
             with gr.Column(visible=inspector.task is not None):
                 gr.Markdown("### Prediction")
                 if page.classifies or inspector.task is None:
@@ -257,19 +250,19 @@ def build(inspector: Inspector, examples: list[str]) -> gr.Blocks:
         sampling = gr.Image(elem_id="sampling", **plain)
         with gr.Row():
             titles = (
-                ("field", "Receptive field", "Pixels on which the star's feature depends: magnitude of the gradient."),
+                ("field", "Receptive field", "Gradient of the star's feature on the image."),
                 (
                     "similarity",
                     "Similar features",
-                    "Cosine similarity of the star's feature to all others: yellow is highest.",
+                    "Cosine similarity to the star's: yellow is highest.",
                 ),
-                ("components", "Features as colours", "Their three principal components as red, green and blue."),
+                ("components", "Features as colours", "Three principal components as red, green, blue."),
             )
             others = []
             for name, title, text in titles:
                 with gr.Column():
                     gr.Markdown(f"### {title}\n{text}")
-                    others.append(gr.Image(elem_id=name, **plain))
+                    others.append(gr.Image(elem_id=name, height=320, **plain))
         field, similarity, components = others
 
         pictures = [view, sampling, similarity, components, field, words]
@@ -293,6 +286,8 @@ def build(inspector: Inspector, examples: list[str]) -> gr.Blocks:
             control.change(shown_errors(page.look), [analysis, query, stage, chosen], pictures, **quiet)
         if not page.classifies and inspector.task is not None:
             threshold.release(page.predict, [analysis, threshold], prediction, **quiet)
+        if examples:
+            blocks.load(lambda: examples[0], None, picture, **quiet)
     blocks.queue(default_concurrency_limit=1)
     return blocks
 
