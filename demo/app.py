@@ -226,7 +226,7 @@ def build(inspector: Inspector, examples: list[str]) -> gr.Blocks:
                     gr.Examples([[file] for file in examples], picture, label="Examples", elem_id="examples")
             with gr.Column():
                 gr.Markdown("### What the network sees: click a pixel")
-                view = gr.Image(elem_id="view", height=320, **plain)
+                view = gr.Image(elem_id="view", height=320, **{**plain, "buttons": []})
             with gr.Column(visible=inspector.task is not None):
                 gr.Markdown("### Prediction")
                 if page.classifies or inspector.task is None:
