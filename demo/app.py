@@ -193,23 +193,19 @@ def shown_errors(handler: Callable) -> Callable:
 CSS = """
 .gradio-container {max-width: 1340px !important}
 #view img {cursor: crosshair}
-#sampling img, #view img {image-rendering: auto}
 """
 
 
 def build(inspector: Inspector, examples: list[str]) -> gr.Blocks:
     """The page."""
     page = Page(inspector)
-    stages = max(int(name.rpartition(".")[2]) + 1 for name, m in inspector.model.named_modules() if type(m).__name__ == "InternImageStage")  # fmt: skip
-    groups = max(
-        getattr(m, "groups", 1) for m in inspector.model.modules() if type(m).__name__.startswith("InternImageD")
-    )
+    name = Path(inspector.name).name if Path(inspector.name).is_dir() else inspector.name
     plain = {"interactive": False, "show_label": False, "buttons": ["download", "fullscreen"], "format": "jpeg"}
     with gr.Blocks(title="What InternImage looks at", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gr.Markdown(
             "# What InternImage looks at\n"
-            f"`{Path(inspector.name).name if Path(inspector.name).is_dir() else inspector.name}` · {sum(p.numel() for p in inspector.model.parameters()) / 1e6:.1f} M parameters. "
-            "Each deformable convolution (DCNv3) chooses where it samples, separately for each group of channels and each "
+            f"`{name}` · {inspector.model.num_parameters() / 1e6:.1f} M parameters. "
+            "Each deformable convolution chooses where it samples, separately for each group of channels and each "
             "position. This page shows where."
         )
         analysis, query = gr.State(time_to_live=3600), gr.State()
@@ -227,6 +223,16 @@ def build(inspector: Inspector, examples: list[str]) -> gr.Blocks:
             with gr.Column():
                 gr.Markdown("### What the network sees: click a pixel")
                 view = gr.Image(elem_id="view", height=320, **{**plain, "buttons": []})
+                stage = gr.Radio(
+                    list(range(1, inspector.stages + 1)),
+                    value=min(3, inspector.stages),
+                    label="stage",
+                    elem_id="stage",
+                )
+                choices = ["far apart", "all", *map(str, range(1, inspector.groups + 1))]
+                chosen = gr.Dropdown(
+                    choices, value="far apart", label="groups: five that lie far apart, all, or one", elem_id="groups"
+                )
             with gr.Column(visible=inspector.task is not None):
                 gr.Markdown("### Prediction")
                 if page.classifies or inspector.task is None:
@@ -235,12 +241,6 @@ def build(inspector: Inspector, examples: list[str]) -> gr.Blocks:
                 else:
                     prediction = gr.AnnotatedImage(show_label=False, height=320, elem_id="prediction", format="jpeg")
                     threshold = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="least score", elem_id="threshold")
-        with gr.Row():
-            stage = gr.Radio(list(range(1, stages + 1)), value=min(3, stages), label="stage", elem_id="stage")
-            choices = ["far apart", "all", *map(str, range(1, groups + 1))]
-            chosen = gr.Dropdown(
-                choices, value="far apart", label="groups: five that lie far apart, all, or one", elem_id="groups"
-            )
         words = gr.Markdown(elem_id="words")
         gr.Markdown(
             "### Sampling points\nOf the last layer of each stage, for the output at the star. A colour is a group, the area of a "

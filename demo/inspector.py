@@ -6,6 +6,7 @@ import warnings
 from collections import OrderedDict
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -139,15 +140,21 @@ class Inspector:
         name: for people.
         kept: how many images' results are kept.
 
+    Attributes:
+        task: of the pipeline; None for a model without a head that it knows.
+        stages: how many the InternImage has.
+        groups: how many its last layers have at most.
+
     Raises:
         InputError: if the model holds no InternImage.
     """
 
     def __init__(self, model: nn.Module, processor, name: str, kept: int = 8):
         self.model, self.processor, self.name, self.kept = model.eval(), processor, name, kept
-        found = [module for module in model.modules() if _is_stage(module)]
-        if not found:
+        stages = _stages(model)
+        if not stages:
             raise InputError(f"--model {name} is a {type(model).__name__} without an InternImage in it")
+        self.stages, self.groups = len(stages), max(stage.layers[-1].dcn.groups for stage in stages.values())
         self.task = next((task for part, task in TASKS.items() if part in type(model).__name__), None)
         self.pipeline = self.task and transformers.pipeline(self.task, model=model, image_processor=processor)
         self._cache: OrderedDict[bytes, Analysis] = OrderedDict()
@@ -236,11 +243,8 @@ class Inspector:
             maps[stage] = output[0].float().cpu()
 
         with ExitStack() as hooks:
-            for name, module in self.model.named_modules():
-                if _is_stage(module):
-                    # of a composite backbone the last encoder counts, which runs last
-                    stage = int(name.rpartition(".")[2]) + 1
-                    hooks.callback(module.register_forward_hook(lambda *a, stage=stage: keep(stage, *a)).remove)
+            for stage, module in _stages(self.model).items():
+                hooks.callback(module.register_forward_hook(partial(keep, stage)).remove)
             layers = {layer.stage: layer for layer in sampling_points(self.model, pixel_values)}
         height, width = pixel_values.shape[2:]
         if pixel_mask is not None:
@@ -249,8 +253,13 @@ class Inspector:
         return Analysis(shown, view, pixel_values, layers, maps, outputs)
 
 
-def _is_stage(module: nn.Module) -> bool:
-    return type(module).__name__ == "InternImageStage"
+def _stages(model: nn.Module) -> dict[int, nn.Module]:
+    """The stages of the InternImage in a model by their numbers from 1; of a composite backbone those of the last encoder."""
+    return {
+        int(name.rpartition(".")[2]) + 1: module
+        for name, module in model.named_modules()
+        if type(module).__name__ == "InternImageStage"
+    }
 
 
 def _picture(pixels: torch.Tensor, processor) -> Image.Image:

@@ -73,6 +73,9 @@ def certain_mask2former() -> nn.Module:
     model = mask2former()
     with torch.no_grad():
         model.class_predictor.bias[0] = 20
+        for name, parameter in model.named_parameters():
+            if "mask_embedder" in name or "mask_projection" in name:  # masks that are clear, and differ
+                parameter.normal_(0, 1)
     return model
 
 
