@@ -210,19 +210,23 @@ class Inspector:
         }
 
     def objects(self, analysis: Analysis, threshold: float) -> list[tuple[tuple[int, ...] | np.ndarray, str]]:
-        """Boxes (left, top, right, bottom) or masks (height, width) of bool on `analysis.image`, with labels, best first."""
+        """Boxes (left, top, right, bottom) or masks (height, width) of bool on `analysis.image`, with labels, best first.
+
+        A box that a detector gives several labels comes once, with the best.
+        """
         width, height = analysis.image.size
-        result = []
+        boxes, masks = {}, []
         for one in self.pipeline.postprocess(analysis.outputs, threshold=threshold):
             label = one["label"] if one["score"] is None else f"{one['label']} {one['score']:.0%}"
             if "box" in one:
                 left, top, right, bottom = (one["box"][name] for name in ("xmin", "ymin", "xmax", "ymax"))
                 box = max(0, left), max(0, top), min(width, right), min(height, bottom)
-                if box[0] < box[2] and box[1] < box[3]:
-                    result.append((one["score"], box, label))
+                if box[0] < box[2] and box[1] < box[3] and one["score"] > boxes.get(box, (0.0,))[0]:
+                    boxes[box] = one["score"], box, label
             elif (mask := np.asarray(one["mask"]) > 0).any():
-                result.append((mask.mean() if one["score"] is None else one["score"], mask, label))
-        return [(area, label) for _, area, label in sorted(result, key=lambda item: -item[0])]
+                masks.append((mask.mean() if one["score"] is None else one["score"], mask, label))
+        ordered = sorted((*boxes.values(), *masks), key=lambda item: -item[0])
+        return [(area, label) for _, area, label in ordered]
 
     def _run(self, image: Image.Image) -> Analysis:
         shown = image.copy()
