@@ -15,12 +15,17 @@ from transformers import (
 )
 from utils import SMALL_DETECTOR, SMALL_HEADS, TINY, TINY_VARIANTS
 
-import internimage_hf
 from internimage_hf import (
     InternImageBackbone,
+    InternImageCompositeBackbone,
+    InternImageCompositeConfig,
     InternImageConfig,
+    InternImageDinoConfig,
+    InternImageDinoForObjectDetection,
     InternImageForImageClassification,
     InternImageModel,
+    InternImageRcnnConfig,
+    InternImageRcnnForInstanceSegmentation,
     count_flops,
     effective_receptive_field,
     sampling_points,
@@ -49,8 +54,8 @@ def mask2former() -> Mask2FormerForUniversalSegmentation:
     return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=backbone_config(), **fields))
 
 
-def with_kernels() -> InternImageForImageClassification:
-    model = classifier().eval()
+def with_kernels(**fields) -> InternImageForImageClassification:
+    model = classifier(**fields).eval()
     before = [module.forward for name, module in model.named_modules() if name.endswith("sampling")]
     model.set_use_kernels(True)
     after = [module.forward for name, module in model.named_modules() if name.endswith("sampling")]
@@ -63,31 +68,25 @@ def compiled() -> nn.Module:
     return torch.compile(classifier(), backend="eager")
 
 
-def of_package(*names: str) -> list:
-    """Classes of the package, for its models that come after the first."""
-    if missing := [name for name in names if not hasattr(internimage_hf, name)]:
-        pytest.skip(f"the package has no {', '.join(missing)}")
-    return [getattr(internimage_hf, name) for name in names]
-
-
 def dcnv4(**fields) -> InternImageForImageClassification:
     return classifier(dcn_version=4, offset_scale=0.5, dw_kernel_size=3, **fields)
 
 
-def dino() -> nn.Module:
-    config, model = of_package("InternImageDinoConfig", "InternImageDinoForObjectDetection")
+def dino() -> InternImageDinoForObjectDetection:
     fields = {**SMALL_DETECTOR, "d_model": 32, "encoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
-    return model(config(backbone_config=backbone_config(), num_queries=10, neck_groups=8, num_labels=3, **fields))
+    return InternImageDinoForObjectDetection(
+        InternImageDinoConfig(backbone_config=backbone_config(), num_queries=10, neck_groups=8, num_labels=3, **fields)
+    )
 
 
-def rcnn() -> nn.Module:
-    config, model = of_package("InternImageRcnnConfig", "InternImageRcnnForInstanceSegmentation")
-    return model(config(backbone_config=backbone_config(), fpn_channels=16, num_labels=3))
+def rcnn() -> InternImageRcnnForInstanceSegmentation:
+    return InternImageRcnnForInstanceSegmentation(
+        InternImageRcnnConfig(backbone_config=backbone_config(), fpn_channels=16, num_labels=3)
+    )
 
 
-def composite() -> nn.Module:
-    config, model = of_package("InternImageCompositeConfig", "InternImageCompositeBackbone")
-    return model(config(**TINY, out_features=["stage1", "stage4"]))
+def composite() -> InternImageCompositeBackbone:
+    return InternImageCompositeBackbone(InternImageCompositeConfig(**TINY, out_features=["stage1", "stage4"]))
 
 
 MODELS = {
@@ -97,6 +96,7 @@ MODELS = {
     "upernet": upernet,
     "mask2former": mask2former,
     "use_kernels": with_kernels,
+    "use_kernels_dcnv4": lambda: with_kernels(dcn_version=4),
     "compiled": compiled,
     "dcnv4": dcnv4,
     "dino": dino,
