@@ -60,7 +60,7 @@ class FigureArguments:
     query: list[float] | None = field(
         default=None, metadata={"help": "x and y of the pixel of figures 5 and 7, by default the middle"}
     )
-    groups: int = field(default=4, metadata={"help": "coloured groups in figure 5"})
+    groups: int = field(default=5, metadata={"help": "coloured groups in figure 5"})
     sample: int | None = field(
         default=None, metadata={"help": "the held-out image that figure 5 shows, without --image"}
     )
