@@ -240,7 +240,10 @@ def build(inspector: Inspector, examples: list[str]) -> gr.Blocks:
                     threshold = gr.Number(0.5, visible=False)
                 else:
                     prediction = gr.AnnotatedImage(show_label=False, height=320, elem_id="prediction", format="jpeg")
-                    threshold = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="least score", elem_id="threshold")
+                    scored = (
+                        "ForSemanticSegmentation" not in type(inspector.model).__name__
+                    )  # such masks have no score
+                    threshold = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="least score", visible=scored)
         words = gr.Markdown(elem_id="words")
         gr.Markdown(
             "### Sampling points\nOf the last layer of each stage, for the output at the star. A colour is a group, the area of a "

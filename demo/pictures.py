@@ -105,19 +105,21 @@ def draw_sampling_points(
     scale = factor * PANEL / max(view.size)
     margin, title, gap = round(factor * PANEL * MARGIN), 30 * factor, 12 * factor
     width, height = (round(scale * side) + 2 * margin for side in view.size)
+    left_margin = max(margin, margin + (270 * factor - width) // 2)  # of a narrow image, for the sake of the title
+    width += 2 * (left_margin - margin)
     photo = view.resize([max(1, round(scale * side)) for side in view.size], Image.Resampling.BICUBIC)
     photo = Image.blend(photo, Image.new("RGB", photo.size, "white"), 0.2)
-    columns = min(len(layers), max(1, round(4 * height / width)) if width > 2 * height else len(layers))
+    columns = 2 if width > 2 * height else len(layers)
     rows = -(-len(layers) // columns)
     canvas = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + title + gap) - gap), "white")
     draw = ImageDraw.Draw(canvas)
     for number, layer in enumerate(layers):
         left, top = (number % columns) * (width + gap), (number // columns) * (height + title + gap)
         panel = Image.new("RGB", (width, height), "#ededed")
-        panel.paste(photo, (margin, margin))
+        panel.paste(photo, (left_margin, margin))
         one = layer.at(query)
         shown = _chosen_groups(one, groups)
-        _points(ImageDraw.Draw(panel), one, shown, view.size, scale, margin, factor)
+        _points(ImageDraw.Draw(panel), one, shown, scale, (left_margin, margin), factor)
         canvas.paste(panel, (left, top + title))
         frame = BLUE if layer.stage == chosen else "#c8c8c8"
         box = (left, top + title, left + width - 1, top + title + height - 1)
@@ -136,14 +138,14 @@ def _chosen_groups(one: LayerSampling, groups: str) -> list[int]:
     return one.spread_groups(5) if groups == "far apart" else list(range(total))
 
 
-def _points(draw, one: LayerSampling, shown: list[int], size, scale: float, margin: int, factor: int) -> None:
+def _points(draw, one: LayerSampling, shown: list[int], scale: float, corner: tuple[int, int], factor: int) -> None:
     positions, weights = one.positions[0, 0, 0].cpu(), one.weights[0, 0, 0].abs().cpu()
     total, points = weights.shape
     origin = one.origins[0, 0].cpu()
     height, width = (-(-side // one.stride) * one.stride for side in one.image_size)  # of the map, in pixels
 
     def place(xy) -> tuple[float, float]:
-        return tuple(margin + scale * (value + 0.5) for value in xy)
+        return tuple(start + scale * (value + 0.5) for start, value in zip(corner, xy, strict=True))
 
     for group in set(range(total)) - set(shown):
         for xy in positions[group].tolist():

@@ -17,7 +17,7 @@ import torch
 import transformers
 import yaml
 from PIL import Image
-from test_inspection import backbone_config, mask2former, upernet
+from test_inspection import backbone_config, dino, mask2former, rcnn, upernet
 from torch import nn
 from transformers import RTDetrConfig, RTDetrForObjectDetection
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
@@ -25,9 +25,11 @@ from transformers.models.rt_detr.image_processing_pil_rt_detr import RTDetrImage
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 from utils import ROOT, SMALL_HEADS, TINY, TINY_VARIANTS
 
+import internimage_hf
 from internimage_hf import (
     InternImageBackbone,
     InternImageConfig,
+    InternImageDetectionImageProcessor,
     InternImageForImageClassification,
     InternImageImageProcessor,
     effective_receptive_field,
@@ -82,6 +84,8 @@ def certain_mask2former() -> nn.Module:
 HEADS = {
     "rt_detr": (rt_detr, lambda: RTDetrImageProcessorPil(size={"height": 64, "width": 64})),
     "upernet": (upernet, lambda: SegformerImageProcessorPil(size={"height": 64, "width": 64})),
+    "dino": (dino, lambda: InternImageDetectionImageProcessor(size={"shortest_edge": 64, "longest_edge": 90})),
+    "rcnn": (rcnn, lambda: InternImageDetectionImageProcessor(size={"shortest_edge": 64, "longest_edge": 90})),
     "mask2former": (certain_mask2former, lambda: Mask2FormerImageProcessorPil(size={"height": 64, "width": 64})),
 }
 
@@ -144,14 +148,14 @@ def test_boxes_and_masks_are_those_of_the_pipeline(demo, name, image, tmp_path):
         for one, score in zip(expected, scores, strict=True)
     }
     assert found and {(label, np.asarray(area).tobytes()) for area, label in found} <= wanted
-    if name == "rt_detr":
+    if name in ("rt_detr", "dino"):
         areas = [area for area, _ in found]
         best = {}
         for one in sorted(expected, key=lambda one: one["score"]):
             best[tuple(np.clip(list(one["box"].values()), 0, [120, 90] * 2))] = f"{one['label']} {one['score']:.0%}"
         assert len(set(areas)) == len(areas) and all(best[area] == label for area, label in found)
     invisible = [one for one in expected if "mask" in one and not np.asarray(one["mask"]).any()]
-    assert name == "rt_detr" or len(found) == len(expected) - len(invisible)
+    assert name in ("rt_detr", "dino") or len(found) == len(expected) - len(invisible)
 
 
 def test_segments_of_a_semantic_segmenter_cover_the_image(demo, image, tmp_path):
@@ -383,6 +387,20 @@ def test_sampling_points_are_drawn_at_their_positions(demo):
     assert (np.abs(drawn - red).max(-1) < 12).sum() < 9 * 200, "and nowhere else"
 
 
+@pytest.mark.parametrize("size", [(40, 200), (200, 40), (64, 64)])
+def test_panels_have_room_for_their_titles(demo, size):
+    from internimage_hf.inspection import LayerSampling
+
+    height, width = -(-size[1] // 4), -(-size[0] // 4)
+    positions = torch.zeros(1, height, width, 1, 9, 2)
+    layers = [
+        LayerSampling("", stage, 0, 4, size[::-1], None, positions, positions[..., 0] + 1 / 9, torch.zeros(9, 2))
+        for stage in (1, 2, 3, 4)
+    ]
+    drawn = demo.pictures.draw_sampling_points(layers, "all", Image.new("RGB", size), (1.0, 1.0), 2)
+    assert drawn.width >= (2 if size == (200, 40) else 4) * 270 and max(drawn.size) < 1700
+
+
 @pytest.mark.parametrize("groups", ["far apart", "all", "1", "8"])
 def test_every_choice_of_stage_and_groups_is_drawn(classifier, demo, image, groups):
     page, analysis = demo.app.Page(classifier), classifier.analyse(image)
@@ -451,6 +469,8 @@ def test_space_has_its_fields_and_the_version_of_the_tests():
     assert fields["sdk"] == "gradio" and fields["license"] == "mit" and (ROOT / "demo" / fields["app_file"]).is_file()
     assert len(fields["short_description"]) <= 60
     assert f"gradio=={fields['sdk_version']}\n" in (ROOT / "constraints.txt").read_text()
+    wheel = f"./internimage_hf-{internimage_hf.__version__}-py3-none-any.whl\n"
+    assert wheel in (ROOT / "demo" / "requirements.txt").read_text()
     colors = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
     assert {fields["colorFrom"], fields["colorTo"]} <= colors
 
