@@ -1,22 +1,24 @@
 """In: flags and datasets of a training program. Out: its model, its Trainer, the saved results and the final report."""
 
+import copy
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from data import Account, Data, DataArguments, InputError, check_resumed, one_line
+from data import Account, Data, DataArguments, InputError, check_resumed, one_line, some
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from internimage_hf import InternImageBackbone, InternImageConfig
+from internimage_hf import InternImageBackbone, InternImageCompositeBackbone, InternImageConfig
 from internimage_hf.compatibility import gathered, whole_shape
 from internimage_hf.remote_code import write_remote_code
 from internimage_hf.training import InternImageTrainer, InternImageTrainingFlags, last_checkpoint
@@ -257,40 +259,49 @@ def make_backbone(arguments: ModelArguments, out_features: list[str]) -> InternI
         return InternImageBackbone.from_pretrained(arguments.backbone, **fields)
 
 
-def backbone_of(model: PreTrainedModel) -> InternImageBackbone:
+def backbone_of(model: PreTrainedModel) -> InternImageBackbone | InternImageCompositeBackbone:
     """Returns the InternImage backbone of a head.
 
     Raises:
         InputError: if the head has none.
     """
     for module in model.modules():
-        if isinstance(module, InternImageBackbone):
+        if isinstance(module, (InternImageBackbone, InternImageCompositeBackbone)):
             return module
     raise InputError(f"--model holds no InternImage backbone, it is a {type(model).__name__}")
 
 
 @dataclass
 class Head:
-    """A head of transformers that a program trains.
+    """A head that a program trains.
 
     Attributes:
-        model, config, processor: its classes.
+        model, processor: its classes.
+        config: its configuration's class, or a function that makes one from fields.
         out_features: the backbone's stages that it takes.
         learning_rate: default for an untrained head.
         demo: fields of its configuration for the small untrained backbone.
+        full: fields of its configuration for a backbone of `--backbone`.
+        masks: whether it is trained on boxes and masks.
     """
 
     model: type[PreTrainedModel]
-    config: type[PreTrainedConfig]
+    config: Callable[..., PreTrainedConfig]
     processor: type
     out_features: list[str]
     learning_rate: float
     demo: dict
+    full: dict = field(default_factory=dict)
+    masks: bool = False
+
+    @property
+    def model_type(self) -> str:
+        return self.model.config_class.model_type
 
 
 def build_head(
     model_class: type[PreTrainedModel],
-    config_class: type[PreTrainedConfig],
+    config_class: Callable[..., PreTrainedConfig],
     backbone: InternImageBackbone,
     arguments: ModelArguments,
     **fields,
@@ -301,8 +312,9 @@ def build_head(
         InputError: if an override is not a field of the head's configuration.
     """
     overrides = head_overrides(arguments)
-    if unknown := [name for name in overrides if not hasattr(config_class(backbone_config=backbone.config), name)]:
-        raise InputError(f"--head_config_overrides: {', '.join(unknown)} is not a field of {config_class.__name__}")
+    default = config_class(backbone_config=backbone.config)
+    if unknown := [name for name in overrides if not hasattr(default, name)]:
+        raise InputError(f"--head_config_overrides: {', '.join(unknown)} is not a field of {type(default).__name__}")
     with loading("head_config_overrides", overrides) if overrides else nullcontext():
         model = model_class(config_class(backbone_config=backbone.config, **{**fields, **overrides}))
     # transformers draws RT-DETR's BatchNorm weights around 0 with a deviation of 0.01; RT-DETR's authors start at 1
@@ -336,27 +348,82 @@ def model_type_of(name: str | os.PathLike, flag: str = "model") -> str:
     return config.get("model_type", "")
 
 
-def load_head(heads: dict[str, Head], arguments: ModelArguments, **fields) -> PreTrainedModel:
-    """Loads the model of `--model`, with new classifiers if it was trained for other classes.
+def head_of_model(heads: dict[str, Head], arguments: ModelArguments) -> Head:
+    """Returns the head of the model of `--model`.
 
     Args:
-        heads: the program's heads, by `model_type`.
+        heads: the program's heads, by `--head`.
         arguments: with `model` set.
-        **fields: of the configuration.
 
     Raises:
-        InputError: if the model is none of these heads on an InternImage, or a flag contradicts it.
+        InputError: if the model is none of these heads, or a flag contradicts it.
     """
     for flag in ("backbone", "drop_path_rate", "head_config_overrides"):
         if getattr(arguments, flag) is not None:
             raise InputError(f"--{flag} is for an untrained head, --model {arguments.model} brings its own")
     model_type = model_type_of(arguments.model)
-    if model_type not in heads:
-        raise InputError(f"--model {arguments.model} is a {model_type or 'file'}, not one of {', '.join(heads)}")
+    for head in heads.values():
+        if head.model_type == model_type:
+            return head
+    raise InputError(
+        f"--model {arguments.model} is a {model_type or 'file'}, not one of {', '.join(dict.fromkeys(h.model_type for h in heads.values()))}"
+    )
+
+
+def load_head(
+    heads: dict[str, Head], arguments: ModelArguments, id2label: dict[int, str], **fields
+) -> PreTrainedModel:
+    """Loads the model of `--model`. Weights that depend on the classes are new if it was trained for others; it says so.
+
+    Args:
+        heads: the program's heads, by `--head`.
+        arguments: with `model` set.
+        id2label: the classes.
+        **fields: further fields of the configuration.
+
+    Raises:
+        InputError: if the model is none of these heads on an InternImage, or a flag contradicts it.
+    """
+    head = head_of_model(heads, arguments)
     with loading("model", arguments.model):
-        model = heads[model_type].model.from_pretrained(arguments.model, ignore_mismatched_sizes=True, **fields)
+        trained = head.model.config_class.from_pretrained(arguments.model).id2label
+        model = head.model.from_pretrained(arguments.model, ignore_mismatched_sizes=True, id2label=id2label, **fields)
     backbone_of(model)
+    if trained != id2label:
+        names = class_weights(model)
+        initialize_anew(model, names)
+        if os.environ.get("RANK", "0") == "0":
+            modules = dict.fromkeys(re.sub(r"\.\d+", "", name.rpartition(".")[0]) for name in names)
+            print(
+                f"--model {arguments.model} was trained for {len(trained)} classes ({some(list(trained.values()))}), not for "
+                f"the {len(id2label)} of the data set: {', '.join(modules)} are new, all other weights are kept",
+                flush=True,
+            )
     return model
+
+
+def class_weights(model: PreTrainedModel) -> list[str]:
+    """Returns the names of the parameters and buffers whose shapes depend on the number of classes."""
+    shapes = []
+    for more in (1, 2):
+        config = copy.deepcopy(model.config)
+        config.num_labels = model.config.num_labels + more
+        with torch.device("meta"):
+            shapes.append({name: tensor.shape for name, tensor in type(model)(config).state_dict().items()})
+    return [name for name, shape in shapes[0].items() if shapes[1][name] != shape]
+
+
+@torch.no_grad()
+def initialize_anew(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Initialises some parameters as in a new model, and leaves all others as they are."""
+    tensors = model.state_dict(keep_vars=True)
+    anew = {id(tensors[name]) for name in names}
+    for module in model.modules():
+        module._is_hf_initialized = False  # transformers visits it and fills those of its tensors that are not marked
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor._is_hf_initialized = id(tensor) not in anew
+    with gathered([tensors[name] for name in names]):
+        model.initialize_weights()
 
 
 class RandomlyTransformed(torch.utils.data.Dataset):

@@ -89,7 +89,9 @@ class DetectionDataArguments(HeadDataArguments):
     )
     image_size: int | None = field(
         default=None,
-        metadata={"help": "side of the square that RT-DETR sees, shortest side for the others; 640 and 800 if absent"},
+        metadata={
+            "help": "side of the square that RT-DETR sees, shortest side for the others; 640 and 800, or that of --model, if absent"
+        },
     )
     random_crop_scale: float | None = field(
         default=None,
@@ -206,6 +208,16 @@ def _refuse(flags: Iterable[str], arguments: DetectionDataArguments, use: str, f
     for flag in flags:
         if getattr(arguments, flag) != getattr(type(arguments), flag):
             raise InputError(f"--{flag} is for {use}; --dataset {arguments.dataset} {found}")
+
+
+def refuse_mask_flags(arguments: InstanceDataArguments, head: str) -> None:
+    """
+    Raises:
+        InputError: if a flag of masks is given; `head`, which the message names, reads none.
+    """
+    for flag in MASK_FLAGS:
+        if getattr(arguments, flag) != getattr(InstanceDataArguments, flag):
+            raise InputError(f"--{flag} is for heads with masks; {head} reads boxes alone")
 
 
 RUN_LENGTHS = {"size": datasets.List(datasets.Value("int64")), "counts": datasets.Value("string")}

@@ -2,16 +2,19 @@
 
 import contextlib
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from coco import decode_masks
+from coco import decode_masks, encode_masks
 from common import HeadTrainer
+from data import read_image
 from drawing import panels
 from PIL import Image
+
+from internimage_hf import InternImageDetectionImageProcessor
 
 
 MAX_DETECTIONS = 100  # per image, COCO's limit
@@ -24,9 +27,10 @@ def detect(processor, outputs, sizes: torch.Tensor, pixel_mask: torch.Tensor | N
         processor: the head's image processor.
         outputs: the detector's outputs.
         sizes: (batch, 2), height and width of the images before resizing.
-        pixel_mask: (batch, height, width), 0 for padding: the outputs' boxes are fractions of the padded image.
+        pixel_mask: (batch, height, width), 0 for padding. Boxes of transformers' detectors are fractions of the padded image,
+            those of this package's detectors are fractions of the image.
     """
-    if pixel_mask is not None:
+    if pixel_mask is not None and not isinstance(processor, InternImageDetectionImageProcessor):
         inside = torch.stack([pixel_mask[:, :, 0].sum(1), pixel_mask[:, 0, :].sum(1)], dim=1)
         padded = torch.tensor(pixel_mask.shape[1:], device=pixel_mask.device)
         sizes = sizes * padded / inside
@@ -35,6 +39,27 @@ def detect(processor, outputs, sizes: torch.Tensor, pixel_mask: torch.Tensor | N
     for one in found:
         order = one["scores"].argsort(descending=True)[:MAX_DETECTIONS]
         result.append({name: tensor[order] for name, tensor in one.items()})
+    return result
+
+
+def lists_of(found: dict[str, torch.Tensor]) -> dict[str, list]:
+    return {name: found[name].tolist() for name in ("boxes", "scores", "labels")}
+
+
+@torch.no_grad()
+def detect_instances(processor, outputs, sizes: torch.Tensor) -> list[dict[str, list]]:
+    """Returns what `CocoMetrics.of_instances` expects of each image, best first.
+
+    Args:
+        processor: an `InternImageDetectionImageProcessor`.
+        outputs: of an `InternImageRcnnForInstanceSegmentation`.
+        sizes: (batch, 2), height and width of the images before resizing.
+    """
+    result = []
+    for i, size in enumerate(sizes.tolist()):  # one after the other: masks of the images' own size take much memory
+        tensors = {name: getattr(outputs, name)[i : i + 1] for name in ("scores", "labels", "boxes", "masks")}
+        found = processor.post_process_instance_segmentation(type(outputs)(**tensors), -1.0, target_sizes=[size])[0]
+        result.append({**lists_of(found), "segmentation": encode_masks(found["masks"].cpu().numpy())})
     return result
 
 
@@ -156,6 +181,33 @@ class InstanceTrainer(HeadTrainer):
 
     def _metrics_of_all(self, prediction) -> dict[str, float]:
         return self.metrics.of_instances(dict(gather_object(list(self.found.items()))))
+
+
+def draw_predictions(
+    samples: list[dict], predict: Callable[[Image.Image], dict[str, list]], names: dict[int, str], file: Path
+) -> None:
+    """Writes a PNG of truth and predictions, with masks where there are some.
+
+    Args:
+        samples: examples of `detection_data.Detections`.
+        predict: returns what `CocoMetrics.of_instances` expects of an image, with or without `segmentation`.
+        names: of the classes.
+        file: the PNG's path.
+    """
+    images, truth, found, masks = [], [], [], ([], [])
+    for sample in samples:
+        objects, image = sample["objects"], read_image(sample["image"], sample["name"])
+        result = predict(image)
+        shown = [i for i, score in enumerate(result["scores"]) if score > 0.4]
+        images.append(image)
+        truth.append([(*box, names[c]) for box, c in zip(objects["bbox"], objects["category"], strict=True)])
+        boxes = [result["boxes"][i] for i in shown]
+        texts = [f"{names[result['labels'][i]]} {result['scores'][i]:.0%}" for i in shown]
+        found.append([(x0, y0, x1 - x0, y1 - y0, t) for (x0, y0, x1, y1), t in zip(boxes, texts, strict=True)])
+        if "segmentation" in result:
+            masks[0].append(objects["segmentation"])
+            masks[1].append([result["segmentation"][i] for i in shown])
+    draw_detections(images, truth, found, file, masks if masks[0] else None)
 
 
 def draw_detections(

@@ -1,9 +1,12 @@
-"""In: images with boxes. Out: a detector of transformers on an InternImage backbone, COCO's mAP, and a picture.
+"""In: images with boxes, or boxes and masks. Out: a detector on an InternImage backbone, COCO's mAP, and a picture.
 
 Without arguments the program takes handwritten digits on photographs (no download), trains a small RT-DETR to an mAP@50 well
 above 0.5 on held-out scenes, and writes model, metrics and a picture of predictions:
 
     python examples/object_detection.py
+
+`--head dino`, `--head mask_rcnn` and `--head cascade` train the detectors of InternImage's authors on the same scenes; the latter
+two train on masks beside boxes, and are measured by the mAP of both.
 
 On your own images in COCO's format, with a pretrained backbone:
 
@@ -13,14 +16,16 @@ On your own images in COCO's format, with a pretrained backbone:
 `--dataset` is a folder with COCO annotations (`annotations/instances_train*.json` beside `train*/`, or
 `train/_annotations.coco.json` among the images; the same for `val` or `valid`, else `test`; flags such as
 `--train_annotations` name other files), a folder with a `metadata.jsonl`, or the id of a dataset on the Hub; the latter two have
-a column `objects` with `bbox` and `category`. The program first prints the numbers of used and unused files and objects. All
+a column `objects` with `bbox` and `category`. For masks, `segmentation` holds polygons or run lengths, or there are images of
+instance masks (see instance_segmentation.py). The program first prints the numbers of used and unused files and objects. All
 flags of `transformers.TrainingArguments` work, and those of `internimage_hf.training`; a YAML file with flags may come first.
 `--resume_from_checkpoint last` resumes an interrupted run of the same `--output_dir`; `--model FOLDER` starts from a trained
-detector.
+detector, or from one that `python -m convert.detection` wrote. If it was trained for other classes, the weights that depend on
+them are new; the program says which.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -34,16 +39,32 @@ from common import (
     choose_learning_rate,
     count_parameters,
     finish,
+    head_of_model,
     load_head,
     make_backbone,
     train_evaluate_save,
 )
 from data import InputError, read_image, run_program
-from detection_data import EMBEDDED_SIZE, DetectionDataArguments, load_splits, training_transform
-from detection_results import MAX_DETECTIONS, CocoMetrics, detect, draw_detections
+from detection_data import (
+    EMBEDDED_SIZE,
+    DetectionDataArguments,
+    InstanceDataArguments,
+    load_splits,
+    refuse_mask_flags,
+    training_transform,
+)
+from detection_results import (
+    MAX_DETECTIONS,
+    CocoMetrics,
+    InstanceTrainer,
+    detect,
+    detect_instances,
+    draw_predictions,
+    lists_of,
+)
 from flags import parse_flags
+from PIL import Image
 from transformers import (
-    AutoModelForObjectDetection,
     DeformableDetrConfig,
     DeformableDetrForObjectDetection,
     DetrConfig,
@@ -59,14 +80,23 @@ from transformers.models.deformable_detr.image_processing_pil_deformable_detr im
 from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
 from transformers.models.rt_detr.image_processing_pil_rt_detr import RTDetrImageProcessorPil
 
+from internimage_hf import (
+    InternImageDetectionImageProcessor,
+    InternImageDinoConfig,
+    InternImageDinoForObjectDetection,
+    InternImageRcnnConfig,
+    InternImageRcnnForInstanceSegmentation,
+)
+
 
 @dataclass
 class DetectionModelArguments(ModelArguments):
     head: str = field(
         default="rt_detr",
         metadata={
-            "help": "the detector on the backbone; deformable_detr takes longer to learn, detr some hundred epochs",
-            "choices": ["rt_detr", "deformable_detr", "detr"],
+            "help": "the detector on the backbone; dino, mask_rcnn and cascade are those of InternImage's authors, the latter two "
+            "with masks; deformable_detr takes longer to learn, detr some hundred epochs",
+            "choices": ["rt_detr", "deformable_detr", "detr", "dino", "mask_rcnn", "cascade"],
         },
     )
 
@@ -105,6 +135,7 @@ HEADS = {
             "with_box_refine": True, "two_stage": True, "two_stage_num_proposals": 30, "auxiliary_loss": True,
             "init_std": 0.1,
         },
+        full={"with_box_refine": True, "two_stage": True, "auxiliary_loss": True},
     ),
     "detr": Head(
         DetrForObjectDetection,
@@ -117,8 +148,41 @@ HEADS = {
             "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_queries": 10, "dropout": 0.0,
             "auxiliary_loss": True, "init_std": 0.1,
         },
+        full={"auxiliary_loss": True},
     ),
+    "dino": Head(
+        InternImageDinoForObjectDetection,
+        InternImageDinoConfig,
+        InternImageDetectionImageProcessor,
+        ["stage2", "stage3", "stage4"],
+        1e-3,
+        {
+            "d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_layers": 1, "decoder_layers": 3,
+            "encoder_attention_heads": 4, "decoder_attention_heads": 4, "neck_groups": 8, "num_queries": 30, "num_denoising": 30,
+        },
+    ),
+    **{
+        name: Head(
+            InternImageRcnnForInstanceSegmentation,
+            config,
+            InternImageDetectionImageProcessor,
+            ["stage1", "stage2", "stage3", "stage4"],
+            1e-3,
+            {
+                "fpn_hidden_size": 64, "box_hidden_size": 128, "box_conv_size": 32, "num_mask_convs": 2, "mask_hidden_size": 32,
+                "rpn_pre_nms_top_n": 100, "rpn_post_nms_top_n": 50, "rpn_pre_nms_top_n_training": 200,
+                "rpn_post_nms_top_n_training": 100, "num_samples": 64, "max_detections": 20,
+            },
+            masks=True,
+        )
+        for name, config in (("mask_rcnn", InternImageRcnnConfig), ("cascade", InternImageRcnnConfig.cascade))
+    },
 }  # fmt: skip
+
+
+def chosen_head(arguments: DetectionModelArguments) -> Head:
+    """Returns the head of `--model`, or that of `--head`."""
+    return HEADS[arguments.head] if arguments.model is None else head_of_model(HEADS, arguments)
 
 
 def build_model(arguments: DetectionModelArguments, labels: list[str], image_size: int | None):
@@ -133,23 +197,18 @@ def build_model(arguments: DetectionModelArguments, labels: list[str], image_siz
         InputError: if `--model` is none of the heads on an InternImage backbone, or the images are too small for the head.
     """
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    head = chosen_head(arguments)
     if arguments.model is not None:
         model = load_head(HEADS, arguments, **names)
-        head = HEADS[model.config.model_type]
         if image_size is None:
             return model, head.processor.from_pretrained(arguments.model)
         check_queries(model, image_size)
-        return model, head.processor(**_processor_fields(head, image_size))
-    head = HEADS[arguments.head]
+        return model, head.processor.from_pretrained(arguments.model, **_processor_fields(head, image_size))
     backbone = make_backbone(arguments, head.out_features)
-    fields = {} if arguments.backbone is not None else head.demo
+    options = dict(head.demo if arguments.backbone is None else head.full)
     if head.config is RTDetrConfig:
-        fields = {**fields, "encoder_in_channels": backbone.channels}
-    elif head.config is DeformableDetrConfig and arguments.backbone is not None:
-        fields = {"with_box_refine": True, "two_stage": True, "auxiliary_loss": True}
-    elif arguments.backbone is not None:
-        fields = {"auxiliary_loss": True}
-    model = build_head(head.model, head.config, backbone, arguments, **names, **fields)
+        options["encoder_in_channels"] = backbone.channels
+    model = build_head(head.model, head.config, backbone, arguments, **names, **options)
     side = image_size or (EMBEDDED_SIZE if arguments.backbone is None else None)
     if side is not None:
         check_queries(model, side)
@@ -170,8 +229,9 @@ def check_queries(model, side: int) -> None:
                 f"--image_size {side} is not a multiple of {max(strides)}, with which RT-DETR's maps fit together; "
                 f"{max(1, round(side / max(strides))) * max(strides)} is"
             )
-    elif isinstance(config, DeformableDetrConfig) and config.two_stage:
-        field_name, strides = "two_stage_num_proposals", [8 * 2**level for level in range(config.num_feature_levels)]
+    elif isinstance(config, InternImageDinoConfig) or (isinstance(config, DeformableDetrConfig) and config.two_stage):
+        field_name = "num_queries" if isinstance(config, InternImageDinoConfig) else "two_stage_num_proposals"
+        strides = [8 * 2**level for level in range(config.num_feature_levels)]
     else:
         return
     places, queries = sum(math.ceil(side / stride) ** 2 for stride in strides), getattr(config, field_name)
@@ -199,20 +259,22 @@ class Collate:
         self.processor = processor
 
     def __call__(self, examples: list[dict]) -> dict:
+        keys = {"bbox": "bbox", "category": "category_id", "area": "area", "iscrowd": "iscrowd"}
+        options = {}
+        if "segmentation" in examples[0]["objects"]:
+            keys["segmentation"], options["return_segmentation_masks"] = "segmentation", True
         annotations = [
             {
                 "image_id": example["image_id"],
                 "annotations": [
-                    {"bbox": box, "category_id": category, "area": area, "iscrowd": crowd}
-                    for box, category, area, crowd in zip(
-                        *(example["objects"][name] for name in ("bbox", "category", "area", "iscrowd")), strict=True
-                    )
+                    dict(zip(keys.values(), values, strict=True))
+                    for values in zip(*(example["objects"][name] for name in keys), strict=True)
                 ],
             }
             for example in examples
         ]
         images = [read_image(example["image"], example["name"]) for example in examples]
-        batch = self.processor(images=images, annotations=annotations, return_tensors="pt")
+        batch = self.processor(images=images, annotations=annotations, return_tensors="pt", **options)
         return {**batch, "labels": [dict(label) for label in batch["labels"]]}
 
 
@@ -233,66 +295,75 @@ class DetectionTrainer(HeadTrainer):
         return loss, rows, torch.cat([label["image_id"] for label in inputs["labels"]])
 
 
-def draw_predictions(folder: Path, samples: list[dict], file: Path) -> None:
+class RcnnTrainer(InstanceTrainer):
+    def instances(self, outputs, inputs: dict) -> dict[int, dict[str, list]]:
+        sizes = torch.stack([label["orig_size"] for label in inputs["labels"]])
+        ids = torch.cat([label["image_id"] for label in inputs["labels"]]).tolist()
+        return dict(zip(ids, detect_instances(self.processing_class, outputs, sizes), strict=True))
+
+
+def draw(head: Head, folder: Path, samples: list[dict], file: Path) -> None:
     """Loads the saved detector and writes a PNG of truth and predictions for examples of `Detections`."""
-    model = AutoModelForObjectDetection.from_pretrained(folder).eval()
-    processor = HEADS[model.config.model_type].processor.from_pretrained(folder)
-    names = model.config.id2label
-    images, truth, found = [], [], []
-    for sample in samples:
-        image = read_image(sample["image"], sample["name"])
+    model = head.model.from_pretrained(folder).eval()
+    processor = head.processor.from_pretrained(folder)
+
+    @torch.no_grad()
+    def predict(image: Image.Image) -> dict[str, list]:
         inputs = processor(images=[image], return_tensors="pt")
-        with torch.no_grad():
-            outputs = model(**inputs)
-        size = torch.tensor([[image.height, image.width]])
-        result = detect(processor, outputs, size, inputs.get("pixel_mask"))[0]
-        rows = zip(*(result[name].tolist() for name in ("boxes", "labels", "scores")), strict=True)
-        images.append(image)
-        found.append(
-            [
-                (x0, y0, x1 - x0, y1 - y0, f"{names[label]} {score:.0%}")
-                for (x0, y0, x1, y1), label, score in rows
-                if score > 0.4
-            ]
-        )
-        objects = sample["objects"]
-        truth.append(
-            [(*box, names[category]) for box, category in zip(objects["bbox"], objects["category"], strict=True)]
-        )
-    draw_detections(images, truth, found, file)
+        outputs, size = model(**inputs), torch.tensor([[image.height, image.width]])
+        if head.masks:
+            return detect_instances(processor, outputs, size)[0]
+        return lists_of(detect(processor, outputs, size, inputs.get("pixel_mask"))[0])
+
+    draw_predictions(samples, predict, model.config.id2label, file)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Runs the program; returns the evaluation's metrics."""
     data_arguments, model_arguments, training_arguments = parse_flags(
-        argv, DetectionDataArguments, DetectionModelArguments, DetectionTrainingArguments
+        argv, InstanceDataArguments, DetectionModelArguments, DetectionTrainingArguments
     )
     set_seed(training_arguments.seed)
+    head = chosen_head(model_arguments)
+    if not head.masks:
+        refuse_mask_flags(
+            data_arguments,
+            f"--head {model_arguments.head}" if model_arguments.model is None else f"--model {model_arguments.model}",
+        )
+        data_arguments = DetectionDataArguments(
+            **{one.name: getattr(data_arguments, one.name) for one in fields(DetectionDataArguments)}
+        )
     train, evaluation, account = load_splits(data_arguments, training_arguments.seed)
     labels = list(account.classes)
     checkpoint = model_arguments.model or model_arguments.backbone
-    choose_learning_rate(training_arguments, checkpoint, untrained=HEADS[model_arguments.head].learning_rate)
+    choose_learning_rate(training_arguments, checkpoint, untrained=head.learning_rate)
     model, processor = build_model(model_arguments, labels, data_arguments.image_size)
-    trainer = DetectionTrainer(
+    metrics = CocoMetrics(evaluation.objects["objects"], labels)
+    trainer_class, how = (RcnnTrainer, "metrics") if head.masks else (DetectionTrainer, "compute_metrics")
+    trainer = trainer_class(
         model=model,
         args=training_arguments,
         train_dataset=RandomlyTransformed(train, training_transform(data_arguments), training_arguments.seed),
         eval_dataset=evaluation,
         data_collator=Collate(processor),
-        compute_metrics=CocoMetrics(evaluation.objects["objects"], labels),
         processing_class=processor,
+        **{how: metrics},
     )
     training, metrics = train_evaluate_save(trainer, account)
     folder = Path(training_arguments.output_dir)
     samples = [evaluation[index] for index in range(min(data_arguments.picture_samples, len(evaluation)))]
     finish(
         trainer,
-        lambda file: draw_predictions(folder, samples, file),
+        lambda file: draw(head, folder, samples, file),
         {
             "dataset": f"{data_arguments.dataset}: {len(train)} images to train, {len(evaluation)} to evaluate, "
             f"{len(labels)} categories",
             "model": f"{trainer.model_class.__name__}, {count_parameters(model):,} parameters, saved in {folder}",
-            "mAP": f"{metrics['eval_map']:.3f} (at IoU 0.5: {metrics['eval_map_50']:.3f}) on the held-out images",
+            **{
+                title: f"{metrics[f'eval_{key}']:.3f} (at IoU 0.5: {metrics[f'eval_{key}_50']:.3f}) on the held-out images"
+                for title, key in (("mAP", "map"), ("mask mAP", "mask_map"))
+                if f"eval_{key}" in metrics
+            },
             "training": f"{training['train_runtime']:.0f} s",
         },
     )

@@ -1,6 +1,7 @@
 """Tests of the example programs on small inputs."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import jaccard_score
 from utils import FEW_STEPS, FIXTURES, SMALL_HEADS, run_example, run_main
+
+from internimage_hf.modeling_internimage_rcnn import InternImageRcnnOutput
 
 
 def test_classification_fine_tunes_on_folder_and_resumes(programs, photos, tmp_path, capsys):
@@ -88,10 +91,21 @@ def check_unchanged(folder: Path, again: Path) -> None:
     for name, tensor in actual.items():
         if "running_" not in name and "num_batches" not in name:  # BatchNorm updates its running statistics
             torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-    assert (again / "modeling_internimage_head.py").is_file()
+    code = json.loads((again / "config.json").read_text())["auto_map"]["AutoConfig"].partition(".")[0]
+    assert (again / f"{code}.py").is_file()
 
 
-@pytest.mark.parametrize("head", ["rt_detr", "deformable_detr", pytest.param("detr", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "head",
+    [
+        "rt_detr",
+        "deformable_detr",
+        "dino",
+        "mask_rcnn",
+        pytest.param("detr", marks=pytest.mark.slow),
+        pytest.param("cascade", marks=pytest.mark.slow),
+    ],
+)
 def test_detection_trains_resumes_and_reloads(programs, coco_folder, tmp_path, capsys, head):
     flags = [
         "--dataset", coco_folder, "--head", head, "--head_config_overrides", json.dumps(SMALL_HEADS[head]),
@@ -99,6 +113,7 @@ def test_detection_trains_resumes_and_reloads(programs, coco_folder, tmp_path, c
     ]  # fmt: skip
     metrics = run_main(programs.object_detection, *flags)
     assert {"eval_map", "eval_map_50", "eval_map_75", "eval_mar_100", "eval_loss"} <= set(metrics)
+    assert ("eval_mask_map" in metrics) == (head in ("mask_rcnn", "cascade"))
     check_outputs(tmp_path, metrics, "eval_map")
     account = json.loads((tmp_path / "data.json").read_text())
     assert (
@@ -115,6 +130,118 @@ def test_detection_trains_resumes_and_reloads(programs, coco_folder, tmp_path, c
     )  # fmt: skip
     assert set(again) == set(metrics)
     check_unchanged(tmp_path, tmp_path / "again")
+
+
+CLASS_WEIGHTS = {
+    "rt_detr": r"model\.decoder\.class_embed\.\d\.(weight|bias)|model\.enc_score_head\.(weight|bias)|model\.denoising_class_embed\.weight",
+    "deformable_detr": r"model\.decoder\.class_embed\.\d\.(weight|bias)",
+    "dino": r"class_branches\.\d\.(weight|bias)|label_embedding\.weight",
+    "mask_rcnn": r"box_heads\.0\.(classifier|regressor)\.(weight|bias)|mask_heads\.0\.classifier\.(weight|bias)",
+    "cascade": r"box_heads\.\d\.(classifier|regressor)\.(weight|bias)|mask_heads\.\d\.classifier\.(weight|bias)",
+}
+
+
+@pytest.mark.parametrize("head", CLASS_WEIGHTS)
+def test_new_classes_renew_only_what_depends_on_them(programs, tmp_path, capsys, head):
+    """Also where the number of classes stays the same. New weights are those of a new head."""
+    detection = programs.object_detection
+    untrained = detection.DetectionModelArguments(head=head, head_config_overrides=json.dumps(SMALL_HEADS[head]))
+    model, processor = detection.build_model(untrained, ["cat", "dog", "cow"], 96)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.375)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    flags = detection.DetectionModelArguments(model=str(tmp_path))
+
+    def new_weights(labels: list[str]) -> set[str]:
+        loaded, _ = detection.build_model(flags, labels, None)
+        assert list(loaded.config.id2label.values()) == labels
+        before, after = dict(model.named_parameters()), dict(loaded.named_parameters())
+        assert after.keys() == before.keys() and all(parameter.isfinite().all() for parameter in after.values())
+        for name, buffer in loaded.named_buffers():
+            assert torch.equal(buffer, dict(model.named_buffers())[name])
+        new = {name for name, p in after.items() if p.shape != before[name].shape or not torch.equal(p, before[name])}
+        fresh = dict(detection.build_model(untrained, labels, 96)[0].named_parameters())
+        for name in new:
+            assert after[name].shape == fresh[name].shape
+            if name.endswith("bias"):
+                assert torch.equal(after[name], fresh[name]), name
+            else:
+                assert after[name].std().item() == pytest.approx(fresh[name].std().item(), rel=0.5), name
+        return new
+
+    assert new_weights(["cat", "dog", "cow"]) == set()
+    assert "was trained" not in capsys.readouterr().out
+    every = {name for name in dict(model.named_parameters()) if re.fullmatch(CLASS_WEIGHTS[head], name)}
+    for labels in (["cow", "dog", "cat"], ["person"], [f"class {i}" for i in range(7)]):
+        assert new_weights(labels) == every and len(every) >= 5
+        output = capsys.readouterr().out
+        assert f"was trained for 3 classes (cat, dog, cow), not for the {len(labels)} of the data set: " in output
+        assert "are new, all other weights are kept" in output and output.count("\n") == 1
+
+
+def test_rcnn_trains_on_images_of_instance_masks(programs, tmp_path):
+    for i in range(3):
+        for kind in ("images", "annotations"):
+            (tmp_path / "data" / kind).mkdir(parents=True, exist_ok=True)
+        mask = np.zeros((64, 48), dtype=np.uint8)
+        mask[5:40, 6:30], mask[45:60, 6:40] = 1, 2
+        Image.fromarray(mask * 100).convert("RGB").save(tmp_path / "data" / "images" / f"{i}.png")
+        Image.fromarray(mask).save(tmp_path / "data" / "annotations" / f"{i}.png")
+    flags = [
+        "--dataset",
+        tmp_path / "data",
+        "--image_size",
+        64,
+        "--output_dir",
+        tmp_path / "out",
+        *FEW_STEPS,
+        "--max_steps",
+        2,
+    ]
+    small = ["--head", "mask_rcnn", "--head_config_overrides", json.dumps(SMALL_HEADS["mask_rcnn"])]
+    metrics = run_main(programs.object_detection, *flags, *small)
+    assert "eval_mask_map" in metrics
+    with pytest.raises(ValueError, match="--objects_column objects is not a column"):
+        run_main(programs.object_detection, *flags, "--head", "dino")
+
+
+def test_masks_and_boxes_of_rcnn_come_back_in_pixels_of_the_image(programs):
+    """Batches of padded images: metrics of the truth, given as outputs of the model, are perfect."""
+    detection, rng = programs.object_detection, np.random.default_rng(0)
+    processor = detection.HEADS["mask_rcnn"].processor(size={"shortest_edge": 64, "longest_edge": 128})
+    examples = []
+    for number, (height, width) in enumerate(((60, 100), (90, 50), (64, 64))):
+        masks = np.zeros((2, height, width), dtype=np.uint8)
+        masks[0, 8:36, 4:40], masks[1, 40:59, 10:45] = 1, 1
+        run_lengths = programs.coco.encode_masks(masks)
+        boxes = [programs.coco.box_of(one) for one in run_lengths]
+        objects = {"bbox": boxes, "category": [1, 0], "area": [w * h for _, _, w, h in boxes], "iscrowd": [0, 0]}
+        pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        examples.append({"image": Image.fromarray(pixels), "name": "it", "image_id": number,
+                         "objects": {**objects, "segmentation": run_lengths}})  # fmt: skip
+    batch = detection.Collate(processor)(examples)
+    assert [tuple(label["masks"].shape) for label in batch["labels"]] == [(2, *batch["pixel_values"].shape[2:])] * 3
+    boxes = torch.zeros(3, 4, 4)
+    for i, label in enumerate(batch["labels"]):
+        boxes[i, :2, :2] = label["boxes"][:, :2] - label["boxes"][:, 2:] / 2
+        boxes[i, :2, 2:] = label["boxes"][:, :2] + label["boxes"][:, 2:] / 2
+        height, width = label["size"].tolist()
+        inside = label["masks"].clone()
+        inside[:, :height, :width] = 0
+        assert not inside.any() and all(
+            mask.sum() == pytest.approx(w * h * width * height, rel=0.1)
+            for mask, (_, _, w, h) in zip(label["masks"], label["boxes"].tolist(), strict=True)
+        )
+    labels = torch.tensor([[1, 0, -1, -1]] * 3)
+    scores = torch.tensor([[0.9, 0.8, 0.0, 0.0]] * 3)
+    outputs = InternImageRcnnOutput(scores=scores, labels=labels, boxes=boxes, masks=torch.ones(3, 4, 28, 28))
+    sizes = torch.stack([label["orig_size"] for label in batch["labels"]])
+    found = detection.detect_instances(processor, outputs, sizes)
+    metrics = detection.CocoMetrics([example["objects"] for example in examples], ["a", "b"])
+    result = metrics.of_instances(dict(enumerate(found)))
+    assert result["map"] == pytest.approx(1) and result["mask_map"] == pytest.approx(1)
 
 
 def test_batch_norm_weights_of_new_head_start_at_1(programs):
@@ -268,6 +395,22 @@ def test_random_transformations_depend_on_seed_epoch_and_index_only(programs, sc
             ["--head", "deformable_detr", "--image_size", 32],
             "22 places .* fewer than its 30 queries",
         ),
+        ("object_detection", ["--head", "dino", "--image_size", 32], "22 places .* fewer than its 30 queries"),
+        (
+            "object_detection",
+            ["--head", "cascade", "--head_config_overrides", '{"x": 1}'],
+            "field of InternImageRcnnConfig",
+        ),
+        (
+            "object_detection",
+            ["--head", "dino", "--label_divisor", 1000],
+            "--label_divisor is for heads with masks; --head dino reads boxes alone",
+        ),
+        (
+            "object_detection",
+            ["--model", FIXTURES / "hf_t_like"],
+            "is a internimage, not one of rt_detr, deformable_detr, detr, internimage_dino, internimage_rcnn$",
+        ),
         ("object_detection", ["--random_crop_scale", 0], "--random_crop_scale must be above 0"),
         ("object_detection", ["--train_annotations", "no.json"], "--train_annotations no.json is not a file"),
         ("object_detection", ["--train_images", "nowhere"], "name their folder by --train_images"),
@@ -285,10 +428,15 @@ def test_bad_flags_are_one_line(programs, coco_folder, mask_folder, tmp_path, pr
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("program", "metric", "least"),
-    [("object_detection", "eval_map_50", 0.5), ("semantic_segmentation", "eval_mean_iou", 0.6)],
+    ("program", "flags", "metric", "least"),
+    [
+        ("object_detection", [], "eval_map_50", 0.5),
+        ("object_detection", ["--head", "dino"], "eval_map_50", 0.5),
+        ("object_detection", ["--head", "mask_rcnn"], "eval_mask_map_50", 0.5),
+        ("semantic_segmentation", [], "eval_mean_iou", 0.6),
+    ],
 )
-def test_programs_learn_embedded_data(tmp_path, program, metric, least):
-    output = run_example(f"{program}.py", "--output_dir", tmp_path)
+def test_programs_learn_embedded_data(tmp_path, program, flags, metric, least):
+    output = run_example(f"{program}.py", "--output_dir", tmp_path, *flags)
     assert "predictions.png" in output
     assert json.loads((tmp_path / "all_results.json").read_text())[metric] >= least

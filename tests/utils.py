@@ -189,10 +189,17 @@ def _end(root: int) -> None:
 
 
 SMALL_DETECTOR = {"decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16}
+SMALL_RCNN = {
+    "fpn_hidden_size": 8, "box_hidden_size": 16, "box_conv_size": 8, "num_mask_convs": 1, "mask_hidden_size": 8,
+    "rpn_post_nms_top_n": 10, "rpn_post_nms_top_n_training": 10, "num_samples": 16, "max_detections": 5,
+}  # fmt: skip
 SMALL_HEADS = {
     "rt_detr": {**SMALL_DETECTOR, "encoder_hidden_dim": 16, "decoder_in_channels": [16] * 3, "num_queries": 10},
     "deformable_detr": {**SMALL_DETECTOR, "d_model": 32, "two_stage_num_proposals": 10},
     "detr": SMALL_DETECTOR,
+    "dino": {**SMALL_DETECTOR, "encoder_layers": 1, "num_queries": 10, "num_denoising": 4},
+    "mask_rcnn": SMALL_RCNN,
+    "cascade": SMALL_RCNN,
     "upernet": {"hidden_size": 16, "auxiliary_channels": 8},
     "mask2former": {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "decoder_layers": 2, "train_num_points": 64},
 }  # fmt: skip

@@ -13,6 +13,7 @@ from torch import nn
 from ..compatibility import whole_shape
 from ..configuration_internimage import InternImageConfig
 from ..modeling_internimage import InternImageBackbone, InternImageModel
+from ..modeling_internimage_composite import InternImageCompositeBackbone
 
 
 _OFFSETS = re.compile(r"layers\.\d+\.dcn\.(offset|mask|center_feature_scale_proj)\.")
@@ -46,6 +47,7 @@ def layer_distances(model: nn.Module) -> dict[str, int]:
     The last layer of the last stage has 0, the first layer of the first stage `sum(depths) - 1`. The stem counts as the
     first layer, the norm and the downsampling at a stage's end as the first layer of the next stage, and a norm between
     layers (`post_norms`, missing in the official code) as the layer before it. The last stage's norm and the pooler have 0.
+    Both encoders of a composite backbone are counted so; a connection counts as the first layer of the stage it leads to.
     Parameters of heads are not in the result; their distance is 0.
 
     Raises:
@@ -53,7 +55,7 @@ def layer_distances(model: nn.Module) -> dict[str, int]:
     """
     result = {}
     for prefix, module in model.named_modules():
-        if isinstance(module, (InternImageModel, InternImageBackbone)):
+        if isinstance(module, (InternImageModel, InternImageBackbone, InternImageCompositeBackbone)):
             for name, _ in module.named_parameters():
                 distance = sum(module.config.depths) - 1 - _position(name, module.config)
                 result[f"{prefix}.{name}" if prefix else name] = distance
@@ -67,6 +69,9 @@ def _position(name: str, config: InternImageConfig) -> int:
     starts = [sum(config.depths[:stage]) for stage in range(len(config.depths))]
     if name.startswith("stem."):
         return 0
+    name = re.sub(r"^(assistant|lead)\.", "encoder.", name)
+    if match := re.match(r"(?:connections|connection_scales)\.(\d+)", name):
+        return starts[int(match[1])]
     if match := re.match(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.", name):
         return starts[int(match[1])] + int(match[2])
     if match := re.match(r"encoder\.stages\.(\d+)\.post_norms\.(\d+)\.", name):
