@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST_WORKERS ?= 2
 
-.PHONY: install kernel emulation wheel demo test test-all style quality clean
+.PHONY: install kernel emulation wheel demo app space docs test test-all style quality clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,22 @@ wheel: kernel
 demo: install
 	-$(BIN)/python dcnv3_kernel/build.py
 	$(BIN)/python examples/image_classification.py
+
+# The page that shows what a model looks at; `make app MODEL=OpenGVLab/internimage_t_1k_224` for another than the small one.
+app: install
+	-$(BIN)/python dcnv3_kernel/build.py
+	$(BIN)/python demo/app.py $(if $(MODEL),--model $(MODEL))
+
+# The folder of a Hugging Face Space: the page and a wheel of the package.
+space: install
+	rm -rf outputs/space && mkdir -p outputs/space
+	cp demo/README.md demo/requirements.txt demo/*.py outputs/space
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir outputs/space .
+	ls -l outputs/space
+
+# The documentation as a site in site/, built without a network.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: quality kernel emulation
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not slow"

@@ -203,6 +203,22 @@ def check_column(data: Data, name: str, flag: str) -> None:
             )
 
 
+def check_image_column(data: Data, name: str, flag: str) -> None:
+    """
+    Raises:
+        InputError: if a split has no such column, or its values are no images.
+    """
+    import datasets
+
+    check_column(data, name, flag)
+    for split, dataset in data.splits.items():
+        if not isinstance(dataset.features[name], datasets.Image):
+            raise InputError(
+                f"--{flag} {name} of the split {split} of {data.name} has the type {dataset.features[name]}; images were expected "
+                "(in a metadata file, a column with a name that ends in _file_name)"
+            )
+
+
 def head_overrides(arguments: ModelArguments) -> dict:
     """
     Raises:

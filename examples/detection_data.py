@@ -24,7 +24,7 @@ from coco import (
     read_segmentation,
     to_run_lengths,
 )
-from common import HeadDataArguments, check_column
+from common import HeadDataArguments, check_column, check_image_column
 from data import (
     METADATA,
     Account,
@@ -414,7 +414,7 @@ def _objects_of_masks(data: Data, arguments: InstanceDataArguments, warnings: li
     image_column, mask_column = arguments.image_column, arguments.mask_column
     used = [name for name in chosen_splits(data.splits, arguments) if name is not None]
     for column, flag in ((image_column, "image_column"), (mask_column, "mask_column")):
-        check_column(Data(data.name, data.layout, {split: data.splits[split] for split in used}), column, flag)
+        check_image_column(Data(data.name, data.layout, {split: data.splits[split] for split in used}), column, flag)
     classes, objects, more = read_instance_masks(data, mask_column, image_column, used, rules, names)
     warnings += [*([] if warning is None else [warning]), *more]
     for name in used:
@@ -505,8 +505,8 @@ def _annotations(
         del keys["segmentation"]
     elif "segmentation" not in fields:
         raise InputError(
-            f"--objects_column {column} of the split {name} has no `segmentation`, only {', '.join(fields)}, and there is no "
-            f"column {arguments.mask_column} of instance masks (--mask_column)"
+            f"--objects_column {column} of the split {name} has no `segmentation`, only {', '.join(fields)}; polygons or run "
+            "lengths were expected, or no such column beside one of instance masks (--mask_column)"
         )
     rows = []
     for index, value in enumerate(split.select_columns([column])[column]):

@@ -80,7 +80,7 @@ class InstanceRules:
                 classes, instances = np.where(without, values, classes), np.where(without, 0, instances + 1)
         numbers = classes * CLASS + instances
         found = [number for number in np.unique(numbers).tolist() if number >= CLASS]
-        run_lengths = encode_masks(numbers == np.reshape(found, (-1, 1, 1)))
+        run_lengths = [encode_masks((numbers == number)[None])[0] for number in found]
         regions = [
             (number // CLASS, number % CLASS == 0, runs) for number, runs in zip(found, run_lengths, strict=True)
         ]
@@ -120,7 +120,7 @@ def read_instance_masks(
     """Reads all masks of all splits.
 
     Args:
-        data: the dataset; images and masks are `datasets.Image(decode=False)`.
+        data: the dataset; images and masks are `datasets.Image(decode=False)`. Its layout gets how the masks were read.
         column, image_column: the columns of masks and of images.
         used: names of the splits to train and evaluate on. In other splits masks may be missing and sizes differ.
         rules: the rules to read masks by.
@@ -156,6 +156,12 @@ def read_instance_masks(
     one_class = rules.label_divisor is None and not any(mask.coloured for mask in first.values())
     classes = _class_names(first, names, rules, one_class)
     index = {number: i for i, number in enumerate(classes)}
+    kind = "colours tell class (red) and instance (green)"
+    if one_class:
+        kind = "values are the instances of one class"
+    elif rules.label_divisor is not None:
+        kind = f"values are class * {rules.label_divisor} + instance"
+    data.layout += f"; instance masks in {column}, whose {kind}"
     objects = {
         split: [
             [

@@ -35,7 +35,7 @@ from common import (
     ModelArguments,
     RandomlyTransformed,
     build_head,
-    check_column,
+    check_image_column,
     choose_learning_rate,
     count_parameters,
     finish,
@@ -179,8 +179,6 @@ def load_columns(arguments: SegmentationDataArguments) -> Data:
     Raises:
         InputError: if the dataset does not exist or lacks a column.
     """
-    import datasets
-
     if arguments.dataset == "digits":
         from embedded_data import load_digit_scenes
 
@@ -198,13 +196,7 @@ def load_columns(arguments: SegmentationDataArguments) -> Data:
             f"--image_column and --mask_column are both {arguments.image_column}; two columns were expected"
         )
     for column, flag in zip(names, ("image_column", "mask_column"), strict=True):
-        check_column(data, column, flag)
-        for split, dataset in data.splits.items():
-            if not isinstance(dataset.features[column], datasets.Image):
-                raise InputError(
-                    f"--{flag} {column} of the split {split} of {data.name} has the type {dataset.features[column]}; images "
-                    "were expected (in a metadata file, a column with a name that ends in _file_name)"
-                )
+        check_image_column(data, column, flag)
     changed = {old: new for old, new in names.items() if old != new}
     data.splits = {
         split: dataset.select_columns(list(names)).rename_columns(changed) for split, dataset in data.splits.items()

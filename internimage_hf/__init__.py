@@ -10,6 +10,7 @@ from .dcnv3 import dcnv3_backend_report, use_dcnv3_backend
 from .dcnv4 import dcnv4
 from .image_processing_internimage import InternImageImageProcessor
 from .image_processing_internimage_detection import InternImageDetectionImageProcessor
+from .inspection import count_flops, effective_receptive_field, sampling_points
 from .kernel_loader import load_dcnv3_kernel
 from .modeling_internimage import (
     InternImageBackbone,
@@ -43,9 +44,12 @@ __all__ = [
     "InternImagePreTrainedModel",
     "InternImageRcnnConfig",
     "InternImageRcnnForInstanceSegmentation",
+    "count_flops",
     "dcnv3_backend_report",
     "dcnv4",
+    "effective_receptive_field",
     "load_dcnv3_kernel",
+    "sampling_points",
     "save_with_remote_code",
     "use_dcnv3_backend",
 ]

@@ -699,10 +699,10 @@ def test_heads_for_other_backbones_refuse_as_with_convnextv2(name):
     assert errors[0].traceback[-1].lineno == errors[1].traceback[-1].lineno
 
 
-def test_readme_counts_the_heads_that_are_tested():
+def test_docs_count_the_heads_that_are_tested():
     (number,) = re.findall(
         r"`tests/test_heads.py` has a working configuration for (\d+)",
-        (ROOT / "README.md").read_text(encoding="utf-8"),
+        (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8"),
     )
     assert int(number) == len({head.model for head in HEADS.values()})
 

@@ -233,7 +233,7 @@ def test_metadata_with_segmentation_is_read(program, tmp_path):
     assert "--label_divisor is for data sets with instance masks" in refused(program, tmp_path, label_divisor=1000)
     del objects["segmentation"]  # of all rows
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "has no `segmentation`, only bbox, category, and there is no column annotation" in refused(
+    assert "has no `segmentation`, only bbox, category; polygons or run lengths were expected" in refused(
         program, tmp_path
     )
 
@@ -299,6 +299,7 @@ def test_values_of_classes_and_instances_are_divided(program, tmp_path):
     flags = {"label_divisor": 1000, "id2label": str(names)}
     train, _, account = load(program, root, **flags)
     assert account.classes == ["person", "car"]
+    assert "instance masks in annotation, whose values are class * 1000 + instance" in account.data.layout
     assert objects_of(train) == [
         (0, 0, [32, 0, 8, 32]), (1, 0, [16, 0, 8, 32]), (1, 0, [24, 0, 8, 32]), (1, 1, [8, 0, 8, 32])
     ]  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from utils import FIXTURES, ROOT, TINY, TINY_VARIANTS, bare_environment, run_python
+from utils import FIXTURES, TINY, TINY_VARIANTS, bare_environment, run_python
 
 import internimage_hf
 from internimage_hf import InternImageConfig, InternImageForImageClassification, InternImageImageProcessor
@@ -510,7 +510,7 @@ def test_loading_holds_weights_in_memory_once(tmp_path):
     assert float(output) < 1.15
 
 
-# ------------------------------------------------------------------------------------------------- pipeline and README
+# ------------------------------------------------------------------------------------------------------------ pipeline
 
 
 def test_pipeline_returns_class_names(tmp_path):
@@ -525,33 +525,3 @@ def test_pipeline_returns_class_names(tmp_path):
     classifier = pipeline("image-classification", model=str(tmp_path))
     for result in (*classifier([image, str(file)], top_k=3), classifier(image.convert("L"), top_k=3)):
         assert len(result) == 3 and all(not r["label"].startswith("LABEL") for r in result)
-
-
-def readme_snippets() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-
-
-def test_readme_snippets_run(tmp_path):
-    """Runs every Python snippet in order in one interpreter, with a small checkpoint in place of the Hub's."""
-    snippets = readme_snippets()
-    assert len(snippets) >= 4
-    checkpoint = tmp_path / "checkpoint"
-    config = InternImageConfig(**{**TINY, "num_labels": 1000, "image_size": 64})
-    InternImageForImageClassification(config).save_pretrained(checkpoint)
-    shutil.copy(FIXTURES / "hf_t_like" / "preprocessor_config.json", checkpoint)
-    rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(10):
-            pixels = rng.integers(0, 256, (70, 90, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
-    Image.fromarray(pixels).save(tmp_path / "cat.jpg")
-    program = "\n".join(snippets).replace("OpenGVLab/internimage_t_1k_224", str(checkpoint))
-    run_python(program, cwd=tmp_path, PYTHONPATH=str(ROOT))
-
-
-def test_readme_parameter_counts_equal_released_models():
-    readme = (ROOT / "README.md").read_text()
-    for name, released in json.loads((FIXTURES / "released_models.json").read_text()).items():
-        assert f"`OpenGVLab/{name}`" in readme, name
-        assert f"{released['num_parameters']:,}" in readme, name
