@@ -155,7 +155,7 @@ HEADS = {
         InternImageDinoConfig,
         InternImageDetectionImageProcessor,
         ["stage2", "stage3", "stage4"],
-        1e-3,
+        2e-3,
         {
             "d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_layers": 1, "decoder_layers": 3,
             "encoder_attention_heads": 4, "decoder_attention_heads": 4, "neck_groups": 8, "num_queries": 30, "num_denoising": 30,

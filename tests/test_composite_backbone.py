@@ -10,6 +10,7 @@ from utils import FIXTURES, TINY, TINY_VARIANTS
 
 from internimage_hf import InternImageCompositeBackbone, InternImageCompositeConfig, InternImageConfig
 from internimage_hf.checkpoint import translate_config, translate_state_dict
+from internimage_hf.training import layer_distances
 
 
 def _golden(dtype: torch.dtype) -> tuple[InternImageCompositeBackbone, dict[str, torch.Tensor]]:
@@ -93,3 +94,20 @@ def test_under_a_head_of_transformers(config, tmp_path):
         again = UperNetForSemanticSegmentation.from_pretrained(tmp_path)(pixel_values).logits
     assert logits.shape == (1, 3, 64, 32)
     assert torch.equal(logits, again)
+
+
+def test_parameter_groups_know_the_layers_of_both_encoders(config):
+    """Layer decay of a detector with a composite backbone: a connection counts as the stage that it leads to."""
+    distances = layer_distances(InternImageCompositeBackbone(config))
+    assert set(distances) == {name for name, _ in InternImageCompositeBackbone(config).named_parameters()}
+    expected = {
+        "stem.conv1.weight": 5,
+        "assistant.stages.0.layers.0.mlp.fc1.weight": 5,
+        "lead.stages.2.layers.1.mlp.fc1.weight": 2,
+        "assistant.stages.3.layers.0.mlp.fc1.weight": 0,
+        "lead.downsamples.1.conv.weight": 3,
+        "connections.0.1.weight": 5,
+        "connections.2.0.bias": 3,
+        "connection_scales.3": 0,
+    }
+    assert {name: distances[name] for name in expected} == expected

@@ -430,11 +430,15 @@ def test_classification_example_runs_in_two_processes(engine, flags, tmp_path, c
 
 
 @pytest.mark.slow
-def test_detection_example_runs_in_two_processes(coco_folder, tmp_path):
-    """Deformable DETR normalises by the boxes of all processes: weights and COCO's metrics equal one process."""
+@pytest.mark.parametrize("head, fields", [("deformable_detr", {}), ("dino", {"num_denoising": 0})])
+def test_detection_example_runs_in_two_processes(head, fields, coco_folder, tmp_path):
+    """Losses are normalised by the boxes of all processes: weights and COCO's metrics equal one process.
+
+    Denoising queries are random numbers of each process, as many as the process's images have boxes.
+    """
     flags = [
-        "--dataset", coco_folder, "--head", "deformable_detr", "--image_size", 64,
-        "--head_config_overrides", json.dumps(SMALL_HEADS["deformable_detr"]), *FEW_STEPS, "--max_train_samples", 8, "--max_steps", 6,
+        "--dataset", coco_folder, "--head", head, "--image_size", 64,
+        "--head_config_overrides", json.dumps({**SMALL_HEADS[head], **fields}), *FEW_STEPS, "--max_train_samples", 8, "--max_steps", 6,
         # an optimiser that shows a wrong factor of the gradients and does not amplify rounding
         "--optim", "sgd", "--learning_rate", 1e-4, "--max_grad_norm", 1e6, "--logging_strategy", "steps", "--logging_steps", 1,
         "--random_crop_scale", 1,  # images of one shape: padding would depend on a process's batch
@@ -487,6 +491,29 @@ def test_segmentation_example_runs_in_two_processes(engine, head, programs, mask
     alone = trainer.evaluate()
     for name in ("eval_mean_iou", "eval_mean_accuracy", "eval_overall_accuracy"):
         assert metrics[name] == pytest.approx(alone[name], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_dino_trains_and_resumes_under_fsdp2(programs, coco_folder, tmp_path):
+    """With denoising. One process finds the metrics of the saved model again."""
+    data = ["--dataset", coco_folder, "--image_size", 64]
+    head = ["--head", "dino", "--head_config_overrides", json.dumps(SMALL_HEADS["dino"])]
+    flags = [*data, *head, *FEW_STEPS, "--learning_rate", 1e-2, "--output_dir", tmp_path / "model"]
+    launch("fsdp2", ROOT / "examples" / "object_detection.py", *flags)
+    expected = load_file(tmp_path / "model" / "checkpoint-4" / "model.safetensors")
+    assert list((tmp_path / "model" / "checkpoint-4").glob("optimizer_0/*.distcp"))
+    metrics = json.loads((tmp_path / "model" / "all_results.json").read_text())
+    alone = run_main(
+        programs.object_detection, *data, *FEW_STEPS, "--model", tmp_path / "model", "--learning_rate", 0, "--max_steps", 1,
+        "--eval_strategy", "no", "--save_strategy", "no", "--output_dir", tmp_path / "alone",
+    )  # fmt: skip
+    coco = [name for name in metrics if "map" in name or "mar" in name]
+    assert len(coco) == 12 and all(metrics[name] == pytest.approx(alone[name], abs=1e-4) for name in coco)
+
+    shutil.rmtree(tmp_path / "model" / "checkpoint-4")
+    launch("fsdp2", ROOT / "examples" / "object_detection.py", *flags, "--resume_from_checkpoint", "last")
+    again = load_file(tmp_path / "model" / "checkpoint-4" / "model.safetensors")
+    assert max((again[name] - expected[name]).abs().max().item() for name in expected) < 1e-5
 
 
 @pytest.mark.slow

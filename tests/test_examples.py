@@ -1,5 +1,6 @@
 """Tests of the example programs on small inputs."""
 
+import importlib
 import json
 import re
 import shutil
@@ -177,6 +178,31 @@ def test_new_classes_renew_only_what_depends_on_them(programs, tmp_path, capsys,
         output = capsys.readouterr().out
         assert f"was trained for 3 classes (cat, dog, cow), not for the {len(labels)} of the data set: " in output
         assert "are new, all other weights are kept" in output and output.count("\n") == 1
+
+
+def test_detection_goes_on_from_converted_checkpoint(programs, coco_folder, tmp_path, capsys):
+    """Of a DINO with a composite backbone; other classes, the image processor's fields kept."""
+    source = FIXTURES / "dino_tiny_cb"
+    folder, small = (
+        tmp_path / "converted",
+        ["--dataset", coco_folder, *FEW_STEPS, "--max_steps", 2, "--layer_decay", 0.9],
+    )
+    arguments = [source / "checkpoint.pth", "--config", source / "config.json", "--output", folder]
+    assert importlib.import_module("convert.detection").main([*map(str, arguments)]) == 0
+    run_main(
+        programs.object_detection, *small, "--model", folder, "--image_size", 64, "--output_dir", tmp_path / "tuned",
+        "--learning_rate", 0, "--weight_decay", 0, "--remote_code",
+    )  # fmt: skip
+    assert "label_embedding, class_branches are new" in capsys.readouterr().out
+    before, after = saved_weights(folder), saved_weights(tmp_path / "tuned")
+    assert before.keys() == after.keys() and {n for n in before if not torch.equal(before[n], after[n])} == {
+        name for name in before if re.fullmatch(CLASS_WEIGHTS["dino"], name)
+    }
+    old, new = (json.loads((f / "preprocessor_config.json").read_text()) for f in (folder, tmp_path / "tuned"))
+    assert new["size"]["shortest_edge"] == 64 and new["top_k"] == old["top_k"]
+    assert {"modeling_internimage_dino.py", "modeling_internimage_composite.py"} <= {
+        file.name for file in (tmp_path / "tuned").iterdir()
+    }
 
 
 def test_rcnn_trains_on_images_of_instance_masks(programs, tmp_path):
