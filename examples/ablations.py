@@ -1,6 +1,6 @@
 """In: nothing. Out: the paper's Table 6 in small: what shared weights, groups and softmax of DCNv3 contribute.
 
-    python examples/ablations.py            # five variants x four seeds: about five minutes on two idle cores
+    python examples/ablations.py            # five variants x four seeds: about ten minutes on two idle cores
     python examples/ablations.py --quick    # one seed, few steps
 
 The task is `embedded_data.load_single_digits`: one distorted digit on a photograph. Every variant trains the small model of
@@ -480,6 +480,7 @@ def draw(rows: list[Row], arguments: AblationArguments, file: Path) -> None:
         middle.set_xlim(right=1.25 * max(row.bytes_per_image for row in rows) / 2**20)
         right.set_xscale("log")
         right.set_xlim(left=1)
+        right.xaxis.set_major_formatter("{x:g}")
         right.set_title(f"largest / median gradient norm\nat a learning rate of {5 * arguments.learning_rate:g}")
         for axis in (left, middle, right):
             axis.grid(axis="x", alpha=0.3)
