@@ -1,6 +1,6 @@
 """In: nothing. Out: the paper's Table 6 in small: what shared weights, groups and softmax of DCNv3 contribute.
 
-    python examples/ablations.py            # five variants x four seeds: about five minutes on two idle cores
+    python examples/ablations.py            # five variants x four seeds: about ten minutes on two idle cores
     python examples/ablations.py --quick    # one seed, few steps
 
 The task is `embedded_data.load_single_digits`: one distorted digit on a photograph. Every variant trains the small model of
@@ -218,6 +218,9 @@ class AblationArguments:
     train_images: int | None = field(default=None, metadata={"help": "6000 by default"})
     test_images: int | None = field(default=None, metadata={"help": "1000 by default"})
     image_size: int = field(default=48, metadata={"help": "side of the images in pixels, 32 to 213"})
+    smallest_digit: float = field(
+        default=0.5, metadata={"help": "side of the smallest digit as a part of the image's, at most 0.875"}
+    )
     batch_size: int = 32
     learning_rate: float = 2e-3
     processes: int | None = field(default=None, metadata={"help": "runs at a time; one per core by default"})
@@ -234,6 +237,8 @@ class AblationArguments:
                 raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if not 32 <= self.image_size <= 213:
             raise InputError(f"--image_size must be 32 to 213, got {self.image_size}")
+        if not 0 < self.smallest_digit <= 0.875:
+            raise InputError(f"--smallest_digit must be above 0 and at most 0.875, got {self.smallest_digit}")
         if not 0 < self.learning_rate < math.inf:
             raise InputError(f"--learning_rate must be a positive number, got {self.learning_rate}")
         self.variants = [name for name in VARIANTS if name in self.variants]
@@ -308,9 +313,13 @@ def write_images(arguments: AblationArguments, file: Path) -> None:
     stress = max(32, arguments.train_images // 3)
     with tqdm(total=arguments.train_images + arguments.test_images + stress + 1, unit="image", desc="images") as bar:
         own = load_single_digits(
-            arguments.train_images, arguments.test_images, arguments.image_size, progress=bar.update
+            arguments.train_images,
+            arguments.test_images,
+            arguments.image_size,
+            smallest=arguments.smallest_digit,
+            progress=bar.update,
         )
-        small = load_single_digits(stress, 1, 32, progress=bar.update)
+        small = load_single_digits(stress, 1, 32, smallest=arguments.smallest_digit, progress=bar.update)
     parts = {"train": own["train"], "test": own["validation"], "stress": small["train"]}
     np.savez(file, **{f"{n}_{what}": a for n, part in parts.items() for what, a in zip(("images", "labels"), part, strict=True)})  # fmt: skip
 
@@ -471,6 +480,7 @@ def draw(rows: list[Row], arguments: AblationArguments, file: Path) -> None:
         middle.set_xlim(right=1.25 * max(row.bytes_per_image for row in rows) / 2**20)
         right.set_xscale("log")
         right.set_xlim(left=1)
+        right.xaxis.set_major_formatter("{x:g}")
         right.set_title(f"largest / median gradient norm\nat a learning rate of {5 * arguments.learning_rate:g}")
         for axis in (left, middle, right):
             axis.grid(axis="x", alpha=0.3)

@@ -87,19 +87,22 @@ def predict(model: torch.nn.Module, images: np.ndarray, batch_size: int = 100) -
     return np.concatenate([model(normalised(part)).logits.argmax(-1).numpy() for part in parts])
 
 
-def digit_classifier(folder: Path = Path("outputs/digits_on_photographs"), size: int = 96, steps: int = 400) -> Path:
+def digit_classifier(
+    folder: Path = Path("outputs/digits_on_photographs"), size: int = 96, steps: int = 400, images: int = 4000
+) -> Path:
     """The folder of a classifier of digits on photographs, with its image processor; trains it if it is not there."""
     if (folder / "config.json").is_file():
         return folder
     logging.getLogger(__name__).warning("training the small model of the figures in %s", folder)
-    with tqdm(total=4500, unit="image", desc="images") as progress:
-        data = load_single_digits(4000, 500, size, progress=progress.update)
+    held_out = -(-images // 8)
+    with tqdm(total=images + held_out, unit="image", desc="images") as progress:
+        data = load_single_digits(images, held_out, size, progress=progress.update)
     torch.manual_seed(0)
     model = InternImageForImageClassification(small_config(size))
     with tqdm(total=steps, unit="step", desc="training") as progress:
         train(model, *data["train"], steps=steps, progress=progress.update)
-    images, labels = data["validation"]
-    print(f"{folder}: {(predict(model, images) == labels).mean():.1%} of {len(labels)} held-out images right")
+    pixels, labels = data["validation"]
+    print(f"{folder}: {(predict(model, pixels) == labels).mean():.1%} of {len(labels)} held-out images right")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

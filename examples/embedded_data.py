@@ -132,10 +132,12 @@ def load_digit_scenes(train: int, evaluation: int, size: int = 96, seed: int = 0
     return datasets.DatasetDict(splits)
 
 
-def _single_digit(rng: np.random.Generator, photos: list[Image.Image], digit: np.ndarray, size: int) -> np.ndarray:
+def _single_digit(
+    rng: np.random.Generator, photos: list[Image.Image], digit: np.ndarray, size: int, smallest: float
+) -> np.ndarray:
     """One digit, turned, sheared, stretched and anywhere, on a dark part of a photograph: (size, size, 3) in uint8."""
     pixels = _background(rng, photos, size) * 0.2
-    side = rng.uniform(0.5, 0.875) * size
+    side = rng.uniform(smallest, 0.875) * size
     angle, shear, stretch = np.deg2rad(rng.uniform(-40, 40)), rng.uniform(-0.3, 0.3), np.exp(rng.uniform(-0.3, 0.3))
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     # from pixels of the scene to those of the digit, which has 8 and a margin of 2
@@ -150,7 +152,12 @@ def _single_digit(rng: np.random.Generator, photos: list[Image.Image], digit: np
 
 
 def load_single_digits(
-    train: int, evaluation: int, size: int = 48, seed: int = 0, progress: Callable[[int], object] | None = None
+    train: int,
+    evaluation: int,
+    size: int = 48,
+    seed: int = 0,
+    smallest: float = 0.5,
+    progress: Callable[[int], object] | None = None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Images of one bright digit, distorted and anywhere, on a dark part of a photograph. A few minutes train on them.
 
@@ -158,6 +165,7 @@ def load_single_digits(
         train, evaluation: numbers of images.
         size: side of the square images in pixels, 32 to 213.
         seed: of everything random.
+        smallest: side of the smallest digit as a part of the image's, above 0 and at most 0.875, the largest.
         progress: is called with 1 after each image.
 
     Returns:
@@ -167,6 +175,8 @@ def load_single_digits(
         ValueError: if a number is out of range.
     """
     _check_sizes(train, evaluation, size)
+    if not 0 < smallest <= 0.875:
+        raise ValueError(f"`smallest` must be above 0 and at most 0.875, got {smallest}")
     result = {}
     for number, ((name, count), (photos, digits, values)) in enumerate(
         zip((("train", train), ("validation", evaluation)), _splits(), strict=True)
@@ -174,7 +184,7 @@ def load_single_digits(
         rng = np.random.default_rng((seed, number))
         images, picks = np.empty((count, size, size, 3), np.uint8), rng.integers(len(digits), size=count)
         for i, pick in enumerate(picks):
-            images[i] = _single_digit(rng, photos, digits[pick], size)
+            images[i] = _single_digit(rng, photos, digits[pick], size, smallest)
             if progress is not None:
                 progress(1)
         result[name] = images, values[picks].astype(np.int64)

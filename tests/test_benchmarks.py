@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -23,6 +24,7 @@ import harness
 import model_speed
 import op_cpu
 import op_gpu
+import sass_count
 
 
 TINY_CALL = harness.OperatorCall(size=6, channels=32, groups=2, count=3)
@@ -399,3 +401,71 @@ def test_model_speed_compares_flashinternimage_with_internimage():
         models = model_speed.build("flash_t", torch.device("cpu"), None)
     assert list(models)[:3] == ["FlashInternImage-T", "InternImage-T", "ConvNeXt-T"]
     assert [models[name].config.dcn_version for name in list(models)[:2]] == [4, 3]
+
+
+# ---------------------------------------------------------------------------------------------- counts of instructions
+
+# A loop over units. Each has one exponential, a rare part, two loads in a loop, of which a copy with more instructions
+# follows, and a store.
+DISASSEMBLY = """
+.text._Zkernel:
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/              @P0 EXIT ;
+.L_x_0:
+        /*0020*/                   MUFU.EX2 R2, R2 ;
+        /*0030*/              @P2 BRA P3, `(.L_x_1) ;
+        /*0040*/                   F2I.FLOOR.NTZ R3, R2 ;
+        /*0050*/                   BSSY B0, `(.L_x_1) ;
+.L_x_1:
+        /*0060*/              @!P1 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0070*/                   LDG.E.128.CONSTANT R4, desc[UR8][R2.64] ;
+        /*0080*/                   FFMA R8, R4, R5, R8 ;
+        /*0090*/              @P4 BRA `(.L_x_2) ;
+        /*00a0*/                   BRA `(.L_x_4) ;
+.L_x_3:
+        /*00b0*/                   CS2R R4, SRZ ;
+        /*00c0*/              @P6 LDG.E.128.CONSTANT R4, desc[UR8][R2.64] ;
+        /*00d0*/                   FFMA R8, R4, R5, R8 ;
+        /*00e0*/              @P4 BRA `(.L_x_3) ;
+.L_x_4:
+        /*00f0*/                   F2FP.BF16.F32.PACK_AB R8, R9, R8 ;
+        /*0100*/                   STG.E.128 desc[UR8][R2.64], R8 ;
+        /*0110*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*0120*/              @P5 BRA `(.L_x_0) ;
+        /*0130*/                   EXIT ;
+.L_x_5:
+        /*0140*/                   BRA `(.L_x_5);
+.text._Zother:
+        /*0000*/                   BRX R2 -0x10 ;
+"""
+
+
+def test_sass_count_counts_the_instructions_of_a_unit(monkeypatch):
+    functions = sass_count.functions_of(DISASSEMBLY)
+    assert list(functions) == ["_Zkernel", "_Zother"]
+    monkeypatch.setattr(sass_count, "INPUT_LOADS", 2)
+    figures = sass_count.count(functions["_Zkernel"], points=1, stores=1)
+    # prepare: 3 before the loop, 2 after the store; loop: 2 rounds of 3, but for the last branch; store: 2 branches, 2 others
+    assert figures == {"start": 3, "prepare": 5, "loop": 5, "store": 4, "sum": 14, "slow": 1}
+    with pytest.raises(sass_count.Failure, match="no way through"):
+        sass_count.count(functions["_Zkernel"], points=3, stores=1)
+    with pytest.raises(sass_count.Failure, match="target of the instruction BRX"):
+        sass_count.count(functions["_Zother"], points=1, stores=1)
+
+
+@pytest.mark.skipif(
+    shutil.which("nvcc") is None or sass_count.find_nvdisasm() is None, reason="needs nvcc and nvdisasm"
+)
+def test_sass_count_measures_every_kernel_without_spills(tmp_path):
+    assert sass_count.main(["--json", str(tmp_path / "counts.json")]) == 0
+    report = json.loads((tmp_path / "counts.json").read_text(encoding="utf-8"))
+    assert list(report["kernels"]) == [kernel.name for kernel in sass_count.KERNELS]
+    for figures in report["kernels"].values():
+        assert figures["spilled"] == 0 and figures["sum"] == figures["prepare"] + figures["loop"] + figures["store"]
+
+
+def test_sass_count_names_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(sass_count, "find_nvdisasm", lambda: None)
+    assert sass_count.main([]) == 1
+    assert capsys.readouterr().err.startswith("sass_count.py: no nv")

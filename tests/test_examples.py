@@ -458,6 +458,7 @@ def test_bad_flags_are_one_line(programs, coco_folder, mask_folder, tmp_path, pr
         ("object_detection", ["--head", "dino"], "eval_map_50", 0.5),
         ("object_detection", ["--head", "mask_rcnn"], "eval_mask_map_50", 0.5),
         ("semantic_segmentation", [], "eval_mean_iou", 0.6),
+        ("instance_segmentation", [], "eval_mask_map_50", 0.5),
     ],
 )
 def test_programs_learn_embedded_data(tmp_path, program, flags, metric, least):

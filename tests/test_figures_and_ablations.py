@@ -54,9 +54,9 @@ def test_classifier_learns_and_is_trained_once(programs, tmp_path, capsys):
     assert len(norms) == 60 and all(map(math.isfinite, norms))
     assert (module.predict(model, images) == labels).mean() > 0.8
 
-    folder = module.digit_classifier(tmp_path / "model", size=32, steps=1)
+    folder = module.digit_classifier(tmp_path / "model", size=32, steps=1, images=8)
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert module.digit_classifier(folder, size=32, steps=1) == folder
+    assert module.digit_classifier(folder, size=32, steps=1, images=8) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
     loaded = AutoModelForImageClassification.from_pretrained(folder).eval()
