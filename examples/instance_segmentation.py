@@ -43,9 +43,10 @@ from common import (
 )
 from data import InputError, read_image, run_program
 from detection_data import EMBEDDED_SIZE, InstanceDataArguments, load_splits, training_transform
-from detection_results import MAX_DETECTIONS, CocoMetrics, InstanceTrainer, draw_detections
+from detection_results import MAX_DETECTIONS, CocoMetrics, InstanceTrainer, draw_predictions
 from flags import parse_flags
 from masks import resized
+from PIL import Image
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, set_seed
 
 # imported from its own module: without torchvision, transformers 5.17 does not export this class
@@ -208,33 +209,18 @@ class Mask2FormerTrainer(InstanceTrainer):
         return dict(zip(inputs["image_ids"].tolist(), detect(outputs, inputs["sizes"]), strict=True))
 
 
-def draw_predictions(folder: Path, samples: list[dict], file: Path) -> None:
+def draw(folder: Path, samples: list[dict], file: Path) -> None:
     """Loads the saved model and writes a PNG of truth and predictions for examples of `Detections`."""
     head = HEADS["mask2former"]
     model = head.model.from_pretrained(folder).eval()
     processor = head.processor.from_pretrained(folder)
-    names = model.config.id2label
-    images, boxes, masks = [], ([], []), ([], [])
-    for sample in samples:
-        image = read_image(sample["image"], sample["name"])
-        with torch.no_grad():
-            outputs = model(pixel_values=processor(images=[image], return_tensors="pt")["pixel_values"])
-        found = detect(outputs, torch.tensor([[image.height, image.width]]))[0]
-        shown = [i for i, score in enumerate(found["scores"]) if score > 0.4]
-        objects = sample["objects"]
-        images.append(image)
-        boxes[0].append(
-            [(*box, names[category]) for box, category in zip(objects["bbox"], objects["category"], strict=True)]
-        )
-        masks[0].append(objects["segmentation"])
-        boxes[1].append(
-            [
-                (*box_of(found["segmentation"][i]), f"{names[found['labels'][i]]} {found['scores'][i]:.0%}")
-                for i in shown
-            ]
-        )
-        masks[1].append([found["segmentation"][i] for i in shown])
-    draw_detections(images, *boxes, file, masks)
+
+    @torch.no_grad()
+    def predict(image: Image.Image) -> dict[str, list]:
+        outputs = model(pixel_values=processor(images=[image], return_tensors="pt")["pixel_values"])
+        return detect(outputs, torch.tensor([[image.height, image.width]]))[0]
+
+    draw_predictions(samples, predict, model.config.id2label, file)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -263,7 +249,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     samples = [evaluation[index] for index in range(min(data_arguments.picture_samples, len(evaluation)))]
     finish(
         trainer,
-        lambda file: draw_predictions(folder, samples, file),
+        lambda file: draw(folder, samples, file),
         {
             "dataset": f"{data_arguments.dataset}: {len(train)} images to train, {len(evaluation)} to evaluate, "
             f"{len(labels)} classes",
