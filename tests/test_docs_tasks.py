@@ -149,7 +149,8 @@ def test_segmenter(run, mask_folder):
 
 @task("train an instance segmenter")
 def test_instance_segmenter(run, coco_folder):
-    metrics = run("train an instance segmenter", *STEP, "--image_size", 64, COCO_FOLDER=coco_folder)
+    small = ["--image_size", 64, "--head_config_overrides", json.dumps(SMALL_HEADS["mask2former"])]
+    metrics = run("train an instance segmenter", *STEP, *small, COCO_FOLDER=coco_folder)
     assert metrics["eval_mask_map"] >= 0 and Path("out", "predictions.png").is_file()
     flag, value = code_of("train an instance segmenter")[1].split()
     arguments = importlib.import_module("instance_segmentation").InstanceDataArguments
