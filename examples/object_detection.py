@@ -169,9 +169,9 @@ HEADS = {
             ["stage1", "stage2", "stage3", "stage4"],
             1e-3,
             {
-                "fpn_hidden_size": 64, "box_hidden_size": 128, "box_conv_size": 32, "num_mask_convs": 2, "mask_hidden_size": 32,
-                "rpn_pre_nms_top_n": 100, "rpn_post_nms_top_n": 50, "rpn_pre_nms_top_n_training": 200,
-                "rpn_post_nms_top_n_training": 100, "num_samples": 64, "max_detections": 20,
+                "fpn_hidden_size": 48, "box_hidden_size": 128, "box_conv_size": 32, "num_mask_convs": 2, "mask_hidden_size": 32,
+                "rpn_pre_nms_top_n": 100, "rpn_post_nms_top_n": 50, "rpn_pre_nms_top_n_training": 100,
+                "rpn_post_nms_top_n_training": 50, "num_samples": 32, "max_detections": 20,
             },
             masks=True,
         )
@@ -196,6 +196,8 @@ def build_model(arguments: DetectionModelArguments, labels: list[str], image_siz
     Raises:
         InputError: if `--model` is none of the heads on an InternImage backbone, or the images are too small for the head.
     """
+    if image_size is not None and image_size < 1:
+        raise InputError(f"--image_size must be at least 1, got {image_size}")
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     head = chosen_head(arguments)
     if arguments.model is not None:

@@ -435,6 +435,7 @@ def test_random_transformations_depend_on_seed_epoch_and_index_only(programs, sc
             ["--model", FIXTURES / "hf_t_like"],
             "is a internimage, not one of rt_detr, deformable_detr, detr, internimage_dino, internimage_rcnn$",
         ),
+        ("object_detection", ["--head", "mask_rcnn", "--image_size", 0], "--image_size must be at least 1, got 0"),
         ("object_detection", ["--random_crop_scale", 0], "--random_crop_scale must be above 0"),
         ("object_detection", ["--train_annotations", "no.json"], "--train_annotations no.json is not a file"),
         ("object_detection", ["--train_images", "nowhere"], "name their folder by --train_images"),
