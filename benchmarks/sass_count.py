@@ -3,16 +3,17 @@
     python benchmarks/sass_count.py [--json FILE]
 
 The kernels are compiled for compute capability 9.0. For each of them the program looks for the cheapest way from the kernel's
-entry to its exit that does the work of one unit (a group of one output pixel): all loads of the input, the stores, the
-exponentials of the softmax. The work of a second unit is added to tell what each unit costs from what a thread costs once. The
-cheapest way is that of units whose points all lie inside the image. Instructions whose predicate is false count, as they
-take an issue slot.
+entry to its exit that does the work of one round: the softmax of the unit whose points the lane locates (a unit is a group of one output
+pixel), and the loads and the stores for all units of its team. The work of a second round tells what each round costs from what
+a thread costs once. The cheapest way is that of units whose points all lie inside the image. Instructions whose predicate is
+false count, as they take an issue slot. All figures but `start` are divided by the number of units of a team: they are one
+lane's instructions for its 16 bytes of one unit's output.
 
 - start: instructions that a thread executes once, for the kernel's beginning and its tile
 - prepare: from the unit's number to the first load of the input: sampling locations, softmax, weights
 - loop: loads of the input, their conversion, the sum
 - store: conversion of the sum and store
-- sum: prepare, loop and store: one lane's instructions per unit, that is, for its 16 bytes of the output
+- sum: prepare, loop and store
 - slow: instructions of the sum that run at a quarter of the rate or less (F2I, F2F, I2F, MUFU)
 
 nvdisasm is looked for on the PATH, in the CUDA toolkit, and in the Python packages nvidia-cuda-nvdisasm and triton.
@@ -37,37 +38,41 @@ import harness
 
 SOURCES = harness.KERNEL_PROJECT / "dcnv3_cuda"
 ARCHITECTURE = "sm_90"
-INPUT_LOADS = 4 * harness.POINTS  # each lane loads each corner once
+KERNEL = "team_forward_kernel"
+INPUT_LOADS = 4 * harness.POINTS  # of a unit: each lane loads each corner once
+EXPONENTIALS = harness.POINTS  # one lane works out the softmax of a unit
 LOAD, STORE, EXPONENTIAL = r"LDG\.E\.128", r"STG\.E\.128", r"MUFU\.EX2"
 SLOW = r"(F2I|F2F|I2F|MUFU)\b"
 
 
 class Kernel(NamedTuple):
-    """An instance of the forward kernel's template.
-
-    numbers: the template's arguments after the element type.
-    points: how many points a lane prepares at a time.
-    stores: how many stores follow.
-    """
+    """An instance of `team_forward_kernel`."""
 
     name: str
     element: str
-    numbers: tuple[int, ...]
-    points: int
-    stores: int
+    group_channels: int
+
+    @property
+    def stores(self) -> int:
+        """The units to which a lane adds 16 bytes each, for every unit whose points it locates."""
+        return self.group_channels * {"float": 4, "BFloat16": 2}[self.element] // 16
+
+    @property
+    def arguments(self) -> str:
+        return f"{self.element}, {self.group_channels}, {harness.POINTS}"
 
     @property
     def mangled(self) -> str:
-        """The end of the template's name and its first arguments in the binary's names."""
+        """The name and the arguments, as they are in the binary's names."""
         element = {"float": "f", "BFloat16": "NS_8BFloat16E"}[self.element]
-        return f"forward_kernelI{element}{''.join(f'Li{number}E' for number in self.numbers)}"
+        return f"{KERNEL}I{element}Li{self.group_channels}ELi{harness.POINTS}E"
 
 
 KERNELS = [
-    Kernel("bfloat16, width 16", "BFloat16", (8, 2, 9), 5, 1),
-    Kernel("bfloat16, width 32", "BFloat16", (8, 4, 9), 3, 1),
-    Kernel("float32, width 16", "float", (4, 4, 9), 3, 1),
-    Kernel("float32, width 32", "float", (4, 8, 9), 2, 1),
+    Kernel("bfloat16, width 16", "BFloat16", 16),
+    Kernel("bfloat16, width 32", "BFloat16", 32),
+    Kernel("float32, width 16", "float", 16),
+    Kernel("float32, width 32", "float", 32),
 ]
 
 
@@ -111,10 +116,9 @@ def compile_kernels(kernels: list[Kernel], folder: Path) -> tuple[dict[str, str]
         raise Failure("no nvdisasm: install nvidia-cuda-nvdisasm, triton or the CUDA toolkit")
     source, binary = folder / "kernels.cu", folder / "kernels.cubin"
     parameters = "(dcnv3::Problem<float>, const {0}*, const {0}*, const {0}*, {0}*)"
-    lines = ['#include "forward.h"', "namespace dcnv3 {"]
+    lines = ['#include "team_forward.h"', "namespace dcnv3 {"]
     for kernel in kernels:
-        arguments = ", ".join([kernel.element, *map(str, kernel.numbers), "int32_t"])
-        lines.append(f"template __global__ void forward_kernel<{arguments}>{parameters.format(kernel.element)};")
+        lines.append(f"template __global__ void {KERNEL}<{kernel.arguments}>{parameters.format(kernel.element)};")
     source.write_text("\n".join([*lines, "}"]) + "\n", encoding="utf-8")
     flags = ["-std=c++20", "-O3", "-cubin", f"-arch={ARCHITECTURE}", "--extended-lambda", "--expt-relaxed-constexpr"]
     log = run([nvcc, *flags, "-Xptxas=-v", f"-I{SOURCES}", str(source), "-o", str(binary)])
@@ -220,12 +224,12 @@ def cheapest_way(blocks: list[Block], work: Mapping[str, int]) -> list[str]:
     raise Failure(f"no way through the kernel does the work {dict(work)}")
 
 
-def count(function: str, points: int, stores: int) -> dict[str, float]:
+def count(function: str, stores: int) -> dict[str, float]:
     """The instructions of one lane, by part, from the disassembly of a forward kernel; all but `start` are per store."""
     blocks = blocks_of(function)
 
     def way(times: int) -> list[str]:
-        work = {LOAD: INPUT_LOADS * stores * times, STORE: stores * times, EXPONENTIAL: points * times}
+        work = {LOAD: INPUT_LOADS * stores * times, STORE: stores * times, EXPONENTIAL: EXPONENTIALS * times}
         return cheapest_way(blocks, work)
 
     one, two = way(1), way(2)
@@ -255,7 +259,7 @@ def measure(kernels: list[Kernel]) -> dict[str, object]:
     figures = {}
     for kernel in kernels:
         (name,) = (name for name in functions if kernel.mangled in name)
-        figures[kernel.name] = count(functions[name], kernel.points, kernel.stores) | resources[name]
+        figures[kernel.name] = count(functions[name], kernel.stores) | resources[name]
     return {"nvcc": version, "architecture": ARCHITECTURE, "kernels": figures}
 
 

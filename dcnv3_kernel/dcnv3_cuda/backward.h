@@ -32,8 +32,8 @@ DCNV3_KERNEL(256, 2) backward_kernel(
     const T* own_offset = offset + at_mask * 2;
     T* own_grad_offset = grad_offset + at_mask * 2;
     T* own_grad_mask = grad_mask + at_mask;
-    const Modulation<T, 0, 0> modulation(q, lanes, points, member, mask + at_mask);
-    for_own_points<0, 0>(lanes, points, member, [&](int i) {
+    const Modulation<T> modulation(q, lanes, points, member, mask + at_mask);
+    for_own_points(lanes, points, member, [&](int i) {
       const auto at = locate<V, 0>(q, unit, member + i, own_offset + 2 * i);
       Four<C> weights = weights_of(at, modulation(i));
       shared.corners[(member + i) * units] = corners_of<T, C, Index>(q, at, unit.group, weights);
@@ -76,7 +76,7 @@ DCNV3_KERNEL(256, 2) backward_kernel(
 
     // No synchronisation until the next unit: each lane reads and writes only its own points.
     C dot = C(0);
-    for_own_points<0, 0>(lanes, points, member, [&](int i) {
+    for_own_points(lanes, points, member, [&](int i) {
       Four<C>& sample = shared.weights[(member + i) * units];
       const bool inside = has_any(shared.corners[(member + i) * units]);
       const C grad_modulation = inside ? sample.of[0] : C(0);
@@ -91,7 +91,7 @@ DCNV3_KERNEL(256, 2) backward_kernel(
     });
     if (q.softmax) {
       dot = sum_of_lanes(dot, lanes);
-      for_own_points<0, 0>(lanes, points, member, [&](int i) {
+      for_own_points(lanes, points, member, [&](int i) {
         const C grad_logit = modulation(i) * (shared.weights[(member + i) * units].of[0] - dot);
         if (unit.active) narrow(grad_logit, own_grad_mask + i);
       });

@@ -1,8 +1,9 @@
-// In: a forward call. Out: a launch of `forward_kernel` with the template arguments that serve the call.
+// In: a forward call. Out: a launch of `forward_kernel` or `team_forward_kernel` with the template arguments that serve the call.
 
 #include "dcnv3_cuda.h"
 #include "forward.h"
 #include "launch.h"
+#include "team_forward.h"
 
 namespace dcnv3 {
 
@@ -19,18 +20,16 @@ const char* launch_forward(
           static_cast<const T*>(offset), static_cast<const T*>(mask), static_cast<T*>(output));
     };
     constexpr int full = 16 / sizeof(T);
-    const auto& q = plan.problem;
     if constexpr (sizeof(T) < 8) {
-      if (plan.vector == full && plan.small_kernel && (q.group_channels == 16 || q.group_channels == 32) &&
-          q.lanes * full == q.group_channels) {
-        with_main_shape(q, [&](auto channels, auto points) {
-          launch(forward_kernel<T, full, channels.value / full, points.value, int32_t>);
+      if (plan.teams) {
+        with_main_shape(plan.problem, [&](auto channels, auto points) {
+          launch(team_forward_kernel<T, channels.value, points.value>);
         });
         return launch_error();
       }
     }
     with_vector<full>(
-        plan, [&](auto vector, auto index) { launch(forward_kernel<T, vector.value, 0, 0, decltype(index)>); });
+        plan, [&](auto vector, auto index) { launch(forward_kernel<T, vector.value, decltype(index)>); });
     return launch_error();
   });
 }

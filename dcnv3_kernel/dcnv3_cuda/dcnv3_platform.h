@@ -7,6 +7,12 @@
 #include <cmath>
 #include <cstdint>
 
+namespace dcnv3 {
+
+constexpr float floor_bias = 12582912.0f;  // 1.5 * 2^23
+
+}
+
 #if defined(DCNV3_EMULATION)
 #include "emulation.h"
 #else
@@ -61,9 +67,8 @@ DCNV3_DEVICE void sync_warp() {
 #endif
 }
 
-// Whether `value` is true in all lanes of a warp (in all 64 lanes of an AMD wavefront). Synchronises like `sync_warp`.
+// Whether `value` is true in all lanes of a warp (in all 64 lanes of an AMD wavefront). Does not synchronise memory.
 DCNV3_DEVICE bool all_lanes(bool value) {
-  sync_warp();
 #if DCNV3_HIP
   return __all(value);
 #else
@@ -82,11 +87,32 @@ DCNV3_DEVICE Words load_words(const void* from) {
 }
 
 template <class Bytes>
-DCNV3_DEVICE void store_16_bytes(void* to, const Bytes& bytes) {
+DCNV3_DEVICE void store_16_bytes_if(bool condition, void* to, const Bytes& bytes) {
   static_assert(sizeof(Bytes) == 16);
   uint32_t words[4];
   __builtin_memcpy(words, &bytes, 16);
-  *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+#if DCNV3_HIP
+  if (condition) *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+#else  // nvcc would make a branch, and may split a store of a uint4
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4};}"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]),
+                 "r"(static_cast<unsigned>(condition))
+               : "memory");
+#endif
+}
+
+// Keeps a value in registers. Otherwise nvcc may compute it again at each use.
+template <class T>
+DCNV3_DEVICE void keep(T*& address) {
+#if !DCNV3_HIP
+  asm("" : "+l"(address));
+#endif
+}
+DCNV3_DEVICE void keep(uint32_t& value) {
+#if !DCNV3_HIP
+  asm("" : "+r"(value));
+#endif
 }
 
 DCNV3_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
@@ -101,6 +127,15 @@ DCNV3_DEVICE uint64_t bits_of_double(double value) { return __double_as_longlong
 // The result is arbitrary for values beyond the range of an int.
 DCNV3_DEVICE int floor_to_int(float value) { return __float2int_rd(value); }
 DCNV3_DEVICE int floor_to_int(double value) { return __double2int_rd(value); }
+// The floor plus `floor_bias`. For values in [-2^22, 2^22) the difference of their bits is the floor, too. For all others, and
+// for NaN, that difference modulo 2^32 lies in [2^22, 2^32 - 2^22).
+DCNV3_DEVICE float biased_floor(float value) {
+#if DCNV3_HIP
+  return floorf(value) + floor_bias;
+#else
+  return __fadd_rd(value, floor_bias);
+#endif
+}
 DCNV3_DEVICE long long nearest_integer(float value) { return __float2ll_rn(value); }
 DCNV3_DEVICE long long nearest_integer(double value) { return __double2ll_rn(value); }
 

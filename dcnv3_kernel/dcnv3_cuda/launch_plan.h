@@ -5,6 +5,7 @@
 
 #include "../torch-ext/dcnv3_shape.h"
 #include "locations.h"
+#include "team.h"
 #include "window.h"
 
 namespace dcnv3 {
@@ -17,6 +18,7 @@ struct Plan {
   int vector;         // channels per lane: 1, or 16 bytes of them (backward: 16 bytes of the sums)
   bool wide;          // 64-bit element indices within an image
   bool small_kernel;  // 3 x 3
+  bool teams;         // for `team_forward_kernel`
   bool windows;       // for `window_backward_kernel`
   unsigned grid, block, shared_bytes;
   const char* error;  // nullptr, or why there is no kernel for the call
@@ -87,6 +89,7 @@ Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int mult
   q.height_out = static_cast<int>(s.height_out), q.width_out = static_cast<int>(s.width_out);
   q.channels = static_cast<int>(s.channels), q.groups = static_cast<int>(s.groups);
   q.group_channels = static_cast<int>(s.group_channels);
+  q.input_of_image = s.height * s.width * s.channels, q.units_of_image = s.height_out * s.width_out * s.groups;
   q.kernel_h = static_cast<int>(s.kernel_h);
   q.stride_h = static_cast<int>(s.stride_h), q.stride_w = static_cast<int>(s.stride_w);
   q.padding_h = static_cast<int>(s.padding_h), q.padding_w = static_cast<int>(s.padding_w);
@@ -94,8 +97,13 @@ Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int mult
   q.centre = s.remove_center ? q.points / 2 : q.points;
   q.half_h = static_cast<int>(s.dilation_h * (s.kernel_h - 1) / 2);
   q.half_w = static_cast<int>(s.dilation_w * (s.kernel_w - 1) / 2);
+  q.start_h = q.half_h - q.padding_h, q.start_w = q.half_w - q.padding_w;
   q.offset_scale = static_cast<C>(s.offset_scale);
   q.softmax = s.softmax;
+  for (int i = 0; i < 3; ++i) {
+    q.grid_x[i] = (static_cast<C>(i * s.dilation_w) - static_cast<C>(q.half_w)) * q.offset_scale;
+    q.grid_y[i] = (static_cast<C>(i * s.dilation_h) - static_cast<C>(q.half_h)) * q.offset_scale;
+  }
 
   const int full = backward ? 16 / sizeof(C) : 16 / sizeof(T);
   const int64_t pixels_out = s.height_out * s.width_out;
@@ -111,12 +119,16 @@ Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int mult
     return plan;
   }
 
-  q.lanes = 1 << log2_ceil((s.group_channels + plan.vector - 1) / plan.vector);
+  const auto is_near = [](int64_t size, int64_t padding) { return size <= near_limit && padding <= near_limit; };
+  plan.teams = !backward && sizeof(T) < 8 && plan.vector == full && plan.small_kernel &&
+      (s.group_channels == 16 || s.group_channels == 32) && is_near(s.height, s.padding_h) && is_near(s.width, s.padding_w);
+  q.lanes = plan.teams ? 1 : 1 << log2_ceil((s.group_channels + plan.vector - 1) / plan.vector);
   if (q.lanes > 32) q.lanes = 32;
 
   // The shared memory of a warp holds the points of its units.
   int warps = 8;
-  const auto shared = [&] {
+  const auto shared = [&]() -> int64_t {
+    if (plan.teams) return warps * team_bytes(q.points);
     const int64_t count = s.points * (32 / q.lanes);
     return warps * (plan.wide ? Shared<C, int64_t>::bytes(count, backward) : Shared<C, int32_t>::bytes(count, backward));
   };
@@ -146,6 +158,7 @@ Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int mult
   }
   while (warps > 1 && (s.groups << (width_log2 + height_log2)) <= warps / 2 * units) warps /= 2;
   q.tile_width_log2 = width_log2, q.tile_height_log2 = height_log2;
+  q.tile_units = static_cast<int>(s.groups << (width_log2 + height_log2));
   if (!set_tiles(s, tiles(s.width_out, width_log2), tiles(s.height_out, height_log2), q)) {
     plan.error = "the output has too many pixels";
     return plan;

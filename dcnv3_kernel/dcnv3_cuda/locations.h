@@ -34,15 +34,15 @@ struct Axis {
   }
 };
 
-template <class C>
+template <class A>
 struct Location {
-  Axis<C> x, y;
+  A x, y;
   DCNV3_DEVICE bool has_all() const { return x.has_both() && y.has_both(); }
 };
 
 // The location of a point. `pair`: its offset, x before y.
 template <int V, int POINTS, class T, class Index>
-DCNV3_DEVICE Location<Compute<T>> locate(
+DCNV3_DEVICE Location<Axis<Compute<T>>> locate(
     const Problem<Compute<T>>& q, const Unit<Index>& unit, int point, const T* pair) {
   typedef Compute<T> C;
   int column, row;
@@ -63,8 +63,8 @@ DCNV3_DEVICE Location<Compute<T>> locate(
   const C x = (static_cast<C>(column * q.dilation_w - q.half_w) + offset_x) * q.offset_scale;
   const C y = (static_cast<C>(row * q.dilation_h - q.half_h) + offset_y) * q.offset_scale;
   return {
-      Axis<C>(x, unit.x * q.stride_w - q.padding_w + q.half_w, q.width),
-      Axis<C>(y, unit.y * q.stride_h - q.padding_h + q.half_h, q.height)};
+      Axis<C>(x, unit.x * q.stride_w + q.start_w, q.width),
+      Axis<C>(y, unit.y * q.stride_h + q.start_h, q.height)};
 }
 
 // One value for each corner of a point, in the order upper left, upper right, lower left, lower right. A corner is given as
@@ -102,15 +102,15 @@ struct Shared {
 };
 
 // The bilinear weights of the corners, times the modulation.
-template <class C>
-DCNV3_DEVICE Four<C> weights_of(const Location<C>& at, C modulation) {
+template <class A, class C>
+DCNV3_DEVICE Four<C> weights_of(const Location<A>& at, C modulation) {
   const C bottom = modulation * at.y.fraction, top = modulation * (C(1) - at.y.fraction), left = C(1) - at.x.fraction;
   return {{top * left, top * at.x.fraction, bottom * left, bottom * at.x.fraction}};
 }
 
 // The corners of a point. Also sets the weights of corners outside the image to zero, because they may be NaN or infinite.
 template <class T, class C, class Index>
-DCNV3_DEVICE Four<Index> corners_of(const Problem<C>& q, const Location<C>& at, int group, Four<C>& weights) {
+DCNV3_DEVICE Four<Index> corners_of(const Problem<C>& q, const Location<Axis<C>>& at, int group, Four<C>& weights) {
   constexpr Index size = sizeof(T);
   const Index first = ((static_cast<Index>(at.y.low) * q.width + at.x.low) * q.channels +
                        static_cast<Index>(group) * q.group_channels) * size;

@@ -86,10 +86,11 @@ DCNV3_DEVICE void load(const T* from, Compute<T> (&to)[V]) {
   load_if<V>(true, from, to);
 }
 
+// Stores V adjacent channels: one, or 16 bytes of them. If `condition` is false, does nothing.
 template <int V, class T>
-DCNV3_DEVICE void store(const Compute<T> (&values)[V], T* to) {
+DCNV3_DEVICE void store_if(bool condition, const Compute<T> (&values)[V], T* to) {
   if constexpr (V == 1) {
-    narrow(values[0], to);
+    if (condition) narrow(values[0], to);
   } else {
     static_assert(V * sizeof(T) == 16);
     struct {
@@ -97,7 +98,7 @@ DCNV3_DEVICE void store(const Compute<T> (&values)[V], T* to) {
     } packed;
 #pragma unroll
     for (int i = 0; i < V; ++i) narrow(values[i], &packed.values[i]);
-    store_16_bytes(to, packed);
+    store_16_bytes_if(condition, to, packed);
   }
 }
 
@@ -115,6 +116,16 @@ DCNV3_DEVICE void sum_of_lanes(C (&values)[N], int lanes) {
 #pragma unroll
     for (int i = 0; i < N; ++i) values[i] += shuffle_xor(values[i], d);
   }
+}
+
+// Loads two adjacent elements, whose address is aligned to both, at once.
+template <class T>
+DCNV3_DEVICE void load_pair(const T* from, Compute<T> (&to)[2]) {
+  typedef std::conditional_t<sizeof(T) == 2, uint32_t, uint2> Words;
+  const Words loaded = load_words<Words>(from);
+  uint32_t words[sizeof(T) / 2];
+  __builtin_memcpy(words, &loaded, sizeof(loaded));
+  unpack(words, from, to);
 }
 
 // Two adjacent elements, for one load or store. Their address is aligned to the pair where V is not 1.

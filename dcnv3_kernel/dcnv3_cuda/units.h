@@ -21,8 +21,7 @@ struct Origins {
   int64_t input, units;
   template <class C>
   DCNV3_DEVICE Origins(const Problem<C>& q, int64_t image)
-      : input(image * (static_cast<int64_t>(q.height) * q.width * q.channels)),
-        units(image * (static_cast<int64_t>(q.height_out) * q.width_out * q.groups)) {}
+      : input(image * q.input_of_image), units(image * q.units_of_image) {}
 };
 
 struct Tile {
@@ -46,7 +45,7 @@ DCNV3_DEVICE void for_units(const Problem<C>& q, int lanes, Work work) {
   typedef std::conditional_t<wide, int64_t, uint32_t> Number;
   const unsigned units = 32u / static_cast<unsigned>(lanes), unit_of_warp = thread_number() % 32 / static_cast<unsigned>(lanes);
   const unsigned warp = thread_number() / 32, warps = block_size() / 32;
-  const unsigned tile_units = static_cast<unsigned>(q.groups) << (q.tile_width_log2 + q.tile_height_log2);
+  const unsigned tile_units = static_cast<unsigned>(q.tile_units);
   for (Number tile = block_number(); tile < static_cast<Number>(q.tiles); tile += grid_size()) {
     int64_t image;
     int tile_x, tile_y;
@@ -55,7 +54,8 @@ DCNV3_DEVICE void for_units(const Problem<C>& q, int lanes, Work work) {
       const int tile_of_image = static_cast<int>(tile - image * q.tiles_per_image);
       tile_y = tile_of_image / q.tiles_x, tile_x = tile_of_image - tile_y * q.tiles_x;
     } else {
-      const Tile place = tile_of(q, tile);
+      Tile place = tile_of(q, tile);
+      keep(place.image);
       image = place.image, tile_x = place.x, tile_y = place.y;
     }
     const Origins origins(q, image);
@@ -64,8 +64,9 @@ DCNV3_DEVICE void for_units(const Problem<C>& q, int lanes, Work work) {
       const unsigned pixel = q.by_groups(unit_of_tile);
       Unit<Index> unit;
       unit.group = static_cast<int>(unit_of_tile - pixel * static_cast<unsigned>(q.groups));
-      unit.x = (tile_x << q.tile_width_log2) + static_cast<int>(pixel & ((1u << q.tile_width_log2) - 1u));
-      unit.y = (tile_y << q.tile_height_log2) + static_cast<int>(pixel >> q.tile_width_log2);
+      const int row = static_cast<int>(pixel >> q.tile_width_log2);
+      unit.x = ((tile_x - row) << q.tile_width_log2) + static_cast<int>(pixel);
+      unit.y = (tile_y << q.tile_height_log2) + row;
       unit.active = unit_of_tile < tile_units && unit.x < q.width_out && unit.y < q.height_out;
       if (!unit.active) unit.group = unit.x = unit.y = 0;
       unit.number = (static_cast<Index>(unit.y) * q.width_out + unit.x) * q.groups + unit.group;

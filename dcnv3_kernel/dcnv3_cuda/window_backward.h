@@ -117,7 +117,8 @@ DCNV3_KERNEL(32, 1) window_backward_kernel(
         own[c * POINTS] = {places.of[c], static_cast<int32_t>(in_window.of[c] * cell_bytes), weights.of[c], 0.0f};
       }
     }
-    all_in_window = all_lanes(all_in_window);  // also makes the writes to shared memory visible to all lanes
+    sync_warp();
+    all_in_window = all_lanes(all_in_window);
 
     // Now each lane has one corner and four channels, for all points.
 #pragma unroll 1

@@ -339,14 +339,41 @@ def test_offsets_that_are_not_numbers_or_far_away(backend):
             assert all(t.isfinite().all() for t in outputs)
 
 
+@pytest.mark.parametrize("width", [2**20, 2**20 + 1])
+@pytest.mark.parametrize("dtype, group_channels", [(torch.float32, 16), (torch.bfloat16, 32)])
+def test_offsets_across_a_wide_image(backend, dtype, group_channels, width):
+    """CUDA has another kernel above 2^20 pixels."""
+    kernel, device = backend
+    columns = torch.arange(width, device=device)
+    image = (columns % 256).to(dtype).view(1, 1, width, 1).repeat(1, 1, 1, group_channels)
+    stride = 2**16
+    wanted = torch.tensor([0, 1, 77777, width - 2, width - 1, width // 2, 5, 2**19 + 3] * 2, dtype=torch.float64)
+    starts = torch.arange(16) * stride
+    mask = torch.zeros(1, 1, (width - 1) // stride + 1, 9)
+    offset = torch.zeros(1, 1, mask.shape[2], 9, 2)
+    mask[..., 4] = 1.0
+    offset[0, 0, :16, :, 0] = (wanted - starts)[:, None] + 0.5  # bfloat16 rounds it
+    offset = offset.to(dtype)
+    at = offset[0, 0, :16, 4, 0].double() + starts
+    low = at.floor().long()
+    sample = [torch.where((c >= 0) & (c < width), c % 256, 0) for c in (low, low + 1)]
+    expected = sample[0] + (at - low) * (sample[1] - sample[0])
+    expected = torch.where((at > -1) & (at < width), expected, 0.0)
+    tensors = [image, offset.flatten(3).to(device), mask.to(device, dtype)]
+    output = kernel.dcnv3(*tensors, groups=1, stride=(1, stride))
+    assert torch.equal(output[0, 0, :16, 0].cpu().double(), expected.to(dtype).double())
+    assert torch.equal(output, output[..., :1].expand_as(output))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("group_channels", [5, 16])
-def test_infinite_pixels_stay_out_of_samples_outside(backend, group_channels):
+def test_infinite_pixels_stay_out_of_samples_outside(backend, group_channels, dtype):
     kernel, device = backend
     image = torch.ones(1, 3, 3, group_channels, dtype=torch.float64)
     image[0, 0, 0] = torch.inf
     offset = torch.zeros(1, 3, 3, 18, dtype=torch.float64) + 0.25
     mask = torch.ones(1, 3, 3, 9, dtype=torch.float64)
-    tensors = [t.to(device) for t in (image, offset, mask)]
+    tensors = [t.to(device, dtype) for t in (image, offset, mask)]
     output, _, _, grad_mask = run_and_differentiate(kernel.dcnv3, tensors, {"groups": 1}, torch.ones_like(image))
     assert torch.equal(output.cpu().isfinite(), definition(image, offset, mask, groups=1).isfinite())
     for point in range(9):  # what the point alone samples
@@ -359,7 +386,10 @@ def test_infinite_pixels_stay_out_of_samples_outside(backend, group_channels):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("group_channels", [5, 16])
 @pytest.mark.parametrize("fraction", [0.25, 0.0])
-def test_modulations_that_are_not_finite_count_inside_alone(backend, value, group_channels, fraction):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_modulations_that_are_not_finite_count_inside_alone(
+    backend, value, group_channels, fraction, dtype, tolerance
+):
     kernel, device = backend
     torch.manual_seed(0)
     image = torch.randn(1, 6, 6, group_channels, dtype=torch.float64)
@@ -369,12 +399,12 @@ def test_modulations_that_are_not_finite_count_inside_alone(backend, value, grou
     mask[..., 3] = value
     mask[0, 0, 0, 0] = mask[0, 3, 3, 8] = value  # one outside, one inside
     expected = run_and_differentiate(definition, (image, offset, mask), {"groups": 1})
-    actual = run_and_differentiate(kernel.dcnv3, [t.to(device) for t in (image, offset, mask)], {"groups": 1})
+    actual = run_and_differentiate(kernel.dcnv3, [t.to(device, dtype) for t in (image, offset, mask)], {"groups": 1})
     for what, a, e in zip(NAMES, actual, expected, strict=True):
         if what != "grad_offset" or fraction:  # at a pixel the derivative by the position jumps
             finite = e.isfinite()
             assert torch.equal(a.cpu().isfinite(), finite), what  # inf or NaN: that depends on the order of a sum
-            assert relative_error(a.cpu()[finite], e[finite]) < 1e-10, what
+            assert relative_error(a.cpu()[finite], e[finite]) < tolerance, what
     assert actual[2].view(36, 9, 2)[1:21].isfinite().all()
 
 

@@ -50,7 +50,6 @@ T shuffle_xor(T value, int difference) {
 inline void sync_warp() { emulation::wait_for_warp(); }
 
 inline bool all_lanes(bool value) {
-  sync_warp();
   for (int d = 16; d > 0; d /= 2) value = shuffle_xor(value, d) && value;
   return value;
 }
@@ -62,11 +61,15 @@ Words load_words(const void* from) {
 }
 
 template <class Bytes>
-void store_16_bytes(void* to, const Bytes& bytes) {
+void store_16_bytes_if(bool condition, void* to, const Bytes& bytes) {
   static_assert(sizeof(Bytes) == 16);
+  if (!condition) return;
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulation::fail("a store of 16 bytes that is not aligned");
   std::memcpy(to, &bytes, 16);
 }
+
+template <class T>
+void keep(T&) {}
 
 template <class To, class From>
 To bits_as(From from) {
@@ -83,6 +86,7 @@ template <class T>
 int floor_to_int(T value) {  // saturating, as on a GPU
   return value >= T(INT32_MAX) ? INT32_MAX : value <= T(INT32_MIN) ? INT32_MIN : value == value ? int(floor(value)) : 0;
 }
+inline float biased_floor(float value) { return floorf(value) + floor_bias; }
 inline long long nearest_integer(float value) { return llrintf(value); }
 inline long long nearest_integer(double value) { return llrint(value); }
 inline float float_of_half(uint16_t bits) { return static_cast<float>(bits_as<_Float16>(bits)); }
