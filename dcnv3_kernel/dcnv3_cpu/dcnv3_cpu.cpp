@@ -103,13 +103,13 @@ Tensor dcnv3_forward(
     Tensor input, Tensor offset, Tensor mask, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w,
     int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t groups, double offset_scale,
     bool remove_center, bool softmax) {
-  const dcnv3::Shape shape = dcnv3::checked_shape(
+  dcnv3::Shape shape = dcnv3::checked_shape(
       input, offset, mask, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups,
       offset_scale, remove_center, softmax);
   check_image(shape);
   dcnv3::make_contiguous("a contiguous copy of input", input);
-  dcnv3::make_contiguous("a contiguous copy of offset", offset);
-  dcnv3::make_contiguous("a contiguous copy of mask", mask);
+  dcnv3::make_equidistant("a contiguous copy of offset", offset, shape.offset_pitch);
+  dcnv3::make_equidistant("a contiguous copy of mask", mask, shape.mask_pitch);
   Tensor output =
       dcnv3::new_empty("the output", input, {shape.batch, shape.height_out, shape.width_out, shape.channels});
   if (output.numel() == 0) return output;
@@ -131,15 +131,15 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_backward(
     Tensor grad_output, Tensor input, Tensor offset, Tensor mask, int64_t kernel_h, int64_t kernel_w, int64_t stride_h,
     int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t groups,
     double offset_scale, bool remove_center, bool softmax, bool /* deterministic: always the case on a CPU */) {
-  const dcnv3::Shape shape = dcnv3::checked_shape(
+  dcnv3::Shape shape = dcnv3::checked_shape(
       input, offset, mask, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups,
       offset_scale, remove_center, softmax);
   dcnv3::check_grad_output(grad_output, input, shape);
   check_image(shape);
   dcnv3::make_contiguous("a contiguous copy of grad_output", grad_output);
   dcnv3::make_contiguous("a contiguous copy of input", input);
-  dcnv3::make_contiguous("a contiguous copy of offset", offset);
-  dcnv3::make_contiguous("a contiguous copy of mask", mask);
+  dcnv3::make_equidistant("a contiguous copy of offset", offset, shape.offset_pitch);
+  dcnv3::make_equidistant("a contiguous copy of mask", mask, shape.mask_pitch);
   Tensor grad_input = dcnv3::new_empty_like("the gradient of input", input);
   Tensor grad_offset = dcnv3::new_empty_like("the gradient of offset", offset);
   Tensor grad_mask = dcnv3::new_empty_like("the gradient of mask", mask);

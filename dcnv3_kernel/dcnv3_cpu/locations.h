@@ -42,22 +42,30 @@ DCNV3_INLINE void place(
     const Origin<T>& origins_y, T scale) {
   constexpr int L = lanes<T>;
   const int64_t points = P ? P : s.points, n = block.groups * points;
-  const int64_t total = s.batch * s.height_out * s.width_out * s.groups * points;
+  // the elements up to the end of the last pixel
+  const int64_t last_pixel = s.batch * s.height_out * s.width_out - 1;
+  const int64_t all_masks = last_pixel * s.mask_pitch + s.groups * points;
+  const int64_t all_offsets = last_pixel * s.offset_pitch + 2 * s.groups * points;
   int64_t x_out = block.x, y_out = block.y;
   for (int64_t q = 0; q < block.count; ++q) {
     const T origin_x = origins_x(x_out), origin_y = origins_y(y_out);
     if (++x_out == s.width_out) x_out = 0, ++y_out;
-    const int64_t first = ((block.pixel + q) * s.groups + block.group) * points, at = q * n;
+    const int64_t first_mask = (block.pixel + q) * s.mask_pitch + block.group * points;
+    const int64_t first_offset = (block.pixel + q) * s.offset_pitch + 2 * block.group * points, at = q * n;
     for (int64_t i = 0; i < n; i += L) {
-      const S *offset = offsets + 2 * (first + i), *mask = masks + first + i;
+      const S *offset = offsets + first_offset + 2 * i, *mask = masks + first_mask + i;
       S offset_end[2 * L], mask_end[L];
-      if (__builtin_expect(first + i + L > total, 0)) {  // never reads beyond the end of the tensors
-        const int64_t rest = total - first - i;
-        __builtin_memset(offset_end, 0, sizeof(offset_end));
+      // never reads beyond the end of the tensors
+      const int64_t rest_of_masks = all_masks - first_mask - i, rest_of_offsets = all_offsets - first_offset - 2 * i;
+      if (__builtin_expect(rest_of_masks < L, 0)) {
         __builtin_memset(mask_end, 0, sizeof(mask_end));
-        __builtin_memcpy(offset_end, offset, 2 * rest * sizeof(S));
-        __builtin_memcpy(mask_end, mask, rest * sizeof(S));
-        offset = offset_end, mask = mask_end;
+        __builtin_memcpy(mask_end, mask, rest_of_masks * sizeof(S));
+        mask = mask_end;
+      }
+      if (__builtin_expect(rest_of_offsets < 2 * L, 0)) {
+        __builtin_memset(offset_end, 0, sizeof(offset_end));
+        __builtin_memcpy(offset_end, offset, rest_of_offsets * sizeof(S));
+        offset = offset_end;
       }
       Register<T> x, y;
       read_offsets<T>(offset, x, y);

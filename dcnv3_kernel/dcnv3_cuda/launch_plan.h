@@ -89,7 +89,9 @@ Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int mult
   q.height_out = static_cast<int>(s.height_out), q.width_out = static_cast<int>(s.width_out);
   q.channels = static_cast<int>(s.channels), q.groups = static_cast<int>(s.groups);
   q.group_channels = static_cast<int>(s.group_channels);
-  q.input_of_image = s.height * s.width * s.channels, q.units_of_image = s.height_out * s.width_out * s.groups;
+  q.input_of_image = s.height * s.width * s.channels;
+  q.pixels_of_image = s.height_out * s.width_out, q.units_of_image = q.pixels_of_image * s.groups;
+  q.offset_pitch = static_cast<int>(s.offset_pitch), q.mask_pitch = static_cast<int>(s.mask_pitch);
   q.kernel_h = static_cast<int>(s.kernel_h);
   q.stride_h = static_cast<int>(s.stride_h), q.stride_w = static_cast<int>(s.stride_w);
   q.padding_h = static_cast<int>(s.padding_h), q.padding_w = static_cast<int>(s.padding_w);
@@ -106,10 +108,10 @@ Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int mult
   }
 
   const int full = backward ? 16 / sizeof(C) : 16 / sizeof(T);
-  const int64_t pixels_out = s.height_out * s.width_out;
+  const int64_t pixels_out = q.pixels_of_image;
   plan.wide = s.height * s.width * s.channels * static_cast<int64_t>(sizeof(T)) > INT32_MAX ||
       s.batch * pixels_out > INT32_MAX || pixels_out * s.channels > INT32_MAX ||
-      pixels_out * s.groups * s.points * 2 > INT32_MAX;
+      pixels_out * s.offset_pitch > INT32_MAX || pixels_out * s.mask_pitch > INT32_MAX;
   plan.vector = aligned && !plan.wide && s.group_channels % full == 0 ? full : 1;
   plan.small_kernel = s.kernel_h == 3 && s.kernel_w == 3;
   q.by_groups = Divisor(static_cast<uint32_t>(q.groups));

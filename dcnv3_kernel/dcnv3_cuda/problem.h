@@ -27,8 +27,9 @@ struct Problem {
   Divisor by_tile_width;  // this and the next line: only for `window_backward_kernel`
   int tile_width, tile_height;
   int lanes, points;
-  int64_t input_of_image, units_of_image;  // elements of the input, and units
+  int64_t input_of_image, pixels_of_image, units_of_image;  // elements of the input, output pixels, and units
   int height, width, height_out, width_out, channels, groups, group_channels;
+  int offset_pitch, mask_pitch;  // elements from one output pixel to the next one
   int kernel_h, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int centre;          // index of the removed point; `points`, which no point has, if none is removed
   int start_h, start_w;  // input pixel under the kernel's centre at the output's first pixel

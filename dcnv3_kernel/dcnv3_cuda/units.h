@@ -12,17 +12,32 @@ namespace dcnv3 {
 template <class Index>
 struct Unit {
   bool active;   // false: the lane has no work but must take part in the warp's shuffles
-  Index number;  // within its image
+  Index number, pixel;  // within its image
   int group, x, y;
 };
 
-// Where an image begins: its first element in the input, and its first unit in the other tensors.
+// Where an image begins: its first element in input, offset and mask, and its first unit in the other tensors.
 struct Origins {
-  int64_t input, units;
+  int64_t input, offset, mask, units;
   template <class C>
   DCNV3_DEVICE Origins(const Problem<C>& q, int64_t image)
-      : input(image * q.input_of_image), units(image * q.units_of_image) {}
+      : input(image * q.input_of_image),
+        offset(image * q.pixels_of_image * q.offset_pitch),
+        mask(image * q.pixels_of_image * q.mask_pitch),
+        units(image * q.units_of_image) {}
 };
+
+// A unit's first point in the tensors of offsets and masks. points: of each unit.
+template <class C, class T, class Index>
+DCNV3_DEVICE const T* offset_of(
+    const Problem<C>& q, const T* offset, const Origins& origins, const Unit<Index>& unit, int points) {
+  return offset + origins.offset + (unit.pixel * q.offset_pitch + unit.group * (2 * points));
+}
+template <class C, class T, class Index>
+DCNV3_DEVICE const T* mask_of(
+    const Problem<C>& q, const T* mask, const Origins& origins, const Unit<Index>& unit, int points) {
+  return mask + origins.mask + (unit.pixel * q.mask_pitch + unit.group * points);
+}
 
 struct Tile {
   uint32_t image;
@@ -69,7 +84,8 @@ DCNV3_DEVICE void for_units(const Problem<C>& q, int lanes, Work work) {
       unit.y = (tile_y << q.tile_height_log2) + row;
       unit.active = unit_of_tile < tile_units && unit.x < q.width_out && unit.y < q.height_out;
       if (!unit.active) unit.group = unit.x = unit.y = 0;
-      unit.number = (static_cast<Index>(unit.y) * q.width_out + unit.x) * q.groups + unit.group;
+      unit.pixel = static_cast<Index>(unit.y) * q.width_out + unit.x;
+      unit.number = unit.pixel * q.groups + unit.group;
       work(origins, unit);
     }
   }

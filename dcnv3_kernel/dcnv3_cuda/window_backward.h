@@ -44,9 +44,9 @@ DCNV3_KERNEL(32, 1) window_backward_kernel(
   const int pixels = active ? q.tile_width * q.tile_height : 0;
   const auto unit_of = [&](int pixel) {
     const int row = static_cast<int>(q.by_tile_width(static_cast<uint32_t>(pixel)));
-    Unit<int32_t> unit{false, 0, group, first_x + pixel - row * q.tile_width, first_y + row};
+    Unit<int32_t> unit{false, 0, 0, group, first_x + pixel - row * q.tile_width, first_y + row};
     unit.active = pixel < pixels && unit.x < q.width_out && unit.y < q.height_out;
-    if (unit.active) unit.number = (unit.y * q.width_out + unit.x) * q.groups + group;
+    if (unit.active) unit.pixel = unit.y * q.width_out + unit.x, unit.number = unit.pixel * q.groups + group;
     return unit;
   };
 
@@ -55,8 +55,8 @@ DCNV3_KERNEL(32, 1) window_backward_kernel(
   const T* values_of_image = input + origins.input + channel;
   const T* own_grad_output = grad_output + origins.units * D + channel;
   const int64_t at_point = origins.units * POINTS + point;
-  const T* own_mask = mask + at_point;
-  const Pair<T>* own_offset = reinterpret_cast<const Pair<T>*>(offset) + at_point;
+  const T* own_mask = mask + origins.mask + (group * POINTS + point);
+  const Pair<T>* own_offset = reinterpret_cast<const Pair<T>*>(offset + origins.offset) + (group * POINTS + point);
   T* own_grad_mask = grad_mask + at_point;
   Pair<T>* own_grad_offset = reinterpret_cast<Pair<T>*>(grad_offset) + at_point;
 
@@ -67,8 +67,8 @@ DCNV3_KERNEL(32, 1) window_backward_kernel(
 #pragma unroll
     for (int r = 0; r < window_rounds; ++r) {
       unit[r] = unit_of(first + r * at_once + first_unit);
-      modulation[r] = widen(own_mask[unit[r].number * POINTS]);
-      offsets[r] = own_offset[unit[r].number * POINTS];
+      modulation[r] = widen(own_mask[unit[r].pixel * q.mask_pitch]);
+      offsets[r] = own_offset[unit[r].pixel * (q.offset_pitch / 2)];
       largest[r] = modulation[r];
     }
     if (q.softmax) {

@@ -500,6 +500,62 @@ def test_views_and_strides(backend):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "dtype, group_channels, groups, softmax, options",
+    [
+        (torch.float32, 16, 4, True, {}),
+        (torch.float32, 32, 1, False, {"remove_center": True}),
+        (torch.bfloat16, 16, 5, True, {"offset_scale": 0.5}),
+        (torch.float16, 32, 2, False, {"kernel_size": (2, 3), "stride": 2}),
+        (torch.float64, 5, 3, True, {"kernel_size": (5, 5), "padding": 2}),
+    ],
+)
+@pytest.mark.parametrize("gap", [0, 1, 6])  # unaligned pairs of offsets, too
+def test_columns_of_one_matrix_are_read_in_place(backend, dtype, group_channels, groups, softmax, options, gap):
+    kernel, device = backend
+    torch.manual_seed(0)
+    function = kernel.dcnv3_softmax if softmax else kernel.dcnv3
+    image = torch.randn(2, 9, 14, groups * group_channels).to(device, dtype)
+    options = {"kernel_size": (3, 3), "stride": 1, "padding": 1, "remove_center": False, "groups": groups, **options}
+    kernel_size, stride, padding = options["kernel_size"], options["stride"], options["padding"]
+    points = groups * (kernel_size[0] * kernel_size[1] - options["remove_center"])
+    size = [output_size(s, k, stride, padding, 1) for s, k in zip((9, 14), kernel_size, strict=True)]
+    matrix = torch.randn(2, *size, gap + 3 * points + gap).to(device, dtype)
+    matrix[..., :gap] = matrix[..., gap + 3 * points :] = torch.nan
+    views = [image, *(part for part in matrix.split([gap, 2 * points, points, gap], -1)[1:3])]
+    whole = [tensor.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for tensor in views]
+    views = [tensor.detach().requires_grad_() for tensor in views]
+    assert not (views[1].is_contiguous() or views[2].is_contiguous())
+    tolerance = 0.02 if dtype.itemsize == 2 else 1e-5  # unaligned pairs are served by another kernel
+    grad_output = torch.randn(2, *size, image.shape[3]).to(device, dtype)
+    for deterministic in (False, True):
+        with deterministic_algorithms() if deterministic else contextlib.nullcontext():
+            output, expected = function(*views, **options), function(*whole, **options)
+            assert relative_error(output, expected.double().cpu()) < tolerance
+            grads = torch.autograd.grad(output, views, grad_output)
+            for actual, wanted in zip(grads, torch.autograd.grad(expected, whole, grad_output), strict=True):
+                assert actual.is_contiguous() and actual.isfinite().all()
+                assert relative_error(actual, wanted.double().cpu()) < tolerance
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter copies all tensors")
+def test_columns_of_one_matrix_are_not_copied(backend):
+    kernel, device = backend
+    image = torch.randn(2, 8, 8, 32, device=device)
+    offset, mask, _ = torch.randn(2, 8, 8, 56, device=device).split([36, 18, 2], -1)
+    copied = {"aten::clone", "aten::copy_"}
+    options = (3, 3, 1, 1, 1, 1, 1, 1, 2, 1.0, False, True)
+    calls = [
+        lambda offset: kernel.ops.dcnv3_forward(image, offset, mask, *options),
+        lambda offset: kernel.ops.dcnv3_backward(image, image, offset, mask, *options, False),
+    ]
+    for call in calls:
+        for tensor, expected in ((offset, False), (offset.transpose(1, 2), True)):
+            with torch.profiler.profile() as profile:
+                call(tensor)
+            assert bool(copied & {event.key for event in profile.key_averages()}) == expected
+
+
 def test_gradcheck_and_opcheck(backend):
     kernel, device = backend
     torch.manual_seed(0)

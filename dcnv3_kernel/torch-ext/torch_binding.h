@@ -110,6 +110,7 @@ inline Shape checked_shape(
   s.width_out = room_w / stride_w + 1;
   check_per_point("offset", offset, s, groups * s.points * 2);
   check_per_point("mask", mask, s, groups * s.points);
+  s.offset_pitch = groups * s.points * 2, s.mask_pitch = groups * s.points;
   return s;
 }
 
@@ -174,6 +175,18 @@ inline void make_contiguous(const char* what, torch::stable::Tensor& tensor) {
   if (tensor.is_contiguous()) return;
   const auto element_size = static_cast<int64_t>(tensor.element_size());
   tensor = allocated(what, tensor.numel(), element_size, [&] { return torch::stable::contiguous(tensor); });
+}
+
+// Sets `pitch` if the pixels of a (N, H, W, K) tensor lie at equal distances, as those of columns of a matrix with a row for each
+// pixel do. Otherwise makes the tensor contiguous.
+inline void make_equidistant(const char* what, torch::stable::Tensor& tensor, int64_t& pitch) {
+  const int64_t distance = tensor.stride(2);
+  if (!tensor.is_contiguous() && tensor.stride(3) == 1 && distance >= tensor.size(3) && distance <= largest &&
+      tensor.stride(1) == tensor.size(2) * distance && tensor.stride(0) == tensor.size(1) * tensor.stride(1)) {
+    pitch = distance;
+  } else {
+    make_contiguous(what, tensor);
+  }
 }
 
 }  // namespace dcnv3

@@ -1,4 +1,4 @@
-"""DCNv3's kernels in Triton. In: contiguous tensors and the numbers of a call. Out: its result. triton_launch.py calls them.
+"""DCNv3's kernels in Triton. In: tensors and the numbers of a call. Out: its result. triton_launch.py calls them.
 
 A unit of work is one group of one output pixel. A program processes a two-dimensional tile of output pixels, because the points
 of adjacent pixels overlap in the first-level cache. It takes the units of its tile UNITS at a time; the group is the fastest
@@ -21,6 +21,7 @@ import triton.language as tl
 NUMBERS = (
     "width_of_group", "groups", "height", "width", "height_out", "width_out", "kernel_h", "points", "centre",
     "stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w", "half_h", "half_w", "offset_scale",
+    "offset_pitch", "mask_pitch",
     "tiles_x", "tiles_y", "tile_width_log2", "tile_height_log2",
 )  # fmt: skip
 
@@ -81,7 +82,10 @@ def _tile(
     height, width, height_out, width_out, groups, group_channels,
     tiles_x, tiles_y, tile_width_log2, tile_height_log2,
 ):  # fmt: skip
-    """The program's tile: its first output pixel, its number of units, and the start of its image in input and units."""
+    """The program's tile: its first output pixel, its number of units, and where its image starts.
+
+    The start is given in elements of the input, in output pixels and in units.
+    """
     number = tl.program_id(0)
     row = number // tiles_x
     image = row // tiles_y
@@ -90,8 +94,8 @@ def _tile(
     units = groups << (tile_width_log2 + tile_height_log2)
     image = image.to(tl.int64)
     input_start = image * height * width * groups * group_channels
-    unit_start = image * height_out * width_out * groups
-    return x, y, units, input_start, unit_start
+    pixel_start = image * height_out * width_out
+    return x, y, units, input_start, pixel_start, pixel_start * groups
 
 
 @triton.jit
@@ -99,7 +103,7 @@ def _units(
     first, tile_x, tile_y, tile_width_log2, tile_height_log2, groups, height_out, width_out,
     UNITS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """UNITS units of a tile: whether each exists, its number within the image, its output pixel and its group."""
+    """UNITS units of a tile: whether each exists, its number and its pixel's within the image, column, row and group."""
     unit = first + tl.arange(0, UNITS)
     pixel = unit // groups
     group = unit - pixel * groups
@@ -108,20 +112,21 @@ def _units(
     y = tile_y + row
     active = (row < (1 << tile_height_log2)) & (x < width_out) & (y < height_out)
     if WIDE:
-        number = (y.to(tl.int64) * width_out + x) * groups + group
+        pixel_of_image = y.to(tl.int64) * width_out + x
     else:
-        number = (y * width_out + x) * groups + group
-    return active, number, x, y, group
+        pixel_of_image = y * width_out + x
+    return active, pixel_of_image * groups + group, pixel_of_image, x, y, group
 
 
 @triton.jit
 def _locate(
-    offset, number, active, x, y, point, points, kernel_h, centre, dilation_h, dilation_w, height, width,
+    offset, pair, active, x, y, point, kernel_h, centre, dilation_h, dilation_w, height, width,
     half_h, half_w, scale, POINTS: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The location of a point: its upper left pixel, the fractions, and which columns and rows of its corners are inside.
 
-    x, y: the input pixel at the kernel's centre. POINTS: 9 or 8 for a kernel of 3 x 3, otherwise 0.
+    pair: the index of the unit's first offset, counted in pairs. x, y: the input pixel at the kernel's centre.
+    POINTS: 9 or 8 for a kernel of 3 x 3, otherwise 0.
     """
     # the kernel's column and row in pixels from its centre, which in a kernel of 3 x 3 is one dilation from the first point
     if POINTS == 9:
@@ -135,7 +140,7 @@ def _locate(
         column = cell // kernel_h
         row = dilation_h * (cell - column * kernel_h) - half_h
         column = dilation_w * column - half_w
-    offset_x, offset_y = _load_pair(offset, number * points + point, active, C)
+    offset_x, offset_y = _load_pair(offset, pair + point, active, C)
     position_x = (column.to(C) + offset_x) * scale
     position_y = (row.to(C) + offset_y) * scale
     cell_x, fraction_x, left, right = _place_on_axis(position_x, x, width)
@@ -148,31 +153,31 @@ def _locate(
 
 
 @triton.jit
-def _softmax(mask, number, active, points, C: tl.constexpr):
-    """For each unit, the largest logit, and 1 / the sum of exp(logit - largest)."""
-    largest = tl.full(number.shape, float("-inf"), C)
+def _softmax(mask, first, active, points, C: tl.constexpr):
+    """For each unit, the largest logit, and 1 / the sum of exp(logit - largest). first: the index of its first logit."""
+    largest = tl.full(first.shape, float("-inf"), C)
     for point in range(points):
-        logit = tl.load(mask + number * points + point, mask=active, other=0.0).to(C)
+        logit = tl.load(mask + first + point, mask=active, other=0.0).to(C)
         largest = tl.maximum(largest, logit)
-    total = tl.full(number.shape, 0.0, C)
+    total = tl.full(first.shape, 0.0, C)
     for point in range(points):
-        logit = tl.load(mask + number * points + point, mask=active, other=0.0).to(C)
+        logit = tl.load(mask + first + point, mask=active, other=0.0).to(C)
         total += tl.exp(logit - largest)
     return largest, 1.0 / total
 
 
 @triton.jit
-def _modulations(mask, number, active, POINTS: tl.constexpr, SOFTMAX: tl.constexpr, C: tl.constexpr):
+def _modulations(mask, first, active, POINTS: tl.constexpr, SOFTMAX: tl.constexpr, C: tl.constexpr):
     """The modulations: a tuple with one vector over the units for each point."""
     values = ()
     for point in tl.static_range(POINTS):
-        values = values + (tl.load(mask + number * POINTS + point, mask=active, other=0.0).to(C),)
+        values = values + (tl.load(mask + first + point, mask=active, other=0.0).to(C),)
     if SOFTMAX:
         largest = values[0]
         for point in tl.static_range(1, POINTS):
             largest = tl.maximum(largest, values[point])
         exponentials = ()
-        total = tl.full(number.shape, 0.0, C)
+        total = tl.full(first.shape, 0.0, C)
         for point in tl.static_range(POINTS):
             exponential = tl.exp(values[point] - largest)
             exponentials = exponentials + (exponential,)
@@ -214,7 +219,7 @@ def _add_point(total, image, at, modulation, group_start, row, line, channel, ha
 def forward_kernel(
     input, offset, mask, output,
     width_of_group, groups, height, width, height_out, width_out, kernel_h, points, centre, stride_h, stride_w,
-    padding_h, padding_w, dilation_h, dilation_w, half_h, half_w, offset_scale,
+    padding_h, padding_w, dilation_h, dilation_w, half_h, half_w, offset_scale, offset_pitch, mask_pitch,
     tiles_x, tiles_y, tile_width_log2, tile_height_log2,
     C: tl.constexpr, SOFTMAX: tl.constexpr, WIDE: tl.constexpr, POINTS: tl.constexpr, MULTIPLE: tl.constexpr,
     CHANNELS: tl.constexpr, UNITS: tl.constexpr,
@@ -224,29 +229,31 @@ def forward_kernel(
     else:
         group_channels = width_of_group * MULTIPLE
     scale = _number(offset_scale, C)
-    tile_x, tile_y, units, input_start, unit_start = _tile(
+    tile_x, tile_y, units, input_start, pixel_start, unit_start = _tile(
         height, width, height_out, width_out, groups, group_channels,
         tiles_x, tiles_y, tile_width_log2, tile_height_log2,
     )  # fmt: skip
     image = input + input_start
-    offset += unit_start * points * 2
-    mask += unit_start * points
+    offset += pixel_start * offset_pitch
+    mask += pixel_start * mask_pitch
     output += unit_start * group_channels
     row = groups * group_channels
     if WIDE:
         row = row.to(tl.int64)
     line = row * width
     for first in range(0, units, UNITS):
-        active, number, x, y, group = _units(
+        active, number, pixel, x, y, group = _units(
             first, tile_x, tile_y, tile_width_log2, tile_height_log2, groups, height_out, width_out, UNITS, WIDE
         )
         group_start = group * group_channels
+        pair = pixel * (offset_pitch // 2) + group * points
+        first_mask = pixel * mask_pitch + group * points
         x = x * stride_w - padding_w + half_w
         y = y * stride_h - padding_h + half_h
         if POINTS:
-            modulations = _modulations(mask, number, active, POINTS, SOFTMAX, C)
+            modulations = _modulations(mask, first_mask, active, POINTS, SOFTMAX, C)
         elif SOFTMAX:
-            largest, reciprocal = _softmax(mask, number, active, points, C)
+            largest, reciprocal = _softmax(mask, first_mask, active, points, C)
         for first_channel in range(0, group_channels, CHANNELS):
             channel = first_channel + tl.arange(0, CHANNELS)
             has_channel = channel < group_channels
@@ -254,7 +261,7 @@ def forward_kernel(
             if POINTS:
                 for point in tl.static_range(POINTS):
                     at = _locate(
-                        offset, number, active, x, y, point, POINTS, kernel_h, centre, dilation_h, dilation_w, height, width,
+                        offset, pair, active, x, y, point, kernel_h, centre, dilation_h, dilation_w, height, width,
                         half_h, half_w, scale, POINTS, WIDE, C,
                     )  # fmt: skip
                     total = _add_point(
@@ -263,10 +270,10 @@ def forward_kernel(
             else:
                 for point in range(points):
                     at = _locate(
-                        offset, number, active, x, y, point, points, kernel_h, centre, dilation_h, dilation_w, height, width,
+                        offset, pair, active, x, y, point, kernel_h, centre, dilation_h, dilation_w, height, width,
                         half_h, half_w, scale, POINTS, WIDE, C,
                     )  # fmt: skip
-                    modulation = tl.load(mask + number * points + point, mask=active, other=0.0).to(C)
+                    modulation = tl.load(mask + first_mask + point, mask=active, other=0.0).to(C)
                     if SOFTMAX:
                         modulation = tl.exp(modulation - largest) * reciprocal
                     total = _add_point(total, image, at, modulation, group_start, row, line, channel, has_channel, C)
@@ -415,7 +422,7 @@ def _grads(grad_output, unit, active, channel, has_channel, group_channels, C: t
 def backward_kernel(
     grad_output, input, offset, mask, grad_input, not_finite, fixed_exponent, grad_offset, grad_mask,
     width_of_group, groups, height, width, height_out, width_out, kernel_h, points, centre, stride_h, stride_w,
-    padding_h, padding_w, dilation_h, dilation_w, half_h, half_w, offset_scale,
+    padding_h, padding_w, dilation_h, dilation_w, half_h, half_w, offset_scale, offset_pitch, mask_pitch,
     tiles_x, tiles_y, tile_width_log2, tile_height_log2,
     C: tl.constexpr, SOFTMAX: tl.constexpr, WIDE: tl.constexpr, POINTS: tl.constexpr, MULTIPLE: tl.constexpr,
     CHANNELS: tl.constexpr, UNITS: tl.constexpr, WHOLE: tl.constexpr, FIXED: tl.constexpr,
@@ -433,7 +440,7 @@ def backward_kernel(
         fixed_scale = _power_of_two(tl.load(fixed_exponent), C)
     else:
         fixed_scale = 1.0
-    tile_x, tile_y, units, input_start, unit_start = _tile(
+    tile_x, tile_y, units, input_start, pixel_start, unit_start = _tile(
         height, width, height_out, width_out, groups, group_channels,
         tiles_x, tiles_y, tile_width_log2, tile_height_log2,
     )  # fmt: skip
@@ -441,9 +448,9 @@ def backward_kernel(
     grad_input += input_start
     not_finite += input_start
     grad_output += unit_start * group_channels
-    offset += unit_start * points * 2
+    offset += pixel_start * offset_pitch
     grad_offset += unit_start * points * 2
-    mask += unit_start * points
+    mask += pixel_start * mask_pitch
     grad_mask += unit_start * points
     T: tl.constexpr = grad_mask.dtype.element_ty
     row = groups * group_channels
@@ -451,10 +458,12 @@ def backward_kernel(
         row = row.to(tl.int64)
     line = row * width
     for first in range(0, units, UNITS):
-        active, unit, x, y, group = _units(
+        active, unit, pixel, x, y, group = _units(
             first, tile_x, tile_y, tile_width_log2, tile_height_log2, groups, height_out, width_out, UNITS, WIDE
         )
         group_start = group * group_channels
+        pair = pixel * (offset_pitch // 2) + group * points
+        first_mask = pixel * mask_pitch + group * points
         x = x * stride_w - padding_w + half_w
         y = y * stride_h - padding_h + half_h
         grads = tl.zeros((UNITS, CHANNELS), C)
@@ -462,13 +471,13 @@ def backward_kernel(
             channel = tl.arange(0, CHANNELS)
             grads = _grads(grad_output, unit, active, channel, channel < group_channels, group_channels, C)
         if POINTS:
-            modulations = _modulations(mask, unit, active, POINTS, SOFTMAX, C)
+            modulations = _modulations(mask, first_mask, active, POINTS, SOFTMAX, C)
             grads_x = ()
             grads_y = ()
             grads_m = ()
             for point in tl.static_range(POINTS):
                 at = _locate(
-                    offset, unit, active, x, y, point, POINTS, kernel_h, centre, dilation_h, dilation_w, height, width,
+                    offset, pair, active, x, y, point, kernel_h, centre, dilation_h, dilation_w, height, width,
                     half_h, half_w, scale, POINTS, WIDE, C,
                 )  # fmt: skip
                 grad_x, grad_y, grad_m = _backward_of_point(
@@ -499,13 +508,13 @@ def backward_kernel(
             tl.store(grad_mask + (unit * POINTS)[:, None] + column[None, :], stack_m, mask=there)
         else:
             if SOFTMAX:
-                largest, reciprocal = _softmax(mask, unit, active, points, C)
+                largest, reciprocal = _softmax(mask, first_mask, active, points, C)
             for point in range(points):
                 at = _locate(
-                    offset, unit, active, x, y, point, points, kernel_h, centre, dilation_h, dilation_w, height, width,
+                    offset, pair, active, x, y, point, kernel_h, centre, dilation_h, dilation_w, height, width,
                     half_h, half_w, scale, POINTS, WIDE, C,
                 )  # fmt: skip
-                modulation = tl.load(mask + unit * points + point, mask=active, other=0.0).to(C)
+                modulation = tl.load(mask + first_mask + point, mask=active, other=0.0).to(C)
                 if SOFTMAX:
                     modulation = tl.exp(modulation - largest) * reciprocal
                 grad_x, grad_y, grad_m = _backward_of_point(

@@ -57,8 +57,9 @@ class _Plan(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _plan(
     batch, height, width, channels, height_out, width_out, dtype, kernel_h, kernel_w, stride_h, stride_w, padding_h,
-    padding_w, dilation_h, dilation_w, groups, offset_scale, remove_center, softmax,
+    padding_w, dilation_h, dilation_w, groups, offset_scale, remove_center, softmax, offset_pitch, mask_pitch,
 ) -> _Plan:  # fmt: skip
+    """offset_pitch, mask_pitch: elements from one output pixel to the next one."""
     points = kernel_h * kernel_w - remove_center
     sizes = (
         height + 2 * padding_h, width + 2 * padding_w, channels, points, dilation_h, dilation_w, stride_h, stride_w
@@ -66,7 +67,9 @@ def _plan(
     _require(
         max(sizes) <= 2**29, _CANNOT + "a height, a width, the number of channels or a hyper-parameter is above 2^29"
     )
-    wide = max(height * width * channels, height_out * width_out * max(channels, 2 * groups * points)) >= _WIDE_FROM
+    wide = (
+        max(height * width * channels, height_out * width_out * max(channels, offset_pitch, mask_pitch)) >= _WIDE_FROM
+    )
     group_channels = channels // groups
     block = min(1 << (group_channels - 1).bit_length(), _MOST_CHANNELS)
     multiple = block if block == group_channels else min(group_channels & -group_channels, 16)
@@ -80,7 +83,7 @@ def _plan(
     numbers = (
         group_channels // multiple, groups, height, width, height_out, width_out, kernel_h, points,
         points // 2 if remove_center else points, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-        dilation_h * (kernel_h - 1) // 2, dilation_w * (kernel_w - 1) // 2, bits(offset_scale),
+        dilation_h * (kernel_h - 1) // 2, dilation_w * (kernel_w - 1) // 2, bits(offset_scale), offset_pitch, mask_pitch,
     )  # fmt: skip
     constants = {
         "C": tl.float64 if is_double else tl.float32,
@@ -196,7 +199,7 @@ def _measured_config(kernel, constants: dict, dtype: torch.dtype, device: torch.
     channels = groups * group_channels
     plan = _plan(
         batch, size, size, channels, size, size, dtype, 3, 3, 1, 1, 1, 1, 1, 1, groups, 1.0, points == 8,
-        constants["SOFTMAX"],
+        constants["SOFTMAX"], groups * points * 2, groups * points,
     )  # fmt: skip
     generator = torch.Generator(device).manual_seed(0)  # does not change the user's random state
 
@@ -229,10 +232,24 @@ def _measured_config(kernel, constants: dict, dtype: torch.dtype, device: torch.
 # ---- operators
 
 
-def _contiguous_pairs(offset: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor whose pairs are aligned: a kernel reads a pair in one access."""
-    offset = offset.contiguous()
-    return offset.clone() if offset.data_ptr() % min(8, 2 * offset.element_size()) else offset
+def _equidistant(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A tensor whose pixels lie at equal distances, as those of columns of a matrix with a row for each pixel, and the distance.
+
+    It is the given (N, H, W, K) tensor, or a contiguous copy.
+    """
+    _, height, width, last = tensor.shape
+    pitch = tensor.stride(2)
+    if last <= pitch < _WIDE_FROM and tensor.stride() == (height * width * pitch, width * pitch, pitch, 1):
+        return tensor, pitch
+    return tensor.contiguous(), last
+
+
+def _equidistant_pairs(offset: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """`_equidistant`, with aligned pairs: a kernel reads a pair in one access."""
+    tensor, pitch = _equidistant(offset)
+    if pitch % 2 or tensor.data_ptr() % min(8, 2 * tensor.element_size()):
+        return offset.clone(memory_format=torch.contiguous_format), offset.shape[3]
+    return tensor, pitch
 
 
 def _forward(
@@ -248,9 +265,10 @@ def _forward(
     if output.numel() == 0:
         return output
     with _on_device_of(input):
-        plan = _plan(*input.shape, *size, input.dtype, *options, softmax)
+        (offset, offset_pitch), (mask, mask_pitch) = _equidistant_pairs(offset), _equidistant(mask)
+        plan = _plan(*input.shape, *size, input.dtype, *options, softmax, offset_pitch, mask_pitch)
         config = _config(forward_kernel, plan, input)
-        tensors = (input.contiguous(), _contiguous_pairs(offset), mask.contiguous(), output)
+        tensors = (input.contiguous(), offset, mask, output)
         _launch(forward_kernel, plan, input.device, config, tensors)
     return output
 
@@ -273,9 +291,10 @@ def _backward(
 
     compute = _COMPUTE[input.dtype]
     with _on_device_of(input):
-        plan = _plan(*input.shape, *size, input.dtype, *options, softmax)
+        (offset, offset_pitch), (mask, mask_pitch) = _equidistant_pairs(offset), _equidistant(mask)
+        plan = _plan(*input.shape, *size, input.dtype, *options, softmax, offset_pitch, mask_pitch)
         constants = dict(plan.constants)
-        grad_output, mask = grad_output.contiguous(), mask.contiguous()
+        grad_output = grad_output.contiguous()
         if deterministic:
             terms = size[0] * size[1] * (kernel_h * kernel_w - remove_center)
             exponent = _fixed_exponent(grad_output, None if softmax else mask, terms, compute)
@@ -290,7 +309,7 @@ def _backward(
         finish_softmax = softmax and not constants["POINTS"]
         grad_modulation = torch.empty_like(grad_mask, dtype=compute) if finish_softmax else grad_mask
         tensors = (
-            grad_output, input.contiguous(), _contiguous_pairs(offset), mask, sums, not_finite, exponent, grad_offset,
+            grad_output, input.contiguous(), offset, mask, sums, not_finite, exponent, grad_offset,
             grad_modulation,
         )  # fmt: skip
         whole = input.shape[3] // groups <= constants["CHANNELS"]
