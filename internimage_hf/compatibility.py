@@ -68,6 +68,29 @@ def is_sharded_away(module: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") and p.numel() == 0 for p in module.parameters(recurse=False))
 
 
+def is_compiled() -> bool:
+    """Whether torch.compile traces this code; False for torch.export."""
+    return torch.compiler.is_compiling() and not is_exporting()
+
+
+def hide_layout(hidden_states: torch.Tensor) -> torch.Tensor:
+    """(N, H, W, C) -> (N, H, W, 1, C) in compiled code, unchanged elsewhere. `show_layout` undoes it.
+
+    Fault: Inductor gives a tensor of four dimensions before or after a convolution the strides of a channels-last (N, C, H, W)
+    map, whatever its dimensions are. In memory, the columns of a (N, H, W, C) tensor are then outermost. It is written in that
+    order, and copied for each convolution and matrix product. Tensors of five dimensions keep their order.
+    Versions: torch 2.11 to 2.13 (`find_nodes_prefer_channels_last` in `torch/_inductor/graph.py`).
+    Test: `tests/test_modeling.py::test_compiled_maps_keep_their_order_in_memory`.
+    Delete when: that test passes without it.
+    """
+    return hidden_states.unsqueeze(3) if is_compiled() else hidden_states
+
+
+def show_layout(hidden_states: torch.Tensor) -> torch.Tensor:
+    """(N, H, W, 1, C) -> (N, H, W, C); a tensor of four dimensions is unchanged. See `hide_layout`."""
+    return hidden_states.squeeze(3) if hidden_states.ndim == 5 else hidden_states
+
+
 def halve(conv: nn.Conv2d, hidden_states: torch.Tensor) -> torch.Tensor:
     """Applies a 3x3 convolution of stride 2: (N, C, H, W) -> (N, C', ceil(H/2), ceil(W/2)).
 
@@ -80,7 +103,7 @@ def halve(conv: nn.Conv2d, hidden_states: torch.Tensor) -> torch.Tensor:
     Test: `tests/test_modeling.py::test_compiled_convolutions_take_a_second_image_size`.
     Delete when: that test passes with `conv(hidden_states)` alone.
     """
-    if torch.compiler.is_compiling() and not is_exporting():
+    if is_compiled():
         height, width = hidden_states.shape[2:]
         rows, columns = -2 * (-height // 2) - height, -2 * (-width // 2) - width
         hidden_states = nn.functional.pad(hidden_states, (0, columns, 0, rows))
@@ -236,10 +259,13 @@ __all__ = [
     "gathered",
     "halve",
     "has_no_video_processor",
+    "hide_layout",
+    "is_compiled",
     "is_sharded_away",
     "let_pipelines_know",
     "mean_number_of_targets",
     "none_is_unset",
     "saved_under_own_names",
+    "show_layout",
     "whole_shape",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .compatibility import hide_layout, show_layout
 from .dcnv3 import dcnv3_softmax
 from .dcnv4 import dcnv4, padded_channels
 
@@ -21,10 +22,10 @@ _ACTIVATIONS = {"GELU": nn.GELU, "ReLU": nn.ReLU, "SiLU": nn.SiLU}
 
 
 class _ChannelsLast(nn.Module):
-    """(N, C, H, W) -> (N, H, W, C)."""
+    """(N, C, H, W) -> (N, H, W, C), with `hide_layout`."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states.permute(0, 2, 3, 1)
+        return hide_layout(hidden_states.permute(0, 2, 3, 1))
 
 
 class _DeformableConvolution(nn.Module):
@@ -210,7 +211,7 @@ class DCNv3(_DeformableConvolution):
             raise ValueError(f"`input` must have the shape (N, H, W, C), got {tuple(input.shape)}")
         self._check_channels(input, "(N, H, W, C)")
         value = self.input_proj(input)
-        query = self._at_centers(self.dw_conv(input.permute(0, 3, 1, 2)))
+        query = self._at_centers(show_layout(self.dw_conv(input.permute(0, 3, 1, 2))))
         output = dcnv3_softmax(value, self.offset(query), self.mask(query), **self._options())
         if self.center_feature_scale:
             output = self._blend(output, value, query)

@@ -7,7 +7,8 @@ independent implementation of the same arithmetic; `checkpoint.py` translates th
 names the corresponding class of classification/models/intern_image.py (FlashInternImage: flash_intern_image.py), unless
 another file is given.
 
-Feature maps are (batch, channels, height, width) between modules and (batch, height, width, channels) within a stage.
+Feature maps are (batch, channels, height, width) between modules and (batch, height, width, channels) within a stage. Compiled
+code has one more dimension of size 1 before the channels of the latter (`hide_layout` in compatibility.py).
 """
 
 import math
@@ -30,7 +31,16 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .compatibility import LoadsOfficialNames, channels_last, halve, is_sharded_away, none_is_unset
+from .compatibility import (
+    LoadsOfficialNames,
+    channels_last,
+    halve,
+    hide_layout,
+    is_compiled,
+    is_sharded_away,
+    none_is_unset,
+    show_layout,
+)
 from .configuration_internimage import InternImageConfig
 from .dcnv3 import chosen_backend, dcnv3, dcnv3_softmax
 from .kernel_loader import offer_kernel_layer
@@ -61,7 +71,7 @@ class InternImageLayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of a (batch, channels, height, width) map. Official: `build_norm_layer` with "LN"."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = super().forward(hidden_states.permute(0, 2, 3, 1))
+        hidden_states = show_layout(super().forward(hide_layout(hidden_states.permute(0, 2, 3, 1))))
         # `contiguous` copies nothing: the result is dense already. Inductor needs the call to fuse the permutations of maps
         # with a symbolic height and width.
         return hidden_states.contiguous().permute(0, 3, 1, 2)
@@ -96,6 +106,29 @@ def _linear(in_features: int, out_features: int, initialization: str, bias: bool
     linear = nn.Linear(in_features, out_features, bias=bias)
     linear.initialization = initialization
     return linear
+
+
+def _sampling_parameters(offset: nn.Linear, mask: nn.Linear, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The outputs of both layers for a query, each (N, H, W, its out_features).
+
+    Compiled code has one matrix product, whose columns are both outputs and zeros up to a multiple of 8. The query is read
+    once, and the rows are aligned: matrix products on GPUs need that, and the compiler would pad both products otherwise. The
+    operator reads the columns in place. Layers that are wrapped, quantised, sharded or have hooks are called as they are.
+    """
+    is_plain = all(
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and layer.bias is not None
+        and layer.weight.dtype == offset.weight.dtype
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+        for layer in (offset, mask)
+    )
+    if not (is_plain and is_compiled()):
+        return offset(query), mask(query)
+    sizes = [offset.out_features, mask.out_features, -(offset.out_features + mask.out_features) % 8]
+    weight = torch.cat([offset.weight, mask.weight, offset.weight.new_zeros(sizes[2], offset.in_features)])
+    bias = torch.cat([offset.bias, mask.bias, offset.bias.new_zeros(sizes[2])])
+    return nn.functional.linear(query, weight, bias).split(sizes, -1)[:2]
 
 
 class InternImageStem(nn.Module):
@@ -206,15 +239,14 @@ class InternImageDCNv3(nn.Module):
         self.sampling = InternImageDeformableSampling()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        value = self.input_proj(hidden_states)
+        value = show_layout(self.input_proj(hidden_states))
 
-        query = self.dw_norm(self.dw_conv(hidden_states.permute(0, 3, 1, 2)))
-        query = self.activation(query.permute(0, 2, 3, 1))  # (N, H, W, C)
+        query = self.dw_norm(self.dw_conv(show_layout(hidden_states).permute(0, 3, 1, 2)))
+        query = self.activation(query).permute(0, 2, 3, 1)  # (N, H, W, C)
 
         sampled = self.sampling(
             value,
-            self.offset(query),
-            self.mask(query),
+            *_sampling_parameters(self.offset, self.mask, query),
             groups=self.groups,
             offset_scale=self.offset_scale,
             remove_center=self.remove_center,
@@ -223,7 +255,7 @@ class InternImageDCNv3(nn.Module):
             gate = self.center_feature_scale_proj(query).sigmoid().unsqueeze(-1)  # (N, H, W, G, 1)
             sampled, value = (tensor.unflatten(-1, (self.groups, -1)) for tensor in (sampled, value))
             sampled = (sampled * (1 - gate) + value * gate).flatten(-2)
-        return self.output_proj(sampled)
+        return self.output_proj(sampled).view_as(hidden_states)
 
 
 class InternImageDCNv4(nn.Module):
@@ -247,17 +279,16 @@ class InternImageDCNv4(nn.Module):
         self.sampling = InternImageDCNv4Sampling()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        query = hidden_states
+        query = show_layout(hidden_states)
         if self.dw_conv is not None:
-            query = self.dw_conv(hidden_states.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            query = self.dw_conv(query.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         sampled = self.sampling(
-            self.input_proj(hidden_states),
-            self.offset(query),
-            self.mask(query),
+            show_layout(self.input_proj(hidden_states)),
+            *_sampling_parameters(self.offset, self.mask, query),
             groups=self.groups,
             offset_scale=self.offset_scale,
         )
-        return self.output_proj(sampled)
+        return self.output_proj(sampled).view_as(hidden_states)
 
 
 class InternImageMLP(nn.Module):
@@ -343,14 +374,14 @@ class InternImageStage(nn.Module):
         self.norm = nn.LayerNorm(channels, eps=config.layer_norm_eps) if has_norm else None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states.permute(0, 2, 3, 1)  # (N, H, W, C)
+        hidden_states = hide_layout(hidden_states.permute(0, 2, 3, 1))  # (N, H, W, C)
         for i, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states)
             if i in self.post_norm_block_ids:
                 hidden_states = self.post_norms[self.post_norm_block_ids.index(i)](hidden_states)
         if self.norm is not None:
             hidden_states = self.norm(hidden_states)
-        return hidden_states.permute(0, 3, 1, 2)  # (N, C, H, W)
+        return show_layout(hidden_states).permute(0, 3, 1, 2)  # (N, C, H, W)
 
 
 @dataclass

@@ -3,10 +3,13 @@
 import copy
 import json
 import logging
+import math
+import re
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -25,6 +28,7 @@ from internimage_hf.modeling_internimage import (
     InternImageDeformableSampling,
     InternImageDownsample,
     InternImageLayer,
+    InternImageStage,
     InternImageStem,
 )
 
@@ -509,6 +513,57 @@ def test_halving_is_the_same_convolution_in_compiled_graphs(height, width):
     compiled = torch.compile(halve, backend=look, dynamic=False)
     torch.testing.assert_close(compiled(conv, pixel_values), conv(pixel_values), atol=1e-6, rtol=1e-6)
     assert shapes == [(2, 3, height + height % 2, width + width % 2)]
+
+
+def test_compiled_maps_keep_their_order_in_memory():
+    """Channels are the fastest dimension of every buffer, so that no map is copied between two layers."""
+    config = tiny_config(channels=24, groups=[3, 6, 12, 24], depths=[2, 1, 1, 1])
+    stage = randomised(InternImageStage(config, 0, [0.0, 0.0])).eval()
+    pixel_values = torch.randn(2, 24, 10, 12).to(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = stage(pixel_values)
+        actual, (code,) = run_and_get_code(torch.compile(stage), pixel_values)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    buffers = re.findall(r"empty_strided_cpu\(\((.*?)\), \((.*?)\),", code)
+    buffers = [[tuple(map(int, re.findall(r"\d+", numbers))) for numbers in pair] for pair in buffers]
+    maps = [(size, strides) for size, strides in buffers if size[0] == 2 and math.prod(size) == pixel_values.numel()]
+    assert len(maps) >= 2, buffers
+    assert all(strides[size.index(24)] == 1 for size, strides in maps), maps
+
+
+@pytest.mark.parametrize("dcn_version", [3, 4])
+@pytest.mark.parametrize("reason_for_two", [None, "hook", "pre_hook", "wrapper", "parametrization"])
+def test_compiled_code_has_one_matrix_product_for_offset_and_mask(dcn_version, reason_for_two):
+    groups, widths = 3, []
+    config = tiny_config(dcn_version=dcn_version)
+    layer = randomised(InternImageLayer(config, 24, groups, drop_path=0.0))
+    query = torch.randn(1, 5, 6, 24)
+    if reason_for_two == "hook":
+        layer.dcn.offset.register_forward_hook(lambda module, inputs, output: output * 2)
+    elif reason_for_two == "pre_hook":
+        layer.dcn.mask.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    elif reason_for_two == "wrapper":
+        layer.dcn.mask = nn.Sequential(layer.dcn.mask, nn.Tanh())
+    elif reason_for_two == "parametrization":
+        layer.dcn.mask = torch.nn.utils.parametrizations.weight_norm(layer.dcn.mask)
+
+    def look(graph, inputs):
+        outputs = [node.meta["example_value"] for node in graph.graph.nodes if "linear" in str(node.target)]
+        widths.extend(output.shape[-1] for output in outputs)
+        return graph.forward
+
+    torch._dynamo.reset()
+    expected = layer(query)
+    actual = torch.compile(layer, backend=look, dynamic=False)(query)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    # input projection, offset and mask (27 columns for each group and 7 of padding), output projection, MLP
+    both = [18 * groups, 9 * groups] if reason_for_two else [88]
+    assert sorted(widths) == sorted([24, *both, 24, layer.mlp.fc1.out_features, 24])
+    parameters = list(layer.parameters())
+    grads = torch.autograd.grad(actual.square().sum(), parameters)
+    for grad, wanted in zip(grads, torch.autograd.grad(expected.square().sum(), parameters), strict=True):
+        torch.testing.assert_close(grad, wanted, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.slow  # each of them compiles a whole model for fixed and for symbolic sizes, a minute or more
