@@ -31,7 +31,7 @@ from data import InputError, run_program
 from digit_classifier import normalised, predict, small_config, train
 from drawing import figure
 from embedded_data import load_single_digits
-from flags import parse_flags
+from flags import make_output_dir, parse_flags
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
@@ -491,11 +491,7 @@ def draw(rows: list[Row], arguments: AblationArguments, file: Path) -> None:
 def main(argv: list[str] | None = None) -> list[Row]:
     """Runs the program; returns the table's rows."""
     (arguments,) = parse_flags(argv, AblationArguments)
-    folder = Path(arguments.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output_dir {folder} cannot be made: {error.strerror}") from error
+    folder = make_output_dir(arguments.output_dir)
     start = time.monotonic()
     runs = run_all(arguments)
     rows = make_rows(runs, arguments)

@@ -25,7 +25,7 @@ from data import InputError, read_image, run_program
 from digit_classifier import digit_classifier
 from drawing import figure
 from embedded_data import load_single_digits
-from flags import parse_flags
+from flags import make_output_dir, parse_flags
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
@@ -450,11 +450,7 @@ def draw_consistency(curves: list[Consistency], images: int, file: Path) -> None
 def main(argv: list[str] | None = None) -> list[Path]:
     """Runs the program; returns the files of the figures."""
     (arguments,) = parse_flags(argv, FigureArguments)
-    folder = Path(arguments.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output_dir {folder} cannot be made: {error.strerror}") from error
+    folder = make_output_dir(arguments.output_dir)
     files = {name: folder / f"figure{name}.png" for name in FIGURES if name in arguments.figures}
     if "4" in files:
         rows = [shared_weights(size) for size in tqdm(VARIANTS, desc="figure 4") if not size.startswith("flash")]

@@ -100,6 +100,20 @@ def parse_flags(argv: list[str] | None, *classes: type) -> tuple:
     return tuple(result[:-1])
 
 
+def make_output_dir(path: str) -> Path:
+    """The folder of `--output_dir`, made if it does not exist.
+
+    Raises:
+        InputError: if it cannot be made.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir {folder} cannot be made: {error.strerror}") from error
+    return folder
+
+
 def _with_file(argv: list[str], parser: _Parser, classes: tuple[type, ...]) -> list[str]:
     """Replaces a YAML file at the start of `argv` by its flags; the flags after it override them."""
     if not argv or not argv[0].endswith((".yaml", ".yml")):

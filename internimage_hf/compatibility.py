@@ -12,6 +12,7 @@ from functools import partial, wraps
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checkpoint import OfficialNames
@@ -98,15 +99,21 @@ def halve(conv: nn.Conv2d, hidden_states: torch.Tensor) -> torch.Tensor:
     (H-1)//2 + 1, sympy does not cancel products of such sums, and compilation for a second image size fails with "Invalid
     ranges [0:-1]". Here a compiled model pads odd sizes by the row and column of zeros that the convolution would read
     anyway. The height is then -(-H//2), one factor of a product, which cancels. For sizes that are constants and even, the
-    padding is empty and the compiler removes it.
-    Versions: torch 2.11 to 2.13 (`torch/_inductor/sizevars.py`).
-    Test: `tests/test_modeling.py::test_compiled_convolutions_take_a_second_image_size`.
-    Delete when: that test passes with `conv(hidden_states)` alone.
+    padding is empty and the compiler removes it. It would remove it for symbolic sizes, too, and bring the sum back, where a
+    guard says that they are even: the CLIP head adds stage 4, upsampled, to stage 3. One more row and column, added and cut
+    off again, keep the padding.
+    Versions: torch 2.11 to 2.13 (`torch/_inductor/sizevars.py`, `torch/_inductor/fx_passes/post_grad.py`).
+    Test: `tests/test_modeling.py::test_compiled_convolutions_take_a_second_image_size`, and the test that follows it.
+    Delete when: those tests pass with `conv(hidden_states)` alone.
     """
     if is_compiled():
         height, width = hidden_states.shape[2:]
         rows, columns = -2 * (-height // 2) - height, -2 * (-width // 2) - width
-        hidden_states = nn.functional.pad(hidden_states, (0, columns, 0, rows))
+        if has_static_value(height) and has_static_value(width):
+            hidden_states = nn.functional.pad(hidden_states, (0, columns, 0, rows))
+        else:
+            hidden_states = nn.functional.pad(hidden_states, (0, columns + 1, 0, rows + 1))
+            hidden_states = nn.functional.pad(hidden_states, (0, -1, 0, -1))
     return conv(hidden_states)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
-from transformers.configuration_utils import PreTrainedConfig
 
 from .checkpoint import is_official_config, translate_config
+from .configuration_base import InternImageBaseConfig, is_int, is_number
 
 
 # The released architectures: `classification/configs/*.yaml` of OpenGVLab/InternImage and, for `flash_*`, of
@@ -91,7 +91,7 @@ VARIANTS |= {
 }
 
 
-class InternImageConfig(BackboneConfigMixin, PreTrainedConfig):
+class InternImageConfig(BackboneConfigMixin, InternImageBaseConfig):
     r"""
     Configuration of an [`InternImageModel`]. The defaults are InternImage-T.
 
@@ -195,8 +195,6 @@ class InternImageConfig(BackboneConfigMixin, PreTrainedConfig):
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
         )
 
-        if self.id2label is not None and self.label2id is None:
-            self.label2id = {name: int(index) for index, name in self.id2label.items()}
         unnamed = self.id2label is None
         super().__post_init__(**kwargs)
         if unnamed and self.num_labels == 1000:
@@ -206,16 +204,7 @@ class InternImageConfig(BackboneConfigMixin, PreTrainedConfig):
             self.label2id = {name: index for index, name in self.id2label.items()}
 
     def _validate(self) -> None:
-        def require(condition: bool, name: str, expected: str) -> None:
-            if not condition:
-                raise ValueError(f"`{name}` must be {expected}, got {getattr(self, name)!r}")
-
-        def is_int(value: Any, minimum: int) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-        def is_number(value: Any) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
+        require = self._require
         require(is_int(self.num_channels, 1), "num_channels", "a positive integer")
         sizes = self.image_size if isinstance(self.image_size, list) else [self.image_size] * 2
         require(len(sizes) == 2 and all(is_int(s, 1) for s in sizes), "image_size", "a positive integer or a pair")
@@ -287,11 +276,7 @@ class InternImageConfig(BackboneConfigMixin, PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in transformers. The field names may be our own, those of the official code, or those on the Hub."""
-        config_dict = translate_config(config_dict)
-        if cls._auto_class is None:
-            # `save_pretrained` does not copy the code of this class, so `auto_map` would name missing files.
-            config_dict.pop("auto_map", None)
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(translate_config(config_dict), **kwargs)
 
     @classmethod
     def from_variant(cls, variant: str, **kwargs) -> "InternImageConfig":
@@ -335,7 +320,7 @@ class InternImageConfig(BackboneConfigMixin, PreTrainedConfig):
             "depth": depth,
             "depth_stage3": depth_stage3,
         }.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_int(value, 1):
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
         if channels % group_channels:
             raise ValueError(f"`group_channels` must divide `channels` ({channels}), got {group_channels}")
@@ -370,7 +355,7 @@ class InternImageConfig(BackboneConfigMixin, PreTrainedConfig):
             ValueError: if `alpha` or `beta` is below 1, `phi` is not a finite number, or the origin breaks a rule.
         """
         for name, value, minimum in (("phi", phi, -math.inf), ("alpha", alpha, 1), ("beta", beta, 1)):
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            if not is_number(value):
                 raise ValueError(f"`{name}` must be a finite number, got {value!r}")
             if value < minimum:
                 raise ValueError(f"`{name}` must be at least {minimum}, got {value!r}")

@@ -1,18 +1,16 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
 """Configuration of DINO (https://arxiv.org/abs/2203.03605) as the authors of InternImage configure it."""
 
-import math
-from typing import Any
-
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_backbone import backbone_config_from
+from .configuration_base import InternImageBaseConfig, is_int, is_number
 from .configuration_internimage import InternImageConfig
 
 
-class InternImageDinoConfig(PreTrainedConfig):
+class InternImageDinoConfig(InternImageBaseConfig):
     r"""
     Configuration of an [`InternImageDinoForObjectDetection`]. The defaults are the released DINO with InternImage-T.
 
@@ -91,21 +89,10 @@ class InternImageDinoConfig(PreTrainedConfig):
             )
         self.backbone_config = backbone_config_from(self.backbone_config)
         self._validate()
-        if self.id2label is not None and self.label2id is None:
-            self.label2id = {name: int(index) for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)
 
     def _validate(self) -> None:
-        def require(condition: bool, name: str, expected: str) -> None:
-            if not condition:
-                raise ValueError(f"`{name}` must be {expected}, got {getattr(self, name)!r}")
-
-        def is_int(value: Any, minimum: int) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-        def is_number(value: Any) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
+        require = self._require
         for name in (
             "num_queries", "d_model", "encoder_layers", "encoder_ffn_dim", "encoder_attention_heads", "encoder_n_points",
             "decoder_layers", "decoder_ffn_dim", "decoder_attention_heads", "decoder_n_points", "num_feature_levels",
@@ -149,13 +136,6 @@ class InternImageDinoConfig(PreTrainedConfig):
                 f"`num_feature_levels` must be at least the number of the backbone's maps ({maps}, of "
                 f"`backbone_config.out_features`), got {self.num_feature_levels}"
             )
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in transformers. `auto_map` is left out where this class is saved without its code."""
-        if cls._auto_class is None:
-            config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
-        return super().from_dict(config_dict, **kwargs)
 
 
 __all__ = ["InternImageDinoConfig"]

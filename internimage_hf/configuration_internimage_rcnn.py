@@ -1,13 +1,13 @@
 # Copyright 2026 The internimage-hf authors. Licensed under the MIT License.
 """Configuration of Mask R-CNN and Cascade Mask R-CNN as the authors of InternImage trained them."""
 
-import math
 from typing import Any
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_backbone import backbone_config_from
+from .configuration_base import InternImageBaseConfig, is_int, is_number
 from .configuration_internimage import InternImageConfig
 
 
@@ -27,7 +27,7 @@ _CASCADE: dict[str, Any] = {
 }
 
 
-class InternImageRcnnConfig(PreTrainedConfig):
+class InternImageRcnnConfig(InternImageBaseConfig):
     r"""
     Configuration of an [`InternImageRcnnForInstanceSegmentation`]. The defaults are Mask R-CNN with InternImage-T; with
     `InternImageRcnnConfig.cascade()` they are Cascade Mask R-CNN. One entry of `box_stds` is one stage of box heads.
@@ -145,8 +145,6 @@ class InternImageRcnnConfig(PreTrainedConfig):
                 setattr(self, name, list(getattr(self, name)))
         self._validate()
         self.box_stds = [list(stds) for stds in self.box_stds]
-        if self.id2label is not None and self.label2id is None:
-            self.label2id = {name: int(index) for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -154,23 +152,8 @@ class InternImageRcnnConfig(PreTrainedConfig):
         """Cascade Mask R-CNN with three stages; `kwargs` are fields that differ from the authors'."""
         return cls(**{**_CASCADE, **kwargs})
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in transformers. `auto_map` is left out where this class is saved without its code."""
-        if cls._auto_class is None:
-            config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
-        return super().from_dict(config_dict, **kwargs)
-
     def _validate(self) -> None:
-        def require(condition: bool, name: str, expected: str) -> None:
-            if not condition:
-                raise ValueError(f"`{name}` must be {expected}, got {getattr(self, name)!r}")
-
-        def is_int(value: Any, minimum: int) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-        def is_number(value: Any) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        require = self._require
 
         def are_positive(values: Any) -> bool:
             return (

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 from transformers.models.deformable_detr.modeling_deformable_detr import (
@@ -32,8 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .compatibility import is_sharded_away, none_is_unset
 from .configuration_internimage_dino import InternImageDinoConfig
-from .modeling_backbone import load_backbone
-from .modeling_internimage import InternImagePreTrainedModel
+from .modeling_backbone import InternImageHeadPreTrainedModel, load_backbone
 
 
 # Of the encoding of the queries' anchors; that of the maps has the configuration's.
@@ -269,17 +267,12 @@ def denoising_queries(
     return DenoisingQueries(content, anchors, mask, indices, groups)
 
 
-class InternImageDinoPreTrainedModel(PreTrainedModel):
-    """Initialisation, loading of pretrained weights, and what transformers asks of a model class."""
+class InternImageDinoPreTrainedModel(InternImageHeadPreTrainedModel):
+    """Initialisation, and the layers that are not split over devices."""
 
     config: InternImageDinoConfig
     config_class = InternImageDinoConfig
-    base_model_prefix = "model"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     _no_split_modules = ["InternImageLayer", "DeformableDetrEncoderLayer", "DeformableDetrDecoderLayer"]
-    _supports_sdpa = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -306,11 +299,6 @@ class InternImageDinoPreTrainedModel(PreTrainedModel):
             init.xavier_uniform_(module.weight)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight)
-
-    def set_use_kernels(self, use_kernels: bool, *args, **kwargs) -> None:
-        if isinstance(getattr(self, "backbone", None), InternImagePreTrainedModel):
-            self.backbone.set_use_kernels(use_kernels, *args, **kwargs)  # it offers its operator's kernel
-        super().set_use_kernels(use_kernels, *args, **kwargs)
 
 
 def _ring_of_points(heads: int, levels: int, points: int) -> torch.Tensor:

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .compatibility import is_sharded_away, none_is_unset
 from .configuration_internimage_rcnn import InternImageRcnnConfig
-from .modeling_backbone import load_backbone
-from .modeling_internimage import InternImageLayerNorm2d, InternImagePreTrainedModel
+from .modeling_backbone import InternImageHeadPreTrainedModel, load_backbone
+from .modeling_internimage import InternImageLayerNorm2d
 from .region_ops import (
     box_giou,
     box_iou,
@@ -183,17 +182,12 @@ class InternImageRcnnMaskHead(nn.Module):
         return self.classifier(nn.functional.relu(self.upsample(hidden_states)))
 
 
-class InternImageRcnnPreTrainedModel(PreTrainedModel):
-    """Initialisation, and what transformers asks of a model class."""
+class InternImageRcnnPreTrainedModel(InternImageHeadPreTrainedModel):
+    """Initialisation, and the layers that are not split over devices."""
 
     config: InternImageRcnnConfig
     config_class = InternImageRcnnConfig
-    base_model_prefix = "model"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     _no_split_modules = ["InternImageLayer", "InternImageRcnnBoxHead", "InternImageRcnnMaskHead"]
-    _supports_sdpa = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -210,11 +204,6 @@ class InternImageRcnnPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=initialization)
         if initialization is not None and module.bias is not None:
             init.zeros_(module.bias)
-
-    def set_use_kernels(self, use_kernels: bool, *args, **kwargs) -> None:
-        if isinstance(self.backbone, InternImagePreTrainedModel):
-            self.backbone.set_use_kernels(use_kernels, *args, **kwargs)  # it offers its operator's kernel
-        super().set_use_kernels(use_kernels, *args, **kwargs)
 
 
 # ------------------------------------------------------------------------------------------- anchors, matching, sampling

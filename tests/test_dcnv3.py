@@ -157,14 +157,14 @@ def test_the_two_formulations_agree_on_large_inputs():
 
 @pytest.mark.parametrize("function", [dcnv3, dcnv3_softmax])
 @pytest.mark.parametrize("options", OPTIONS[:6], ids=str)
-def test_gradients(options, function):
+def test_gradients_equal_finite_differences(options, function):
     tensors, options = random_arguments(1, 4, 5, 4, torch.float64, seed=3, **options)
     assert torch.autograd.gradcheck(
         lambda *args: function(*args, **options), [tensor.requires_grad_() for tensor in tensors]
     )
 
 
-def test_only_the_gradients_asked_for():
+def test_only_the_gradients_asked_for_are_computed():
     tensors, options = random_arguments(1, 4, 4, 4)
     tensors[1].requires_grad_()
     dcnv3(*tensors, **options).sum().backward()
@@ -172,7 +172,7 @@ def test_only_the_gradients_asked_for():
 
 
 @pytest.mark.parametrize("remove_center", [False, True])
-def test_fused_softmax(remove_center):
+def test_fused_softmax_equals_a_softmax_before_the_operator(remove_center):
     (input, offset, logits), options = random_arguments(2, 5, 6, 8, remove_center=remove_center)
     mask = logits.unflatten(-1, (2, -1)).softmax(-1).flatten(-2)
     torch.testing.assert_close(
@@ -219,7 +219,7 @@ def test_autocast_and_mixed_dtypes():
     assert [tensor.grad.dtype for tensor in tensors] == [torch.bfloat16, torch.float32, torch.float64]
 
 
-def test_views_and_strides():
+def test_views_give_what_copies_give():
     (input, offset, mask), options = random_arguments(2, 6, 5, 8)
     expected = dcnv3(input, offset, mask, **options)
     channels_first = input.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
@@ -306,7 +306,7 @@ def test_random_layouts_are_computed_as_contiguous_ones(seed):
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 6, 8), (1, 1, 1, 8), (3, 1, 7, 8), (2, 9, 1, 4)])
-def test_empty_and_tiny(shape):
+def test_empty_and_tiny_maps_equal_the_formula(shape):
     tensors, options = random_arguments(*shape)
     tensors = [tensor.requires_grad_() for tensor in tensors]
     output = dcnv3_softmax(*tensors, **options)
@@ -322,7 +322,7 @@ def softmaxed(logits, groups):
 
 
 @pytest.mark.parametrize("group_channels", [1, 3, 5, 8, 33])
-def test_group_widths(group_channels):
+def test_group_widths_equal_the_formula(group_channels):
     tensors, options = random_arguments(2, 5, 4, 3 * group_channels, groups=3)
     torch.testing.assert_close(
         dcnv3(*tensors, **options).double(), naive_dcnv3(*tensors, **options), atol=1e-5, rtol=1e-5
@@ -561,7 +561,7 @@ def test_double_backward_is_refused(which):
             (gradient.square().sum() + leaf.sum()).backward()
 
 
-def test_many_gradients_at_once():
+def test_many_gradients_at_once_equal_single_ones():
     tensors, options = random_arguments(1, 4, 5, 8, torch.float64)
     tensors = [tensor.requires_grad_() for tensor in tensors]
     output = dcnv3_softmax(*tensors, **options)
@@ -622,7 +622,7 @@ def test_per_sample_gradients_of_the_classifier(variant):
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "kernel"])
-def test_dtypes_that_the_kernel_lacks(backend):
+def test_dtypes_that_the_kernel_lacks_take_the_definition(backend):
     tensors, options = random_arguments(1, 5, 4, 8)
     narrow = tensors[0].to(torch.float8_e4m3fn)
     expected = dcnv3_plain(narrow.float(), *tensors[1:], Geometry(**options), False)
@@ -638,7 +638,7 @@ def test_dtypes_that_the_kernel_lacks(backend):
 # ---------------------------------------------------------------------------------------------------- compilers
 
 
-def test_meta_and_fake_tensors():
+def test_meta_and_fake_tensors_have_the_shapes_of_real_ones():
     from torch._subclasses import FakeTensorMode
 
     tensors, options = random_arguments(2, 6, 5, 8, stride=(2, 1))
@@ -650,7 +650,7 @@ def test_meta_and_fake_tensors():
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic):
+def test_compiled_operator_equals_eager(dynamic):
     torch._dynamo.reset()
     tensors, options = random_arguments(2, 8, 6, 16)
 
@@ -771,7 +771,7 @@ GOOD = {"input": (1, 5, 5, 8), "offset": (1, 5, 5, 36), "mask": (1, 5, 5, 18)}
         ({"mask": None}, {}, TypeError, "mask.*tensor"),
     ],
 )
-def test_bad_input(shapes, options, error, message):
+def test_bad_input_is_named_in_the_error(shapes, options, error, message):
     tensors = {name: torch.zeros(shape) for name, shape in GOOD.items()}
     for name, change in shapes.items():
         if isinstance(change, tuple):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from utils import ROOT
+from utils import ROOT, CocoFolder
 
 
-SIZE = (48, 32)  # width, height of the images below
+SIZE = CocoFolder.size  # width, height of the images below
 
 
 @pytest.fixture
@@ -21,38 +21,9 @@ def detection(programs):
     return programs.object_detection
 
 
-class Coco:
-    """Content of a folder in COCO's format, for tests to alter: two images per split, with one object each."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        self.content = {}
-        for split in ("train2017", "val2017"):
-            (root / split).mkdir()
-            for i in range(2):
-                Image.new("RGB", SIZE, (40 * i, 90, 10)).save(root / split / f"{i}.png")
-            self.content[split] = {
-                "images": [
-                    {"id": 10 + i, "file_name": f"{i}.png", "width": SIZE[0], "height": SIZE[1]} for i in range(2)
-                ],
-                "annotations": [
-                    {"id": 1 + i, "image_id": 10 + i, "category_id": 3 + i, "bbox": [4, 5, 20, 10], "area": 150}
-                    for i in range(2)
-                ],
-                "categories": [{"id": 3, "name": "cat"}, {"id": 4, "name": "dog"}],
-            }
-        self.train, self.val = self.content["train2017"], self.content["val2017"]
-
-    def write(self) -> Path:
-        (self.root / "annotations").mkdir(exist_ok=True)
-        for split, content in self.content.items():
-            (self.root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-        return self.root
-
-
 @pytest.fixture
 def coco(tmp_path):
-    return Coco(tmp_path)
+    return CocoFolder(tmp_path, area=150)
 
 
 def load(detection, folder: object, **flags):

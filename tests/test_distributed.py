@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -493,6 +494,17 @@ def test_segmentation_example_runs_in_two_processes(engine, head, programs, mask
         assert metrics[name] == pytest.approx(alone[name], abs=1e-4)
 
 
+def check_metrics_of_one_process(program: ModuleType, folder: Path, data: list, count: int) -> None:
+    """One process finds COCO's metrics of the saved model, `folder / "model"`, again."""
+    metrics = json.loads((folder / "model" / "all_results.json").read_text())
+    alone = run_main(
+        program, *data, *FEW_STEPS, "--model", folder / "model", "--learning_rate", 0, "--max_steps", 1,
+        "--eval_strategy", "no", "--save_strategy", "no", "--output_dir", folder / "alone",
+    )  # fmt: skip
+    coco = [name for name in metrics if "map" in name or "mar" in name]
+    assert len(coco) == count and all(metrics[name] == pytest.approx(alone[name], abs=1e-4) for name in coco)
+
+
 @pytest.mark.slow
 def test_dino_trains_and_resumes_under_fsdp2(programs, coco_folder, tmp_path):
     """With denoising. One process finds the metrics of the saved model again."""
@@ -502,13 +514,7 @@ def test_dino_trains_and_resumes_under_fsdp2(programs, coco_folder, tmp_path):
     launch("fsdp2", ROOT / "examples" / "object_detection.py", *flags)
     expected = load_file(tmp_path / "model" / "checkpoint-4" / "model.safetensors")
     assert list((tmp_path / "model" / "checkpoint-4").glob("optimizer_0/*.distcp"))
-    metrics = json.loads((tmp_path / "model" / "all_results.json").read_text())
-    alone = run_main(
-        programs.object_detection, *data, *FEW_STEPS, "--model", tmp_path / "model", "--learning_rate", 0, "--max_steps", 1,
-        "--eval_strategy", "no", "--save_strategy", "no", "--output_dir", tmp_path / "alone",
-    )  # fmt: skip
-    coco = [name for name in metrics if "map" in name or "mar" in name]
-    assert len(coco) == 12 and all(metrics[name] == pytest.approx(alone[name], abs=1e-4) for name in coco)
+    check_metrics_of_one_process(programs.object_detection, tmp_path, data, count=12)
 
     shutil.rmtree(tmp_path / "model" / "checkpoint-4")
     launch("fsdp2", ROOT / "examples" / "object_detection.py", *flags, "--resume_from_checkpoint", "last")
@@ -525,13 +531,7 @@ def test_instance_segmentation_example_runs_in_two_processes(programs, coco_fold
         "ddp", ROOT / "examples" / "instance_segmentation.py", *data, *head, *FEW_STEPS, "--learning_rate", 1e-2,
         "--output_dir", tmp_path / "model",
     )  # fmt: skip
-    metrics = json.loads((tmp_path / "model" / "all_results.json").read_text())
-    alone = run_main(
-        programs.instance_segmentation, *data, *FEW_STEPS, "--model", tmp_path / "model", "--learning_rate", 0, "--max_steps", 1,
-        "--eval_strategy", "no", "--save_strategy", "no", "--output_dir", tmp_path / "alone",
-    )  # fmt: skip
-    coco = [name for name in metrics if "map" in name or "mar" in name]
-    assert len(coco) == 24 and all(metrics[name] == pytest.approx(alone[name], abs=1e-4) for name in coco)
+    check_metrics_of_one_process(programs.instance_segmentation, tmp_path, data, count=24)
 
 
 def test_classification_example_streams_folder(tmp_path, classification):

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 from safetensors.torch import load_file
-from utils import FEW_STEPS, FIXTURES, SMALL_HEADS, run_main
+from utils import FEW_STEPS, FIXTURES, SMALL_HEADS, CocoFolder, run_main
 
 
-SIZE = (48, 32)  # width, height of the images below
+SIZE = CocoFolder.size  # width, height of the images below
 SQUARE = [4, 5, 24, 5, 24, 15, 4, 15]  # a polygon of 20 x 10 pixels
 SMALL = ["--head_config_overrides", json.dumps(SMALL_HEADS["mask2former"])]
 
@@ -43,41 +43,9 @@ def shapes(count: int, seed: int = 0, size=SIZE) -> np.ndarray:
     return (rng.random((count, size[1] // 4, size[0] // 4)) > 0.6).repeat(4, 1).repeat(4, 2).astype(np.uint8)
 
 
-class Coco:
-    """Content of a folder in COCO's format for tests to alter: two images per split, with one polygon each."""
-
-    def __init__(self, root: Path):
-        self.root, self.content = root, {}
-        for split in ("train", "val"):
-            (root / split).mkdir()
-            for i in range(2):
-                Image.new("RGB", SIZE, (40 * i, 90, 10)).save(root / split / f"{i}.png")
-            self.content[split] = {
-                "images": [{"id": i, "file_name": f"{i}.png", "width": SIZE[0], "height": SIZE[1]} for i in range(2)],
-                "annotations": [
-                    {
-                        "id": 1 + i,
-                        "image_id": i,
-                        "category_id": 3 + i,
-                        "bbox": [4, 5, 20, 10],
-                        "segmentation": [SQUARE],
-                    }
-                    for i in range(2)
-                ],
-                "categories": [{"id": 3, "name": "cat"}, {"id": 4, "name": "dog"}],
-            }
-        self.first = self.content["train"]["annotations"][0]
-
-    def write(self) -> Path:
-        (self.root / "annotations").mkdir(exist_ok=True)
-        for split, content in self.content.items():
-            (self.root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-        return self.root
-
-
 @pytest.fixture
 def coco(tmp_path):
-    return Coco(tmp_path)
+    return CocoFolder(tmp_path, segmentation=[SQUARE])
 
 
 def load(program, folder: object, **flags):
@@ -102,8 +70,8 @@ def test_polygons_and_run_lengths_become_the_same_masks_as_by_pycocotools(progra
     masks = shapes(2)
     polygons = [SQUARE, [30.5, 2.25, 45, 3, 40, 20.75]]
     triangle = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, SIZE[1], SIZE[0])))
-    one = {"image_id": 0, "category_id": 3, "bbox": [0, 0, 48, 32]}
-    coco.content["train"]["annotations"] = [
+    one = {"image_id": 10, "category_id": 3, "bbox": [0, 0, 48, 32]}
+    coco.train["annotations"] = [
         {**one, "id": 1, "segmentation": text_of(masks[0])},
         {**one, "id": 2, "segmentation": numbers_of(masks[1])},
         {**one, "id": 3, "segmentation": polygons, "area": 7.5},
@@ -125,8 +93,8 @@ def test_polygons_and_run_lengths_become_the_same_masks_as_by_pycocotools(progra
 def test_object_without_box_gets_that_of_its_mask(program, coco):
     mask = np.zeros((32, 48), dtype=np.uint8)
     mask[3:9, 7:30] = 1
-    coco.first["bbox"] = None
-    coco.content["train"]["annotations"][1] |= {"bbox": [], "segmentation": text_of(mask)}
+    coco.train["annotations"][0]["bbox"] = None
+    coco.train["annotations"][1] |= {"bbox": [], "segmentation": text_of(mask)}
     train, _, account = load(program, coco.write())
     assert [train[i]["objects"]["bbox"] for i in range(2)] == [[[4, 5, 20, 10]], [[7, 3, 23, 6]]]
     assert not account.data.left_out and not account.warnings
@@ -150,11 +118,11 @@ def test_object_without_box_gets_that_of_its_mask(program, coco):
     ],
 )
 def test_object_without_usable_mask_is_counted(program, coco, change, reason):
-    coco.first |= change
+    coco.train["annotations"][0] |= change
     train, _, account = load(program, coco.write())
     assert account.data.left_out.counts == {reason: 1}
     assert account.parts["train"].counts == {"cat": 0, "dog": 1} and train[0]["objects"]["segmentation"] == []
-    coco.content["train"]["annotations"].pop()
+    coco.train["annotations"].pop()
     assert f"no objects to train on; 1 left out: 1 {reason}" in refused(program, coco.write())
 
 
@@ -180,28 +148,28 @@ def test_object_without_usable_mask_is_counted(program, coco, change, reason):
     ],
 )
 def test_wrong_segmentation_is_named(program, coco, segmentation, message):
-    coco.first["segmentation"] = segmentation
+    coco.train["annotations"][0]["segmentation"] = segmentation
     text = refused(program, coco.write())
-    assert "instances_train.json: annotation 1: segmentation is " in text
+    assert "instances_train2017.json: annotation 1: segmentation is " in text
     with pytest.raises(ValueError, match=message):
         load(program, coco.root)
 
 
 def test_class_without_category_is_named(program, coco):
-    coco.first["category_id"] = 9
+    coco.train["annotations"][0]["category_id"] = 9
     assert "annotation 1: category_id 9 is none of its 2 categories (3, 4)" in refused(program, coco.write())
 
 
 def test_mask_of_another_size_than_its_image_is_refused_or_left_out(program, coco):
-    coco.first["segmentation"] = text_of(shapes(1, size=(64, 32))[0])
+    coco.train["annotations"][0]["segmentation"] = text_of(shapes(1, size=(64, 32))[0])
     text = refused(program, coco.write())
-    assert "train/0.png: the run lengths of an object are for 64 x 32, but the image is 48 x 32" in text
+    assert "train2017/0.png: the run lengths of an object are for 64 x 32, but the image is 48 x 32" in text
     train, _, account = load(program, coco.root, leave_out_mismatched=True)
     assert len(train) == 1 and account.data.left_out.counts == {"images of another size than is recorded": 1}
 
 
 def test_mask_apart_from_its_box_is_a_warning(program, coco):
-    coco.first["bbox"] = [30, 5, 10, 10]
+    coco.train["annotations"][0]["bbox"] = [30, 5, 10, 10]
     _, _, account = load(program, coco.write())
     assert (
         "1 of 2 objects of train have a mask and a box that overlap by less than half of both" in account.warnings[0]
@@ -209,14 +177,17 @@ def test_mask_apart_from_its_box_is_a_warning(program, coco):
 
 
 def test_annotations_that_differ_in_their_mask_alone_are_two_objects(program, coco):
-    coco.content["train"]["annotations"] += [{**coco.first, "segmentation": [[4, 5, 24, 5, 24, 15]]}, dict(coco.first)]
+    coco.train["annotations"] += [
+        {**coco.train["annotations"][0], "segmentation": [[4, 5, 24, 5, 24, 15]]},
+        dict(coco.train["annotations"][0]),
+    ]
     train, _, account = load(program, coco.write())
     assert len(train[0]["objects"]["bbox"]) == 2
     assert account.data.left_out.counts == {"annotations that are listed twice": 1}
 
 
 def test_detector_reads_no_masks(programs, coco):
-    coco.first["segmentation"] = "unusable"
+    coco.train["annotations"][0]["segmentation"] = "unusable"
     detection = programs.object_detection
     train, _, _ = detection.load_splits(detection.DetectionDataArguments(dataset=str(coco.write())), seed=0)
     assert set(train[0]["objects"]) == {"bbox", "category", "area", "iscrowd"}
@@ -418,7 +389,7 @@ def test_batch_without_objects_has_finite_loss_and_gradients(program, masks):
 
 
 def test_more_objects_than_queries_are_a_warning(program, coco):
-    coco.content["train"]["annotations"] = [{**coco.first, "id": i} for i in range(7)]
+    coco.train["annotations"] = [{**coco.train["annotations"][0], "id": i} for i in range(7)]
     train, evaluation, _ = load(program, coco.write())
     model, _ = tiny_model(program, num_queries=5)
     assert program.check_queries(model, evaluation, "evaluation") == []

@@ -162,7 +162,7 @@ def test_malformed_metadata_is_named(tmp_path, warnings, metadata):
     assert "ValueError: Cannot parse metadata from" in message
 
 
-def test_folders_whose_names_are_no_variants(tmp_path):
+def test_folders_whose_names_are_no_variants_are_passed_over(tmp_path):
     machine = f"{platform.machine().lower()}-{platform.system().lower()}"
     for name in ("abi2.11-cpu", "abi2-cpu", "abi-cpu", "abi211-cpu-x"):
         variant(tmp_path / "package" / "_kernels" / f"torch-stable-{name}-{machine}", code="1/0")
@@ -182,7 +182,7 @@ def test_folders_whose_names_are_no_variants(tmp_path):
         ("13.0", None, "cpu", ["cpu"]),
     ],
 )
-def test_variants_for_what_torch_was_built_for(tmp_path, monkeypatch, cuda, hip, device_type, expected):
+def test_variants_follow_what_torch_was_built_for(tmp_path, monkeypatch, cuda, hip, device_type, expected):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.version, "hip", hip)
     machine = f"{platform.machine().lower()}-{platform.system().lower()}"
@@ -194,7 +194,7 @@ def test_variants_for_what_torch_was_built_for(tmp_path, monkeypatch, cuda, hip,
     assert [name.removeprefix("torch-stable-abi211-").removesuffix(f"-{machine}") for name in found] == expected
 
 
-def test_a_name_that_something_else_has(tmp_path, warnings):
+def test_a_kernel_named_like_another_module_leaves_it_alone(tmp_path, warnings):
     bundled(tmp_path, name="json")
     assert call().isfinite().all()
     assert "no function dcnv3" in warnings()[0] and json.loads("1") == 1
@@ -214,7 +214,7 @@ def test_a_name_that_something_else_has(tmp_path, warnings):
         (None, True),
     ],
 )
-def test_not_for_these_gpus(tmp_path, monkeypatch, archs, fits):
+def test_kernel_for_other_gpus_is_refused(tmp_path, monkeypatch, archs, fits):
     """A GPU of the capability 10.3 beside one of 12.1: code is for later minor versions, PTX for all later ones."""
     capabilities = [(10, 3)] if archs and "12.0+PTX" not in archs else [(10, 3), (12, 1)] if archs else [(7, 5)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -228,21 +228,21 @@ def test_not_for_these_gpus(tmp_path, monkeypatch, archs, fits):
             kernel_loader.load_variant(folder, "cuda")
 
 
-def test_not_for_this_machine(tmp_path, warnings):
+def test_kernel_for_another_machine_falls_back(tmp_path, warnings):
     bundled(tmp_path, machine="riscv128")
     bundled(tmp_path, abi="299")
     assert call().isfinite().all()
     assert "make kernel" in warnings()[0]
 
 
-def test_a_kernel_for_another_device(tmp_path, monkeypatch, warnings):
+def test_kernel_for_another_device_falls_back(tmp_path, monkeypatch, warnings):
     path = variant(tmp_path / "gpu", backend="cuda")
     monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/dcnv3={path}")
     assert call().isfinite().all()
     assert "built for cuda, not for cpu" in warnings()[0]
 
 
-def test_a_shared_library_that_is_none(tmp_path, warnings):
+def test_truncated_library_falls_back(tmp_path, warnings):
     """A truncated binary: the dynamic linker's complaint, and the definition."""
     code = "import torch, pathlib\ntorch.ops.load_library(str(pathlib.Path(__file__).with_name('x.so')))"
     folder = bundled(tmp_path, code=code)

@@ -317,8 +317,8 @@ def test_remote_code_refuses_other_models(tmp_path):
 
 
 CODE_FILES = {
-    "checkpoint.py", "compatibility.py", "configuration_internimage.py", "dcnv3.py", "dcnv3_chunked.py", "dcnv3_reference.py", "image_processing_internimage.py",
-    "imagenet_labels.py", "kernel_loader.py", "modeling_internimage.py",
+    "checkpoint.py", "compatibility.py", "configuration_base.py", "configuration_internimage.py", "dcnv3.py", "dcnv3_chunked.py",
+    "dcnv3_reference.py", "image_processing_internimage.py", "imagenet_labels.py", "kernel_loader.py", "modeling_internimage.py",
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Helpers of several test files: paths, tiny architectures, programs in other processes, flags and data of small runs."""
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -227,3 +228,37 @@ def write_images(root: Path, names: Iterable[str], size: tuple[int, int] = (16, 
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size, (shade, 255 - shade, shade)).save(root / name)
     return root
+
+
+class CocoFolder:
+    """Content of a folder in COCO's format, for tests to alter: two images per split, with one object each.
+
+    `fields` are fields of the objects beside the category and the box.
+    """
+
+    size = (48, 32)  # width, height
+
+    def __init__(self, root: Path, **fields: object):
+        self.root, self.content = root, {}
+        for split in ("train2017", "val2017"):
+            (root / split).mkdir()
+            for i in range(2):
+                Image.new("RGB", self.size, (40 * i, 90, 10)).save(root / split / f"{i}.png")
+            width, height = self.size
+            self.content[split] = {
+                "images": [
+                    {"id": 10 + i, "file_name": f"{i}.png", "width": width, "height": height} for i in range(2)
+                ],
+                "annotations": [
+                    {"id": 1 + i, "image_id": 10 + i, "category_id": 3 + i, "bbox": [4, 5, 20, 10], **fields}
+                    for i in range(2)
+                ],
+                "categories": [{"id": 3, "name": "cat"}, {"id": 4, "name": "dog"}],
+            }
+        self.train, self.val = self.content["train2017"], self.content["val2017"]
+
+    def write(self) -> Path:
+        (self.root / "annotations").mkdir(exist_ok=True)
+        for split, content in self.content.items():
+            (self.root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+        return self.root

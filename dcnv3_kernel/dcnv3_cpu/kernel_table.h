@@ -47,25 +47,29 @@ namespace {
     }                                                                     \
   } while (0)
 
+// Calls `function<T, S, P, D>(arguments, ...)` with the types of computation and of storage that belong to the dtype.
+#define DCNV3_FOR_DTYPE(function, arguments, ...)                                                           \
+  switch ((arguments).dtype) {                                                                              \
+    case Dtype::float32:                                                                                    \
+      DCNV3_SPECIALISED(function, float, float, (arguments).shape, arguments, __VA_ARGS__);                 \
+      break;                                                                                                \
+    case Dtype::bfloat16:                                                                                   \
+      DCNV3_SPECIALISED(function, float, BFloat16, (arguments).shape, arguments, __VA_ARGS__);              \
+      break;                                                                                                \
+    case Dtype::float16:                                                                                    \
+      DCNV3_SPECIALISED(function, float, Half, (arguments).shape, arguments, __VA_ARGS__);                  \
+      break;                                                                                                \
+    case Dtype::float64:                                                                                    \
+      function<double, double, 0, 0>(arguments, __VA_ARGS__);                                               \
+      break;                                                                                                \
+  }
+
 size_t forward_scratch(const ForwardArguments& a) {
   return Points<double>::bytes(block_capacity(a.shape, groups_of_block(a.shape)));
 }
 
 void forward(const ForwardArguments& a, int64_t begin, int64_t end, void* scratch) {
-  switch (a.dtype) {
-    case Dtype::float32:
-      DCNV3_SPECIALISED(forward_pixels, float, float, a.shape, a, begin, end, scratch);
-      break;
-    case Dtype::bfloat16:
-      DCNV3_SPECIALISED(forward_pixels, float, BFloat16, a.shape, a, begin, end, scratch);
-      break;
-    case Dtype::float16:
-      DCNV3_SPECIALISED(forward_pixels, float, Half, a.shape, a, begin, end, scratch);
-      break;
-    case Dtype::float64:
-      forward_pixels<double, double, 0, 0>(a, begin, end, scratch);
-      break;
-  }
+  DCNV3_FOR_DTYPE(forward_pixels, a, begin, end, scratch)
 }
 
 size_t backward_scratch(const BackwardArguments& a) {
@@ -73,37 +77,11 @@ size_t backward_scratch(const BackwardArguments& a) {
 }
 
 void backward(const BackwardArguments& a, int64_t begin, int64_t end, void* scratch) {
-  switch (a.dtype) {
-    case Dtype::float32:
-      DCNV3_SPECIALISED(backward_tasks, float, float, a.shape, a, begin, end, scratch);
-      break;
-    case Dtype::bfloat16:
-      DCNV3_SPECIALISED(backward_tasks, float, BFloat16, a.shape, a, begin, end, scratch);
-      break;
-    case Dtype::float16:
-      DCNV3_SPECIALISED(backward_tasks, float, Half, a.shape, a, begin, end, scratch);
-      break;
-    case Dtype::float64:
-      backward_tasks<double, double, 0, 0>(a, begin, end, scratch);
-      break;
-  }
+  DCNV3_FOR_DTYPE(backward_tasks, a, begin, end, scratch)
 }
 
 void backward_reduce(const BackwardArguments& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case Dtype::float32:
-      DCNV3_SPECIALISED(reduce_slices, float, float, a.shape, a, begin, end);
-      break;
-    case Dtype::bfloat16:
-      DCNV3_SPECIALISED(reduce_slices, float, BFloat16, a.shape, a, begin, end);
-      break;
-    case Dtype::float16:
-      DCNV3_SPECIALISED(reduce_slices, float, Half, a.shape, a, begin, end);
-      break;
-    case Dtype::float64:
-      reduce_slices<double, double, 0, 0>(a, begin, end);
-      break;
-  }
+  DCNV3_FOR_DTYPE(reduce_slices, a, begin, end)
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ def build(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_unknown_architecture_and_backend():
+def test_unknown_architecture_and_backend_are_refused():
     result = build("--backend", "cuda", "--arch", "ninety")
     assert result.returncode != 0 and ("compute capability" in result.stderr or "no nvcc" in result.stderr)
     result = build("--backend", "metal")

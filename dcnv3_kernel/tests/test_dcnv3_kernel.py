@@ -245,7 +245,7 @@ def compare_random_cases(backend, count):
     compare()
 
 
-def test_random_shapes(backend):
+def test_random_shapes_equal_the_definition(backend):
     """Two hundred; less where a CPU stands in for a GPU, the others in the slow test below."""
     kernel, device = backend
     stands_in = device == "cpu" and "-cpu-" not in kernel.__file__
@@ -253,7 +253,7 @@ def test_random_shapes(backend):
 
 
 @pytest.mark.slow
-def test_two_hundred_random_shapes(backend):
+def test_two_hundred_random_shapes_equal_the_definition(backend):
     compare_random_cases(backend, 200)
 
 
@@ -291,7 +291,7 @@ def test_every_16_bit_number_survives(backend):
             torch.testing.assert_close(copy, image, rtol=0, atol=0)
 
 
-def test_mixed_dtypes(backend):
+def test_mixed_dtypes_are_kept_by_outputs_and_gradients(backend):
     kernel, device = backend
     torch.manual_seed(0)
     tensors = [torch.randn(1, 5, 6, 16), torch.randn(1, 5, 6, 18), torch.randn(1, 5, 6, 9)]
@@ -470,7 +470,7 @@ def test_outputs_are_written_whole(backend):
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4, 16), (1, 1, 1, 16), (2, 1, 9, 16), (0, 1, 1, 3)])
-def test_empty_and_tiny(backend, shape):
+def test_empty_and_tiny_maps_keep_their_shapes(backend, shape):
     kernel, device = backend
     tensors = [torch.randn(*shape), torch.randn(*shape[:3], 18), torch.randn(*shape[:3], 9)]
     outputs = run_and_differentiate(kernel.dcnv3, [t.to(device) for t in tensors], {"groups": 1})
@@ -480,7 +480,7 @@ def test_empty_and_tiny(backend, shape):
         assert all(relative_error(a, e) < 1e-5 for a, e in zip(outputs, expected, strict=True))
 
 
-def test_views_and_strides(backend):
+def test_views_give_what_copies_give(backend):
     kernel, device = backend
     torch.manual_seed(0)
     tensors = [torch.randn(2, 6, 8, 32), torch.randn(2, 6, 8, 36), torch.randn(2, 6, 8, 18)]
@@ -661,7 +661,7 @@ BLOCKS = [
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("shape, groups, kernel_size, padding", BLOCKS)
-def test_blocks_of_every_kind(backend, shape, groups, kernel_size, padding, dtype, tolerance):
+def test_blocks_of_every_kind_equal_the_definition(backend, shape, groups, kernel_size, padding, dtype, tolerance):
     kernel, device = backend
     if device != "cpu":
         pytest.skip("about how the CPU's kernel divides its work")
@@ -711,7 +711,9 @@ TILES = [
         (32, True, True, torch.bfloat16, 2e-2),
     ],
 )
-def test_tiles_of_the_backward_pass(backend, group_channels, remove_center, softmax, dtype, tolerance):
+def test_tiles_of_the_backward_pass_equal_the_definition(
+    backend, group_channels, remove_center, softmax, dtype, tolerance
+):
     kernel, device = backend
     torch.manual_seed(0)
     function = kernel.dcnv3_softmax if softmax else kernel.dcnv3
@@ -769,7 +771,7 @@ def test_what_is_not_finite_changes_nothing_else(backend):
 
 
 @pytest.mark.parametrize("capability", ["baseline", "avx2"])
-def test_lesser_instruction_sets(capability):
+def test_lesser_instruction_sets_equal_the_definition(capability):
     """What runs on older machines, in a process of its own: the choice is made once."""
     folder = built("torch-stable-abi*-cpu-*")
     if folder is None:
@@ -799,7 +801,7 @@ def test_lesser_instruction_sets(capability):
         assert result.stdout.strip() == "baseline", "a machine without AVX2 has nothing else"
 
 
-def test_what_memory_cannot_hold(backend):
+def test_out_of_memory_error_names_tensor_and_size(backend):
     """The error says so, and how much was to be allocated: PyTorch's own gets lost on the way through the stable ABI."""
     kernel, device = backend
     if device != "cpu" or INTERPRETED:
@@ -818,7 +820,7 @@ def test_what_memory_cannot_hold(backend):
         kernel.dcnv3(*tensors, kernel_size=1, padding=side // 2, groups=1)
 
 
-def test_what_memory_cannot_hold_of_the_sums_of_the_backward_pass():
+def test_out_of_memory_error_names_the_sums_of_the_backward_pass():
     resource = pytest.importorskip("resource")
     folder = built("torch-stable-abi*-cpu-*")
     if folder is None:
@@ -887,14 +889,14 @@ def bad_call(function, change, device):
 
 
 @pytest.mark.parametrize("change, message", BAD_INPUT)
-def test_bad_input(backend, change, message):
+def test_bad_input_is_named_in_the_error(backend, change, message):
     kernel, device = backend
     with pytest.raises(RuntimeError, match=message):
         bad_call(kernel.dcnv3, change, device)
 
 
 @pytest.mark.parametrize("change, message", BAD_INPUT)
-def test_bad_input_without_data(backend, change, message):
+def test_bad_input_without_data_is_named_in_the_error(backend, change, message):
     """What computes shapes alone refuses what the operators refuse."""
     kernel, _ = backend
     with pytest.raises(RuntimeError, match=message):
@@ -902,7 +904,7 @@ def test_bad_input_without_data(backend, change, message):
 
 
 @pytest.mark.parametrize("position", range(3))
-def test_tensors_of_two_devices(backend, position):
+def test_tensors_of_two_devices_are_refused(backend, position):
     """Whichever of them is without data, the operators' own answer would be without data or not written."""
     kernel, device = backend
     tensors = [torch.ones(1, 5, 5, c, device=device) for c in (16, 18, 9)]
@@ -925,7 +927,7 @@ def test_tensors_of_two_devices(backend, position):
         ({"dilation": "1"}, r"dilation must be an int or .* got '1'"),
     ],
 )
-def test_arguments_of_a_wrong_type(backend, change, message):
+def test_arguments_of_a_wrong_type_are_refused(backend, change, message):
     kernel, device = backend
     tensors = {n: torch.ones(1, 5, 5, c, device=device) for n, c in (("input", 16), ("offset", 18), ("mask", 9))}
     with pytest.raises(TypeError, match=message):
@@ -934,7 +936,7 @@ def test_arguments_of_a_wrong_type(backend, change, message):
 
 @pytest.mark.parametrize("change", [{"shape": (1, 5, 4, 16)}, {"dtype": torch.float64}, {"shape": (5, 5, 16)}])
 @pytest.mark.parametrize("meta", [False, True])
-def test_bad_gradients(backend, change, meta):
+def test_bad_gradients_are_refused(backend, change, meta):
     kernel, device = backend
     device = "meta" if meta else device
     gradient = torch.ones(change.get("shape", (1, 5, 5, 16)), dtype=change.get("dtype"), device=device)
@@ -1014,7 +1016,7 @@ def gpu_kernel(request):
 
 
 @pytest.mark.gpu
-def test_cuda_graph(gpu_kernel):
+def test_cuda_graph_replays_on_new_values(gpu_kernel):
     torch.manual_seed(0)
     tensors = [torch.randn(2, 14, 14, c, device="cuda", dtype=torch.bfloat16) for c in (64, 4 * 18, 4 * 9)]
     options = (3, 3, 1, 1, 1, 1, 1, 1, 4, 1.0, False, True)
@@ -1041,7 +1043,7 @@ def test_cuda_graph(gpu_kernel):
 
 
 @pytest.mark.gpu
-def test_second_device(gpu_kernel):
+def test_second_device_gives_what_the_first_gives(gpu_kernel):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     torch.manual_seed(0)
@@ -1057,7 +1059,7 @@ def test_second_device(gpu_kernel):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("what", ["batch", "image"])
-def test_more_than_2_31_elements(gpu_kernel, what):
+def test_more_than_2_31_elements_are_addressed(gpu_kernel, what):
     """Of the input, by a large batch and by one large image; compared at the far end."""
     if torch.cuda.mem_get_info()[0] < 40e9:
         pytest.skip("needs 40 GB of GPU memory")

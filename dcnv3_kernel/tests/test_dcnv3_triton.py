@@ -60,7 +60,7 @@ def run_tests_of_all_backends(selection: str) -> str:
 
 
 @interpreted
-def test_the_tests_of_all_backends_that_take_seconds(folder):
+def test_the_tests_of_all_backends_that_take_seconds_pass(folder):
     summary = run_tests_of_all_backends(
         "(official and dtype1) or (16_bit_tensors and 16-dtype0) or (infinite and 16) or not_finite or tiny or bad_input"
         " or double_backward or autocast"
@@ -70,14 +70,14 @@ def test_the_tests_of_all_backends_that_take_seconds(folder):
 
 @interpreted
 @pytest.mark.slow
-def test_the_tests_of_all_backends(folder):
+def test_the_tests_of_all_backends_pass(folder):
     """Takes more than half an hour."""
     summary = run_tests_of_all_backends("not cuda and not test_random_shapes")
     assert re.match(r"\d{2} passed", summary), summary
 
 
 @interpreted
-def test_tiles_steps_and_64_bit_numbers(folder):
+def test_tiles_steps_and_64_bit_numbers_equal_the_definition(folder):
     """Tiles that do not divide the image, several steps in each tile, and the general kernels, as on a GPU."""
     program = f"""
         import sys

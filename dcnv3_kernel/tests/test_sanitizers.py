@@ -54,12 +54,12 @@ def check(program: Path, *cases: int) -> None:
     assert result.returncode == 0 and result.stdout.endswith("done\n"), result.stdout + result.stderr[:4000]
 
 
-def test_races(sanitized):
+def test_two_cases_have_no_races(sanitized):
     """One case with windows and one of the general kernels. The slow test runs all cases."""
     check(sanitized("thread"), 0, 6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
-def test_every_case(sanitized, sanitizer):
+def test_every_case_passes_the_sanitizers(sanitized, sanitizer):
     check(sanitized(sanitizer))

@@ -8,15 +8,14 @@ import copy
 import inspect
 import math
 import unittest
-import unittest.mock
 
 import torch
-from transformers import AutoConfig, AutoModelForObjectDetection, ConvNextV2Config, ResNetConfig
+from transformers import AutoConfig, AutoModelForObjectDetection, ResNetConfig
 from transformers.testing_utils import torch_device
 
-from .. import test_modeling_common as common
 from ..test_configuration_common import ConfigTester
-from ..test_modeling_common import ModelTesterMixin, floats_tensor
+from ..test_modeling_common import floats_tensor
+from .overrides import DetectionModelTests
 
 
 class DetectorTester:
@@ -82,11 +81,10 @@ class DetectorTester:
         ]
 
 
-class DetectorTests(ModelTesterMixin):
+class DetectorTests(DetectionModelTests):
     """To be given: config_class, backbone_config, config_kwargs and model_class."""
 
     is_encoder_decoder = True
-    test_resize_embeddings = False
     test_missing_keys = False
     test_torch_exportable = True
 
@@ -103,27 +101,6 @@ class DetectorTests(ModelTesterMixin):
             has_text_modality=False,
             common_properties=["d_model", "encoder_attention_heads", "decoder_attention_heads", "num_queries"],
         )
-
-    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
-        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=False)
-        return {**inputs, "labels": self.model_tester.labels()} if return_labels else inputs
-
-    def test_config(self):
-        self.config_tester.run_common_tests()
-
-    def test_can_init_all_missing_weights(self):
-        """As it is, but without its reason to be skipped: no "# Copyright 2023" or later in the config's file."""
-        true_getfile = inspect.getfile
-
-        def getfile(of):
-            return true_getfile(ConvNextV2Config if of is self.config_class else of)
-
-        with unittest.mock.patch.object(common.inspect, "getfile", getfile):
-            super().test_can_init_all_missing_weights()
-
-    @unittest.skip("No token embeddings")
-    def test_model_get_set_embeddings(self):
-        pass
 
     @unittest.skip("Takes no embeddings")
     def test_inputs_embeds(self):

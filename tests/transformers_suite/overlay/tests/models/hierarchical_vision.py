@@ -4,9 +4,7 @@
 `test_config` and `test_hidden_states_output`, which transformers overrides for ConvNextV2 too).
 """
 
-import collections
 import copy
-import inspect
 import os
 import re
 import tempfile
@@ -21,35 +19,18 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     CLIPImageProcessor,
-    ConvNextV2Config,
 )
 from transformers import pipeline as make_pipeline
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.testing_utils import torch_device
 
-from .. import test_modeling_common as common
 from .. import test_pipeline_mixin as pipelines
 from ..pipelines.images import picture
 from ..test_backbone_common import BackboneTesterMixin
 from ..test_configuration_common import ConfigTester
-from ..test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
+from ..test_modeling_common import floats_tensor, ids_tensor
 from ..test_pipeline_mixin import PipelineTesterMixin
-
-
-def know_as_library_model(model_type, base, classification, backbone):
-    """Makes the common tests treat classes of another package as they treat transformers' own.
-
-    The tests look class names up in transformers' static tables, to give labels to a classifier and to leave base
-    models out of the training tests. The copies made here are seen by the tests alone; transformers' tables stay.
-    """
-    for table, name in (
-        ("MODEL_MAPPING_NAMES", base),
-        ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", classification),
-        ("MODEL_FOR_BACKBONE_MAPPING_NAMES", backbone),
-    ):
-        names = collections.OrderedDict(getattr(common, table))
-        names[model_type] = name
-        setattr(common, table, names)
+from .overrides import ModelTests
 
 
 class HierarchicalVisionTester:
@@ -97,11 +78,10 @@ class HierarchicalVisionTester:
         ]
 
 
-class HierarchicalVisionModelTests(ModelTesterMixin, PipelineTesterMixin):
+class HierarchicalVisionModelTests(ModelTests, PipelineTesterMixin):
     """To be given: variant, config_class, config_kwargs, hidden_sizes, and the three model classes."""
 
     has_attentions = False
-    test_resize_embeddings = False
     max_parameters = 1_000_000
 
     def __init_subclass__(cls, **kwargs):
@@ -123,25 +103,6 @@ class HierarchicalVisionModelTests(ModelTesterMixin, PipelineTesterMixin):
             drop_path_rate=0.25,
             initializer_range=0.03,
         )
-
-    # transformers' tests that it overrides for ConvNextV2 as well
-
-    def test_config(self):
-        self.config_tester.run_common_tests()
-
-    def test_can_init_all_missing_weights(self):
-        """As it is, but without its reason to be skipped: no "# Copyright 2023" or later in the config's file."""
-        true_getfile = inspect.getfile
-
-        def getfile(of):
-            return true_getfile(ConvNextV2Config if of is self.config_class else of)
-
-        with unittest.mock.patch.object(common.inspect, "getfile", getfile):
-            super().test_can_init_all_missing_weights()
-
-    @unittest.skip("No token embeddings")
-    def test_model_get_set_embeddings(self):
-        pass
 
     def test_hidden_states_output(self):
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()

@@ -14,12 +14,15 @@ from ..hierarchical_vision import (
     DeformableModelTests,
     HierarchicalVisionBackboneTests,
     HierarchicalVisionModelTests,
-    know_as_library_model,
 )
+from ..overrides import know_as_library_model
 
 
 know_as_library_model(
-    InternImageConfig.model_type, "InternImageModel", "InternImageForImageClassification", "InternImageBackbone"
+    InternImageConfig.model_type,
+    MODEL_MAPPING_NAMES="InternImageModel",
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES="InternImageForImageClassification",
+    MODEL_FOR_BACKBONE_MAPPING_NAMES="InternImageBackbone",
 )
 
 TINY = {

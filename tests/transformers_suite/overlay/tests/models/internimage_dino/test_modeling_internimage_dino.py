@@ -1,18 +1,15 @@
 """The detector under test."""
 
-import collections
 import unittest
 
 from internimage_hf import InternImageConfig, InternImageDinoConfig, InternImageDinoForObjectDetection
 
-from ... import test_modeling_common as common
 from ..detectors import DetectorTests
+from ..overrides import know_as_library_model
 
 
-# as `know_as_library_model` of hierarchical_vision.py does for classifiers
-common.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES = collections.OrderedDict(
-    getattr(common, "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES", {}),
-    internimage_dino="InternImageDinoForObjectDetection",
+know_as_library_model(
+    InternImageDinoConfig.model_type, MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES="InternImageDinoForObjectDetection"
 )
 
 

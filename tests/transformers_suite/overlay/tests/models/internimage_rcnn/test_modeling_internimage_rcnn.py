@@ -1,25 +1,21 @@
 """Mask R-CNN, with nothing like it in transformers: every common test that applies must pass."""
 
-import collections
 import copy
-import inspect
 import unittest
-import unittest.mock
 
 import torch
-from transformers import ConvNextV2Config
 from transformers.testing_utils import torch_device
 
 from internimage_hf import InternImageConfig, InternImageRcnnConfig, InternImageRcnnForInstanceSegmentation
 
-from ... import test_modeling_common as common
 from ...test_configuration_common import ConfigTester
-from ...test_modeling_common import ModelTesterMixin, floats_tensor
+from ...test_modeling_common import floats_tensor
+from ..overrides import DetectionModelTests, know_as_library_model
 
 
-common.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES = collections.OrderedDict(
-    getattr(common, "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES", {}),
-    internimage_rcnn="InternImageRcnnForInstanceSegmentation",
+know_as_library_model(
+    InternImageRcnnConfig.model_type,
+    MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES="InternImageRcnnForInstanceSegmentation",
 )
 
 
@@ -68,38 +64,17 @@ class RcnnTester:
         return [{"class_labels": classes, "boxes": boxes, "masks": masks} for _ in range(self.batch_size)]
 
 
-class InternImageRcnnTest(ModelTesterMixin, unittest.TestCase):
+class InternImageRcnnTest(DetectionModelTests, unittest.TestCase):
+    config_class = InternImageRcnnConfig
     all_model_classes = (InternImageRcnnForInstanceSegmentation,)
     has_attentions = False
-    test_resize_embeddings = False
     test_torch_exportable = False  # how many boxes there are depends on the values
 
     def setUp(self):
         self.model_tester = RcnnTester()
         self.config_tester = ConfigTester(
-            self, config_class=InternImageRcnnConfig, has_text_modality=False, common_properties=["max_detections"]
+            self, config_class=self.config_class, has_text_modality=False, common_properties=["max_detections"]
         )
-
-    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
-        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=False)
-        return {**inputs, "labels": self.model_tester.labels()} if return_labels else inputs
-
-    def test_config(self):
-        self.config_tester.run_common_tests()
-
-    def test_can_init_all_missing_weights(self):
-        """As it is, but without its reason to be skipped: no "# Copyright 2023" or later in the config's file."""
-        true_getfile = inspect.getfile
-
-        def getfile(of):
-            return true_getfile(ConvNextV2Config if of is InternImageRcnnConfig else of)
-
-        with unittest.mock.patch.object(common.inspect, "getfile", getfile):
-            super().test_can_init_all_missing_weights()
-
-    @unittest.skip("No token embeddings")
-    def test_model_get_set_embeddings(self):
-        pass
 
     def test_hidden_states_output(self):
         """Those of the backbone: the stem's and the stages'."""
