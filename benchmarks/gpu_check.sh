@@ -11,12 +11,14 @@
 #
 # Without --tests and --speed both halves run. Nothing is compiled but what torch.compile and Triton compile: the kernels are
 # those in dcnv3_kernel/build (dcnv3_kernel/build.py makes them on any machine with nvcc, such as `--backend cuda --arch 9.0`).
-# No network is needed. Required: Linux, a GPU, and a python3 (or $PYTHON) with torch for CUDA, transformers, safetensors,
-# pytest and hypothesis. compute-sanitizer comes with the CUDA toolkit.
+# No network is needed. Required: Linux, a GPU, and a python3 (or $PYTHON) with torch for CUDA, transformers, kernels,
+# safetensors, pytest and hypothesis. compute-sanitizer comes with the CUDA toolkit. What a machine without a network lacks
+# comes from wheels:
+#
+#   python3 -m pip download --no-deps --dest WHEELS kernels==0.17.2 deformops==3.0.1
 #
 # To compare with other operators, before, on a machine with nvcc and a GPU, outside this repository:
 #
-#   python3 -m pip download --no-deps --dest WHEELS deformops==3.0.1
 #   git clone https://github.com/OpenGVLab/InternImage && (cd InternImage/classification/ops_dcnv3 && python3 setup.py build_ext --inplace)
 #   git clone https://github.com/OpenGVLab/DCNv4 && (cd DCNv4/DCNv4_op && python3 setup.py build_ext --inplace)
 #
