@@ -16,14 +16,16 @@
 //
 // The backward pass is limited by additions to the gradient of the input in global memory: 4 * P rows a unit, most of them to
 // the same pixels. Where the points are close together (3 x 3, stride and dilation 1), a worker therefore takes all units of
-// one group in a tile and sums them in shared memory first (window_backward.h).
+// one group in a tile and sums them in shared memory first (window_backward.h). benchmarks/backward_bounds.py works out what
+// bounds it then.
 //
 // A header includes only headers of lines above it:
 //   dcnv3_platform.h
-//   problem.h, numbers.h, window.h
+//   problem.h, numbers.h, team.h
 //   units.h, modulation.h, gradient_sums.h
 //   locations.h
-//   forward.h, backward.h, window_backward.h, launch_plan.h
+//   window.h
+//   forward.h, backward.h, team_forward.h, window_backward.h, launch_plan.h
 //   launch.h
 
 #pragma once

@@ -102,11 +102,17 @@ DCNV3_DEVICE void store_16_bytes_if(bool condition, void* to, const Bytes& bytes
 #endif
 }
 
-// Keeps a value in registers. Otherwise nvcc may compute it again at each use.
+// Keeps a value in registers. Otherwise nvcc may compute it again at each use. An address must be one of global memory.
 template <class T>
 DCNV3_DEVICE void keep(T*& address) {
 #if !DCNV3_HIP
   asm("" : "+l"(address));
+  __builtin_assume(__isGlobal(address));
+#endif
+}
+DCNV3_DEVICE void keep(float& value) {
+#if !DCNV3_HIP
+  asm("" : "+f"(value));
 #endif
 }
 DCNV3_DEVICE void keep(uint32_t& value) {
@@ -192,6 +198,30 @@ DCNV3_DEVICE float reciprocal(float value) {
 #endif
 }
 DCNV3_DEVICE double reciprocal(double value) { return 1.0 / value; }
+
+// Whether `multiply_matrices` exists: products of matrices of 16-bit numbers in one instruction of the warp.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+constexpr bool has_matrices = true;
+#else
+constexpr bool has_matrices = false;
+#endif
+// Adds the product of a (16 x 8) and b (8 x 8) to `sums` (16 x 8). With row = lane / 4 and column = lane % 4 * 2, a lane has of
+// `sums` [row, column], [row, column + 1], [row + 8, column], [row + 8, column + 1]. Its words have two numbers each: of a
+// [row, column and column + 1] and the same of row + 8, of b [column and column + 1, row]. All lanes of a warp must call it.
+template <bool bfloat16>
+DCNV3_DEVICE void multiply_matrices(float (&sums)[4], uint32_t a, uint32_t a_below, uint32_t b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (bfloat16) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a), "r"(a_below), "r"(b));
+  } else {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a), "r"(a_below), "r"(b));
+  }
+#endif
+}
 
 DCNV3_DEVICE void atomic_add(float* at, float value) { atomicAdd(at, value); }
 DCNV3_DEVICE void atomic_add(double* at, double value) { atomicAdd(at, value); }

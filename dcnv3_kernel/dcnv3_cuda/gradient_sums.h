@@ -12,7 +12,12 @@ template <class C>
 struct FloatingSums {
   C* sums;
 
-  DCNV3_DEVICE const FloatingSums& adder() const { return *this; }
+  // What adds to elements that are counted from `origin`.
+  DCNV3_DEVICE FloatingSums adder(int64_t origin = 0) const {
+    FloatingSums from_origin{sums + origin};
+    keep(from_origin.sums);
+    return from_origin;
+  }
 
   template <int V>
   DCNV3_DEVICE void operator()(int64_t at, C weight, const C (&values)[V]) const {
@@ -62,6 +67,7 @@ struct FixedPointSums {
   struct Adder {
     unsigned long long* sums;
     unsigned* not_finite;
+    int64_t origin;
     C scale;
 
     template <int V>
@@ -69,15 +75,16 @@ struct FixedPointSums {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const C product = weight * values[v];
+        const int64_t element = origin + at + v;
         if (product - product == C(0)) {
-          atomic_add(sums + at + v, static_cast<unsigned long long>(nearest_integer(product * scale)));
+          atomic_add(sums + element, static_cast<unsigned long long>(nearest_integer(product * scale)));
         } else {
-          atomic_or(not_finite + (at + v) / 32, 1u << ((at + v) % 32));
+          atomic_or(not_finite + element / 32, 1u << (element % 32));
         }
       }
     }
   };
-  DCNV3_DEVICE Adder adder() const { return {sums, not_finite, power_of_two(exponent())}; }
+  DCNV3_DEVICE Adder adder(int64_t origin = 0) const { return {sums, not_finite, origin, power_of_two(exponent())}; }
 };
 
 // Writes the largest finite absolute value, as the bits of a double, to `result`.

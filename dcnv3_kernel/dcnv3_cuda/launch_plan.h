@@ -68,7 +68,7 @@ bool plan_windows(const Shape& s, int multiprocessors, Plan<C>& plan) {
   plan.grid = static_cast<unsigned>((q.tiles * s.groups + workers - 1) / workers);
   plan.block = 32;
   const int cells = (q.tile_width + 2 * window_margin) * (q.tile_height + 2 * window_margin);
-  plan.shared_bytes = static_cast<unsigned>(workers * window_bytes(cells, q.group_channels, q.points));
+  plan.shared_bytes = static_cast<unsigned>(workers * window_bytes(cells, q.group_channels));
   return plan.windows = true;
 }
 
@@ -115,15 +115,17 @@ Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int mult
   plan.vector = aligned && !plan.wide && s.group_channels % full == 0 ? full : 1;
   plan.small_kernel = s.kernel_h == 3 && s.kernel_w == 3;
   q.by_groups = Divisor(static_cast<uint32_t>(q.groups));
-  const bool is_close = plan.small_kernel && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
+  const auto is_near = [](int64_t size, int64_t padding) { return size <= near_limit && padding <= near_limit; };
+  const bool all_near = is_near(s.height, s.padding_h) && is_near(s.width, s.padding_w);
+  const bool is_close = all_near && plan.small_kernel && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
+      s.dilation_w == 1;
   if (backward && plan.vector == 4 && is_close && (s.group_channels == 16 || s.group_channels == 32) &&
       plan_windows(s, multiprocessors, plan)) {
     return plan;
   }
 
-  const auto is_near = [](int64_t size, int64_t padding) { return size <= near_limit && padding <= near_limit; };
   plan.teams = !backward && sizeof(T) < 8 && plan.vector == full && plan.small_kernel &&
-      (s.group_channels == 16 || s.group_channels == 32) && is_near(s.height, s.padding_h) && is_near(s.width, s.padding_w);
+      (s.group_channels == 16 || s.group_channels == 32) && all_near;
   q.lanes = plan.teams ? 1 : 1 << log2_ceil((s.group_channels + plan.vector - 1) / plan.vector);
   if (q.lanes > 32) q.lanes = 32;
 

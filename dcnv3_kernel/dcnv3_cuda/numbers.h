@@ -64,6 +64,18 @@ DCNV3_DEVICE void unpack(const uint32_t (&words)[N], const Half*, float* to) {
   }
 }
 
+// V adjacent channels as words: 16 bytes of them, or 8 bytes of 16-bit numbers.
+template <int V, class T>
+using Words = std::conditional_t<V * sizeof(T) == 8, uint2, uint4>;
+
+template <class T, int V>
+DCNV3_DEVICE void unpack_words(const Words<V, T>& from, Compute<T> (&to)[V]) {
+  static_assert(sizeof(from) == V * sizeof(T));
+  uint32_t words[sizeof(from) / 4];
+  __builtin_memcpy(words, &from, sizeof(from));
+  unpack(words, static_cast<const T*>(nullptr), to);
+}
+
 // Loads V adjacent channels: one, or 16 bytes of them, or 8 bytes of 16-bit numbers. If `inside` is false, reads nothing and
 // returns zeros.
 template <int V, class T>
@@ -71,13 +83,9 @@ DCNV3_DEVICE void load_if(bool inside, const T* from, Compute<T> (&to)[V]) {
   if constexpr (V == 1) {
     to[0] = inside ? widen(*from) : Compute<T>(0);
   } else {
-    constexpr int bytes = V * sizeof(T);
-    static_assert(bytes == 8 || bytes == 16);
-    std::conditional_t<bytes == 8, uint2, uint4> loaded{};
-    if (inside) loaded = load_words<decltype(loaded)>(from);
-    uint32_t words[bytes / 4];
-    __builtin_memcpy(words, &loaded, bytes);
-    unpack(words, from, to);
+    Words<V, T> loaded{};
+    if (inside) loaded = load_words<Words<V, T>>(from);
+    unpack_words<T>(loaded, to);
   }
 }
 

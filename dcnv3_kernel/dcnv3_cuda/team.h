@@ -6,9 +6,6 @@
 
 namespace dcnv3 {
 
-// `team_forward_kernel` needs images and paddings of at most this many pixels.
-constexpr int near_limit = 1 << 20;
-
 // Where the points of a column of the kernel are: the upper left corner in units of 16 bytes from the beginning of the image.
 // The four upper bits tell which corners are outside the image.
 struct alignas(16) TeamPlaces {

@@ -10,27 +10,6 @@
 
 namespace dcnv3 {
 
-// One coordinate of a location, like `Axis`, for images and paddings of at most `near_limit` pixels.
-struct NearAxis {
-  int low;
-  float fraction;
-  int size;
-
-  NearAxis() = default;
-  // start: the pixel at position 0.
-  DCNV3_DEVICE NearAxis(float position, int start, int size) : size(size) {
-    const float whole = biased_floor(position);
-    fraction = position - (whole - floor_bias);
-    // For NaN and for positions of 2^22 and more the result is no floor, but it lies outside every image.
-    low = static_cast<int>(bits_of_float(whole) - bits_of_float(floor_bias) + static_cast<unsigned>(start));
-  }
-  DCNV3_DEVICE bool has_both() const { return static_cast<unsigned>(low) < static_cast<unsigned>(size - 1); }
-  DCNV3_DEVICE bool has_low() const { return static_cast<unsigned>(low) < static_cast<unsigned>(size); }
-  DCNV3_DEVICE bool has_high() const {
-    return (static_cast<unsigned>(low) + 1u < static_cast<unsigned>(size)) & ((low >= 0) | (fraction > 0.0f));
-  }
-};
-
 // The modulation of all points of a unit, with a softmax if the call asks for it.
 template <int POINTS, class T>
 DCNV3_DEVICE void modulate(bool softmax, const T* mask, float (&modulation)[POINTS]) {

@@ -446,15 +446,26 @@ def test_a_softmax_that_is_not_finite_counts_inside_alone(backend, group_channel
     assert output[..., group_channels:].isfinite().all() and grad_input[..., group_channels:].isfinite().all()
 
 
-def test_gradients_that_are_not_finite_stay_where_they_belong(backend):
+@pytest.mark.parametrize(
+    "dtype, group_channels",
+    [(torch.float32, 16), (torch.float32, 32), (torch.bfloat16, 16), (torch.bfloat16, 32), (torch.float16, 16)],
+)
+def test_gradients_that_are_not_finite_stay_where_they_belong(backend, dtype, group_channels):
     kernel, device = backend
     torch.manual_seed(0)
-    tensors = [torch.randn(1, 8, 8, 16, device=device), torch.rand(1, 8, 8, 18, device=device) * 0.5 + 0.2]
-    tensors.append(torch.rand(1, 8, 8, 9, device=device))
-    grad_output = torch.ones(1, 8, 8, 16)
-    grad_output[0, 0, 0] = torch.inf
-    _, grad_input, _, _ = run_and_differentiate(kernel.dcnv3, tensors, {"groups": 1}, grad_output)
-    assert not grad_input[0, :2, :2].isfinite().any() and grad_input[0, 3:].isfinite().all()
+    first = slice(group_channels)
+    image = torch.randn(1, 8, 8, 2 * group_channels)
+    image[0, 7, 7, first] = torch.inf
+    tensors = [image, torch.rand(1, 8, 8, 36) * 0.5 + 0.2, torch.rand(1, 8, 8, 18)]
+    grad_output = torch.ones(1, 8, 8, 2 * group_channels)
+    grad_output[0, 0, 0, first] = torch.inf
+    tensors = [t.to(device, dtype) for t in tensors]
+    gradients = run_and_differentiate(kernel.dcnv3, tensors, {"groups": 2}, grad_output)[1:]
+    assert not gradients[0][0, :2, :2, first].isfinite().any() and gradients[0][0, 3:, :, first].isfinite().all()
+    for gradient in gradients:  # the other group, and the pixels that take no part
+        of_group = gradient.unflatten(-1, (2, -1))
+        assert of_group[..., 1, :].isfinite().all() and of_group[0, 3:5, :, 0].isfinite().all()
+    assert gradients[2][0, 6, 6, 0].isfinite() and not gradients[2][0, 6, 6, 8].isfinite()  # points above and below
 
 
 def test_outputs_are_written_whole(backend):
@@ -999,7 +1010,8 @@ def test_deterministic_backward(backend, dtype, group_channels):
 
 def test_deterministic_backward_of_gradients_that_are_not_finite(backend):
     with deterministic_algorithms():
-        test_gradients_that_are_not_finite_stay_where_they_belong(backend)
+        test_gradients_that_are_not_finite_stay_where_they_belong(backend, torch.float32, 16)
+        test_gradients_that_are_not_finite_stay_where_they_belong(backend, torch.bfloat16, 32)
 
 
 # ------------------------------------------------------------------------------------------------------ GPUs alone

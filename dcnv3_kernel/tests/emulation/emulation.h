@@ -105,6 +105,27 @@ T reciprocal(T value) {
   return T(1) / value;
 }
 
+constexpr bool has_matrices = true;
+template <bool bfloat16>
+void multiply_matrices(float (&sums)[4], uint32_t a, uint32_t a_below, uint32_t b) {
+  const int lane = thread_number() % 32;
+  uint32_t rows[2][4], columns[32];  // of a: by lane % 4; of b: by lane
+  for (int d = 0; d < 32; ++d) {
+    columns[lane ^ d] = shuffle_xor(b, d);
+    if (d < 4) rows[0][lane % 4 ^ d] = shuffle_xor(a, d), rows[1][lane % 4 ^ d] = shuffle_xor(a_below, d);
+  }
+  const auto number = [](uint32_t word, int half) {
+    const uint16_t bits = static_cast<uint16_t>(word >> (16 * half));
+    return bfloat16 ? float_of_bits(static_cast<uint32_t>(bits) << 16) : float_of_half(bits);
+  };
+  for (int i = 0; i < 4; ++i) {
+    for (int k = 0; k < 8; ++k) {
+      const uint32_t column = columns[(lane % 4 * 2 + i % 2) * 4 + k / 2];
+      sums[i] += number(rows[i / 2][k / 2], k % 2) * number(column, k % 2);
+    }
+  }
+}
+
 template <class T>
 void atomic_add(T* at, T value) {
   std::atomic_ref<T>(*at).fetch_add(value, std::memory_order_relaxed);
