@@ -19,6 +19,7 @@ from internimage_hf.dcnv3 import dcnv3_softmax
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import backward_bounds
 import detection_speed
 import harness
 import model_speed
@@ -438,12 +439,34 @@ DISASSEMBLY = """
         /*0140*/                   BRA `(.L_x_5);
 .text._Zother:
         /*0000*/                   BRX R2 -0x10 ;
+.text._Zbackward:
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   MUFU.RCP R2, R2 ;
+        /*0020*/                   STS.128 [R4], R8 ;
+        /*0030*/              @!P0 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0040*/                   VOTE.ALL P0, !P1 ;
+        /*0050*/                   LDS.64 R8, [R4] ;
+        /*0060*/                   SHFL.BFLY PT, R8, R8, 0x2, 0x1f ;
+        /*0070*/              @P1 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0080*/                   LDS R8, [R4] ;
+        /*0090*/                   STG.E.U16 desc[UR8][R2.64], R8 ;
+        /*00a0*/              @P0 BRA `(.L_x_0) ;
+        /*00b0*/              @P2 BRA `(.L_x_4) ;
+.L_x_3:
+        /*00c0*/                   LDS.128 R8, [R4] ;
+        /*00d0*/                   REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU desc[UR8][R2.64], R8 ;
+        /*00e0*/              @P3 BRA `(.L_x_3) ;
+.L_x_4:
+        /*00f0*/                   EXIT ;
 """
 
 
 def test_sass_count_counts_the_instructions_of_a_unit(monkeypatch):
     functions = sass_count.functions_of(DISASSEMBLY)
-    assert list(functions) == ["_Zkernel", "_Zother"]
+    assert list(functions) == ["_Zkernel", "_Zother", "_Zbackward"]
     monkeypatch.setattr(sass_count, "INPUT_LOADS", 2)
     monkeypatch.setattr(sass_count, "EXPONENTIALS", 1)
     figures = sass_count.count(functions["_Zkernel"], stores=1)
@@ -455,6 +478,37 @@ def test_sass_count_counts_the_instructions_of_a_unit(monkeypatch):
         sass_count.count(functions["_Zother"], stores=1)
 
 
+def test_sass_count_counts_the_backward_kernel(monkeypatch):
+    monkeypatch.setattr(sass_count, "WRITES_OF_BATCH", 1)
+    figures = sass_count.count_backward(sass_count.functions_of(DISASSEMBLY)["_Zbackward"], group_channels=16)
+    # 16 units share what a batch executes, and 2 units a step of the loop; 8 cells share a step that writes the window out
+    parts = {"start": 3, "prepare": 3 / 16, "loop": 4 / 2, "gradients": 3 / 16, "sum": 38 / 16}
+    others = {"slow": 1 / 16, "shared": 10 / 16, "wavefronts": 4 / 16 + 3 / 2 + 2 / 16, "cell": 3 / 8}
+    assert figures == pytest.approx(parts | others)
+
+
+def test_backward_bounds_counts_the_additions_of_all_windows():
+    assert backward_bounds.cells_inside(56, 8) == 11 + 5 * 14 + 11
+    assert backward_bounds.cells_inside(7, 7) == 7
+    counts = {"start": 100, "prepare": 20, "loop": 60, "gradients": 10, "wavefronts": 50, "cell": 2}
+    call, tiles = harness.OperatorCall(8, 32, 2, 1), backward_bounds.Tiles(8, 8, 3, 31 * 1024)
+    figures = backward_bounds.bounds(counts, 3, call, 2, tiles)
+    # a block with the 128 units of a tile of two groups, whose windows have 14 x 14 cells
+    assert figures["slots"] == pytest.approx(90 + 100 / 128 + 2 * 196 * 2 / 128)
+    assert figures["adds"] == pytest.approx(64 * 4 / 64)
+    assert figures["warps"] == 7 and figures["adds before"] == 144
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_backward_bounds_takes_the_tiles_of_the_launch_plan(tmp_path):
+    program = backward_bounds.compile_plan(tmp_path)
+    call = harness.operator_calls("t", 224)[0]
+    tiles = backward_bounds.tiles_of(program, 32, call, 2)
+    assert tiles[:3] == (8, 8, 32 * 7 * 7 * 2)
+    with pytest.raises(sass_count.Failure, match="no windows"):
+        backward_bounds.tiles_of(program, 1, call._replace(channels=96), 2)
+
+
 @pytest.mark.skipif(
     shutil.which("nvcc") is None or sass_count.find_nvdisasm() is None, reason="needs nvcc and nvdisasm"
 )
@@ -463,13 +517,18 @@ def test_sass_count_measures_every_kernel_without_spills(tmp_path):
     report = json.loads((tmp_path / "counts.json").read_text(encoding="utf-8"))
     assert list(report["kernels"]) == [kernel.name for kernel in sass_count.KERNELS]
     for figures in report["kernels"].values():
-        assert figures["spilled"] == 0 and figures["sum"] == figures["prepare"] + figures["loop"] + figures["store"]
+        last = figures["gradients" if "gradients" in figures else "store"]
+        assert figures["spilled"] == 0 and figures["sum"] == pytest.approx(figures["prepare"] + figures["loop"] + last)
     if report["nvcc"] == "13.0":
         most = {
             "bfloat16, width 16": 900,
             "bfloat16, width 32": 800,
             "float32, width 16": 350,
             "float32, width 32": 300,
+            "backward, bfloat16, width 16": 105,
+            "backward, bfloat16, width 32": 175,
+            "backward, float32, width 16": 130,
+            "backward, float32, width 32": 225,
         }
         assert all(figures["sum"] <= most[name] for name, figures in report["kernels"].items())
 
