@@ -29,10 +29,10 @@ DCNV3_KERNEL(256, 2) backward_kernel(
   for_units<Index>(q, lanes, [&](const Origins& origins, const Unit<Index>& unit) {
     // the lane's first point
     const int64_t at_grad_mask = origins.units * points + (unit.number * points + member);
-    const T* own_offset = offset_of(q, offset, origins, unit, points) + 2 * member;
+    const T* own_offset = offset_of(q, offset, unit, points) + 2 * member;
     T* own_grad_offset = grad_offset + at_grad_mask * 2;
     T* own_grad_mask = grad_mask + at_grad_mask;
-    const Modulation<T> modulation(q, lanes, points, member, mask_of(q, mask, origins, unit, points) + member);
+    const Modulation<T> modulation(q, lanes, points, member, mask_of(q, mask, unit, points) + member);
     for_own_points(lanes, points, member, [&](int i) {
       const auto at = locate<V, 0>(q, unit, member + i, own_offset + 2 * i);
       Four<C> weights = weights_of(at, modulation(i));

@@ -19,8 +19,8 @@ DCNV3_KERNEL(256, sizeof(T) == 8 ? 2 : sizeof(T) == 4 || sizeof(Index) == 8 ? 3 
 
   for_units<Index>(q, lanes, [&](const Origins& origins, const Unit<Index>& unit) {
     // the lane's first point
-    const T* own_offset = offset_of(q, offset, origins, unit, points) + 2 * member;
-    const Modulation<T> modulation(q, lanes, points, member, mask_of(q, mask, origins, unit, points) + member);
+    const T* own_offset = offset_of(q, offset, unit, points) + 2 * member;
+    const Modulation<T> modulation(q, lanes, points, member, mask_of(q, mask, unit, points) + member);
     for_own_points(lanes, points, member, [&](int i) {
       const auto at = locate<V, 0>(q, unit, member + i, own_offset + 2 * i);
       Four<C> weights = weights_of(at, modulation(i));

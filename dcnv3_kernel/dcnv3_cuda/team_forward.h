@@ -97,9 +97,9 @@ DCNV3_KERNEL(256, sizeof(T) == 4 ? 3 : 4) team_forward_kernel(
   const int right = q.channels / V, below = q.width * right;
 
   for_units<int32_t>(q, 1, [&](const Origins& origins, const Unit<int32_t>& unit) {
-    const T* own_offset = offset_of(q, offset, origins, unit, POINTS);
+    const T* own_offset = offset_of(q, offset, unit, POINTS);
     float modulation[POINTS];
-    modulate(q.softmax, mask_of(q, mask, origins, unit, POINTS), modulation);
+    modulate(q.softmax, mask_of(q, mask, unit, POINTS), modulation);
     const int start_x = unit.x * q.stride_w + q.start_w, start_y = unit.y * q.stride_h + q.start_h;
     int outside = 0;  // 1 if any corner of any point is outside
 #pragma unroll

@@ -12,31 +12,27 @@ namespace dcnv3 {
 template <class Index>
 struct Unit {
   bool active;   // false: the lane has no work but must take part in the warp's shuffles
-  Index number, pixel;  // within its image
+  Index number;  // within its image
+  Index pixel;   // its output pixel, counted over all images
   int group, x, y;
 };
 
-// Where an image begins: its first element in input, offset and mask, and its first unit in the other tensors.
+// Where an image begins: its first element in the input, and its first unit in the output and in the gradients.
 struct Origins {
-  int64_t input, offset, mask, units;
+  int64_t input, units;
   template <class C>
   DCNV3_DEVICE Origins(const Problem<C>& q, int64_t image)
-      : input(image * q.input_of_image),
-        offset(image * q.pixels_of_image * q.offset_pitch),
-        mask(image * q.pixels_of_image * q.mask_pitch),
-        units(image * q.units_of_image) {}
+      : input(image * q.input_of_image), units(image * q.units_of_image) {}
 };
 
 // A unit's first point in the tensors of offsets and masks. points: of each unit.
 template <class C, class T, class Index>
-DCNV3_DEVICE const T* offset_of(
-    const Problem<C>& q, const T* offset, const Origins& origins, const Unit<Index>& unit, int points) {
-  return offset + origins.offset + (unit.pixel * q.offset_pitch + unit.group * (2 * points));
+DCNV3_DEVICE const T* offset_of(const Problem<C>& q, const T* offset, const Unit<Index>& unit, int points) {
+  return offset + (static_cast<int64_t>(unit.pixel) * q.offset_pitch + unit.group * (2 * points));
 }
 template <class C, class T, class Index>
-DCNV3_DEVICE const T* mask_of(
-    const Problem<C>& q, const T* mask, const Origins& origins, const Unit<Index>& unit, int points) {
-  return mask + origins.mask + (unit.pixel * q.mask_pitch + unit.group * points);
+DCNV3_DEVICE const T* mask_of(const Problem<C>& q, const T* mask, const Unit<Index>& unit, int points) {
+  return mask + (static_cast<int64_t>(unit.pixel) * q.mask_pitch + unit.group * points);
 }
 
 struct Tile {
@@ -74,6 +70,7 @@ DCNV3_DEVICE void for_units(const Problem<C>& q, int lanes, Work work) {
       image = place.image, tile_x = place.x, tile_y = place.y;
     }
     const Origins origins(q, image);
+    const Index first_pixel = static_cast<Index>(image * q.pixels_of_image);
     for (unsigned first = warp * units; first < tile_units; first += warps * units) {
       const unsigned unit_of_tile = first + unit_of_warp;
       const unsigned pixel = q.by_groups(unit_of_tile);
@@ -84,8 +81,9 @@ DCNV3_DEVICE void for_units(const Problem<C>& q, int lanes, Work work) {
       unit.y = (tile_y << q.tile_height_log2) + row;
       unit.active = unit_of_tile < tile_units && unit.x < q.width_out && unit.y < q.height_out;
       if (!unit.active) unit.group = unit.x = unit.y = 0;
-      unit.pixel = static_cast<Index>(unit.y) * q.width_out + unit.x;
-      unit.number = unit.pixel * q.groups + unit.group;
+      const Index pixel_of_image = static_cast<Index>(unit.y) * q.width_out + unit.x;
+      unit.number = pixel_of_image * q.groups + unit.group;
+      unit.pixel = first_pixel + pixel_of_image;
       work(origins, unit);
     }
   }

@@ -240,8 +240,10 @@ DCNV3_KERNEL(32, 1) window_backward_kernel(
     grid_x[i] = half == 0 ? q.grid_x[i / 3] : q.grid_x[cell / 3];
     grid_y[i] = half == 0 ? q.grid_y[i % 3] : q.grid_y[cell % 3];
   }
-  const T* masks = mask + origins.mask + (group * POINTS + first_point);
-  const Pair<T>* offsets = reinterpret_cast<const Pair<T>*>(offset + origins.offset) + (group * POINTS + first_point);
+  const int64_t first_pixel = tile.image * q.pixels_of_image;
+  const T* masks = mask + first_pixel * q.mask_pitch + (group * POINTS + first_point);
+  const T* first_offset = offset + first_pixel * q.offset_pitch;
+  const Pair<T>* offsets = reinterpret_cast<const Pair<T>*>(first_offset) + (group * POINTS + first_point);
   // Adjacent lanes write the gradients of adjacent points, 16 lanes a unit.
   const int written_point = member % 16;
   T* grad_masks = grad_mask + origins.units * POINTS + written_point;
