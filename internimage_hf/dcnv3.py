@@ -53,7 +53,7 @@ def dcnv3(
         offset: (batch, height_out, width_out, groups * P * 2), in input pixels before scaling; x before y in each pair,
             points down the kernel's columns first (`ix * kernel_height + iy`), groups outermost.
         mask: (batch, height_out, width_out, groups * P), used as it is. P is the size of the kernel, less one with
-            `remove_center`.
+            `remove_center`. Offset and mask may be columns of one contiguous tensor, which kernels read without a copy.
         kernel_size, stride, padding, dilation: an int or a (vertical, horizontal) pair.
         groups: number of groups of channels that share offsets and mask; divides the channels.
         offset_scale: see above.

@@ -115,7 +115,7 @@ def _sampling_parameters(offset: nn.Linear, mask: nn.Linear, query: torch.Tensor
     once, and the rows are aligned: matrix products on GPUs need that, and the compiler would pad both products otherwise. The
     operator reads the columns in place. Layers that are wrapped, quantised, sharded or have hooks are called as they are.
     """
-    is_plain = all(
+    in_one = is_compiled() and all(
         type(layer) is nn.Linear
         and type(layer.weight) is nn.Parameter
         and layer.bias is not None
@@ -123,7 +123,7 @@ def _sampling_parameters(offset: nn.Linear, mask: nn.Linear, query: torch.Tensor
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
         for layer in (offset, mask)
     )
-    if not (is_plain and is_compiled()):
+    if not in_one:
         return offset(query), mask(query)
     sizes = [offset.out_features, mask.out_features, -(offset.out_features + mask.out_features) % 8]
     weight = torch.cat([offset.weight, mask.weight, offset.weight.new_zeros(sizes[2], offset.in_features)])
