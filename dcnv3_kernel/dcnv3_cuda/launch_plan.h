@@ -84,6 +84,10 @@ Plan<Compute<T>> plan_call(const Shape& s, bool backward, bool aligned, int mult
     plan.error = "a height, a width, the number of channels or a hyper-parameter is above 2^29";
     return plan;
   }
+  if (s.groups * s.points >= int64_t(1) << 30) {  // the pitches are ints
+    plan.error = "an output pixel has 2^30 points or more";
+    return plan;
+  }
   q.points = static_cast<int>(s.points);
   q.height = static_cast<int>(s.height), q.width = static_cast<int>(s.width);
   q.height_out = static_cast<int>(s.height_out), q.width_out = static_cast<int>(s.width_out);

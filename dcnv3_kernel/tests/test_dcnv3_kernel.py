@@ -549,6 +549,40 @@ def test_columns_of_one_matrix_are_read_in_place(backend, dtype, group_channels,
                 assert relative_error(actual, wanted.double().cpu()) < tolerance
 
 
+@pytest.mark.parametrize("pitch", [2**30 + 1, 2**30 + 2])  # unaligned pairs of offsets, too
+def test_rows_of_2_30_elements_are_addressed(backend, pitch):
+    kernel, device = backend
+    if device != "cpu":
+        pytest.skip("tensors that take memory only where they are written")
+    torch.manual_seed(0)
+    image, offset, mask = (torch.randn(1, 1, 3, channels, dtype=torch.bfloat16) for channels in (32, 36, 18))
+    far_apart = torch.empty(2 * pitch + 36, dtype=torch.bfloat16).as_strided(
+        offset.shape, (3 * pitch, 3 * pitch, pitch, 1)
+    )
+    far_apart.copy_(offset)
+    options = (3, 3, 1, 1, 1, 1, 1, 1, 2, 1.0, False, True)
+    expected, actual = (
+        [
+            kernel.ops.dcnv3_forward(image, tensor, mask, *options),
+            *kernel.ops.dcnv3_backward(image, image, tensor, mask, *options, False),
+        ]
+        for tensor in (offset, far_apart)
+    )
+    for what, a, e in zip(NAMES, actual, expected, strict=True):
+        assert relative_error(a, e.double()) < 0.02, what
+
+
+def test_more_points_than_an_int_counts_are_refused(backend):
+    kernel, device = backend
+    if device != "cpu" or "-cpu-" in kernel.__file__:
+        pytest.skip("tensors that take no memory as nothing reads them, by the GPU kernels")
+    groups, kernel_size, padding = 2**21, (15, 35), (7, 17)
+    points = groups * 15 * 35
+    tensors = [torch.empty(1, 1, 1, channels, dtype=torch.bfloat16) for channels in (groups, 2 * points, points)]
+    with pytest.raises(RuntimeError, match=r"an output pixel has 2\^30 points or more"):
+        kernel.dcnv3(*tensors, kernel_size=kernel_size, padding=padding, groups=groups)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter copies all tensors")
 def test_columns_of_one_matrix_are_not_copied(backend):
     kernel, device = backend

@@ -67,6 +67,7 @@ def _plan(
     _require(
         max(sizes) <= 2**29, _CANNOT + "a height, a width, the number of channels or a hyper-parameter is above 2^29"
     )
+    _require(groups * points < 2**30, _CANNOT + "an output pixel has 2^30 points or more")
     wide = (
         max(height * width * channels, height_out * width_out * max(channels, offset_pitch, mask_pitch)) >= _WIDE_FROM
     )
