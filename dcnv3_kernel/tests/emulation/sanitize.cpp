@@ -91,9 +91,14 @@ void run(const Case& c) {
   s.groups = c.groups, s.group_channels = c.group_channels, s.points = c.kernel * c.kernel - c.remove_center;
   s.offset_scale = 1.0, s.remove_center = c.remove_center, s.softmax = c.softmax;
   const int64_t inputs = s.batch * s.height * s.width * s.channels, pixels = s.batch * s.height_out * s.width_out;
-  const int64_t outputs = pixels * s.channels, masks = pixels * s.groups * s.points, size = size_of(c.dtype);
+  const int64_t of_pixel = s.groups * s.points, outputs = pixels * s.channels, masks = pixels * of_pixel;
+  const int64_t size = size_of(c.dtype);
+  // Deterministic sums without a softmax need a contiguous mask. The last pixel has no gap after it.
+  const int64_t gap = c.softmax ? 2 : 0;
+  s.offset_pitch = 2 * of_pixel + gap, s.mask_pitch = of_pixel + gap;
   const Tensor input = random_tensor(c.dtype, inputs, 1.0f, random), grad_output = random_tensor(c.dtype, outputs, 1.0f, random);
-  const Tensor offset = random_tensor(c.dtype, 2 * masks, c.spread, random), mask = random_tensor(c.dtype, masks, 1.0f, random);
+  const Tensor offset = random_tensor(c.dtype, pixels * s.offset_pitch - gap, c.spread, random);
+  const Tensor mask = random_tensor(c.dtype, pixels * s.mask_pitch - gap, 1.0f, random);
   const dcnv3::Device device{nullptr, c.multiprocessors};
 
   Tensor output(outputs * size), grad_offset(2 * masks * size), grad_mask(masks * size);
