@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -108,21 +109,28 @@ def _linear(in_features: int, out_features: int, initialization: str, bias: bool
     return linear
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a call of the layer is the product with its weight plus its bias, and nothing else."""
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in layer.__dict__  # accelerate replaces it, for instance where the weights are offloaded
+        and type(layer.weight) is nn.Parameter
+        and layer.bias is not None
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not (layer._backward_hooks or layer._backward_pre_hooks)
+    )
+
+
 def _sampling_parameters(offset: nn.Linear, mask: nn.Linear, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The outputs of both layers for a query, each (N, H, W, its out_features).
 
     Compiled code has one matrix product, whose columns are both outputs and zeros up to a multiple of 8. The query is read
     once, and the rows are aligned: matrix products on GPUs need that, and the compiler would pad both products otherwise. The
-    operator reads the columns in place. Layers that are wrapped, quantised, sharded or have hooks are called as they are.
+    operator reads the columns in place. Layers that are wrapped, quantised, sharded, offloaded or have hooks are called as they
+    are.
     """
-    in_one = is_compiled() and all(
-        type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter
-        and layer.bias is not None
-        and layer.weight.dtype == offset.weight.dtype
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
-        for layer in (offset, mask)
-    )
+    in_one = is_compiled() and not _has_any_global_hook()
+    in_one = in_one and all(_is_plain(layer) and layer.weight.dtype == offset.weight.dtype for layer in (offset, mask))
     if not in_one:
         return offset(query), mask(query)
     sizes = [offset.out_features, mask.out_features, -(offset.out_features + mask.out_features) % 8]

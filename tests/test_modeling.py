@@ -554,8 +554,11 @@ def test_compiled_maps_keep_their_order_in_memory():
 
 
 @pytest.mark.parametrize("dcn_version", [3, 4])
-@pytest.mark.parametrize("reason_for_two", [None, "hook", "pre_hook", "wrapper", "parametrization"])
-def test_compiled_code_has_one_matrix_product_for_offset_and_mask(dcn_version, reason_for_two):
+@pytest.mark.parametrize(
+    "reason_for_two",
+    [None, "hook", "pre_hook", "backward_pre_hook", "global_hook", "forward_replaced", "wrapper", "parametrization"],
+)
+def test_compiled_code_has_one_matrix_product_for_offset_and_mask(dcn_version, reason_for_two, request):
     groups, widths = 3, []
     config = tiny_config(dcn_version=dcn_version)
     layer = randomised(InternImageLayer(config, 24, groups, drop_path=0.0))
@@ -564,6 +567,17 @@ def test_compiled_code_has_one_matrix_product_for_offset_and_mask(dcn_version, r
         layer.dcn.offset.register_forward_hook(lambda module, inputs, output: output * 2)
     elif reason_for_two == "pre_hook":
         layer.dcn.mask.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    elif reason_for_two == "backward_pre_hook":
+        layer.dcn.mask.register_full_backward_pre_hook(lambda module, grads: (grads[0] * 2,))
+    elif reason_for_two == "global_hook":
+        offset = layer.dcn.offset
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, inputs, output: output * 2 if module is offset else None
+        )
+        request.addfinalizer(handle.remove)
+    elif reason_for_two == "forward_replaced":  # as accelerate does
+        forward = layer.dcn.mask.forward
+        layer.dcn.mask.forward = lambda query: forward(query) * 2
     elif reason_for_two == "wrapper":
         layer.dcn.mask = nn.Sequential(layer.dcn.mask, nn.Tanh())
     elif reason_for_two == "parametrization":
@@ -578,9 +592,11 @@ def test_compiled_code_has_one_matrix_product_for_offset_and_mask(dcn_version, r
     expected = layer(query)
     actual = torch.compile(layer, backend=look, dynamic=False)(query)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-    # input projection, offset and mask (27 columns for each group and 7 of padding), output projection, MLP
-    both = [18 * groups, 9 * groups] if reason_for_two else [88]
-    assert sorted(widths) == sorted([24, *both, 24, layer.mlp.fc1.out_features, 24])
+    if reason_for_two is None:
+        # input projection, offset and mask (27 columns for each group and 7 of padding), output projection, MLP
+        assert sorted(widths) == sorted([24, 88, 24, layer.mlp.fc1.out_features, 24])
+    else:
+        assert 88 not in widths and 18 * groups in widths
     parameters = list(layer.parameters())
     grads = torch.autograd.grad(actual.square().sum(), parameters)
     for grad, wanted in zip(grads, torch.autograd.grad(expected.square().sum(), parameters), strict=True):
