@@ -10,12 +10,18 @@ from .modeling_internimage import InternImageBackbone, InternImagePreTrainedMode
 from .modeling_internimage_composite import InternImageCompositeBackbone
 
 
-_OWN = {InternImageConfig: InternImageBackbone, InternImageCompositeConfig: InternImageCompositeBackbone}
+# By the names of their configurations' classes. transformers imports the code of a local folder once for its configuration and
+# again for its model, so that the configuration's class is another one than that imported here.
+_OWN = {
+    InternImageConfig.__name__: InternImageBackbone,
+    InternImageCompositeConfig.__name__: InternImageCompositeBackbone,
+}
 
 
 def load_backbone(config: PreTrainedConfig) -> nn.Module:
     """A backbone with fresh weights. InternImage's own need no registration with AutoBackbone."""
-    return _OWN[type(config)](config) if type(config) in _OWN else AutoBackbone.from_config(config)
+    own = _OWN.get(type(config).__name__)
+    return own(config) if own is not None else AutoBackbone.from_config(config)
 
 
 class InternImageHeadPreTrainedModel(PreTrainedModel):

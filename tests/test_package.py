@@ -242,21 +242,38 @@ HEADS = {
         " decoder_layers=2, num_queries=5, dim_feedforward=32, encoder_feedforward_dim=32, num_labels=4))",
         "AutoModelForUniversalSegmentation",
     ),
+    "dino": (
+        "InternImageDinoForObjectDetection(InternImageDinoConfig(backbone_config=backbone('stage3', 'stage4'), d_model=32,"
+        " encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,"
+        " decoder_ffn_dim=32, num_queries=5, num_feature_levels=3, num_labels=3))",
+        "AutoModelForObjectDetection",
+    ),
+    "rcnn": (
+        "InternImageRcnnForInstanceSegmentation(InternImageRcnnConfig(backbone_config=composite('stage1', 'stage2',"
+        " 'stage3', 'stage4'), fpn_hidden_size=16, box_hidden_size=32, mask_hidden_size=16, box_conv_size=16,"
+        " num_labels=3))",
+        "AutoModelForInstanceSegmentation",
+    ),
 }
 
 
 def test_heads_load_without_package(tmp_path):
     """A loaded head can be saved and loaded again."""
-    imports = re.findall(r"(\w+)\(", " ".join(model for model, _ in HEADS.values()).replace("backbone(", ""))
+    imports = re.findall(r"(\w+)\(", " ".join(model for model, _ in HEADS.values()))
+    own = [name for name in imports if name.startswith("InternImage")]
+    imports = [name for name in imports if name not in ("backbone", "composite", *own)]
     build = ";".join(f"models[{name!r}] = {model}" for name, (model, _) in HEADS.items())
     run_python(
         f"""
         import sys
         import torch
         from transformers import {", ".join(imports)}
-        from internimage_hf import InternImageConfig, save_with_remote_code
+        from internimage_hf import InternImageConfig, InternImageCompositeConfig, save_with_remote_code
+        from internimage_hf import {", ".join(own)}
         def backbone(*stages):
             return InternImageConfig(**{TINY!r}, out_features=list(stages))
+        def composite(*stages):
+            return InternImageCompositeConfig(**{TINY!r}, out_features=list(stages))
         torch.manual_seed(0)
         models = {{}}
         {build}
@@ -296,10 +313,13 @@ def test_heads_load_without_package(tmp_path):
                 model.save_pretrained(sys.argv[1] + "/" + name + "_again")
             print(name, type(model).__module__.split(".")[0])
     """
-    expected = "".join(f"{name} transformers{{}}\n" for name in HEADS)
-    assert run_python(load, tmp_path, "with") == expected.replace("{}", "")
+    packages = {
+        name: "internimage_hf" if "InternImage" in model else "transformers" for name, (model, _) in HEADS.items()
+    }
+    assert run_python(load, tmp_path, "with") == "".join(f"{name} {package}\n" for name, package in packages.items())
     bare = bare_environment(tmp_path)
-    assert run_python(load, tmp_path, "without", cwd=tmp_path, **bare) == expected.replace("{}", "_modules")
+    expected = "".join(f"{name} transformers_modules\n" for name in HEADS)
+    assert run_python(load, tmp_path, "without", cwd=tmp_path, **bare) == expected
 
 
 def test_remote_code_refuses_other_models(tmp_path):
