@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checkpoint import OfficialNames
-from .dcnv3 import is_exporting
+from .dcnv3 import is_compiled
 
 
 class LoadsOfficialNames:
@@ -69,11 +69,6 @@ def is_sharded_away(module: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") and p.numel() == 0 for p in module.parameters(recurse=False))
 
 
-def is_compiled() -> bool:
-    """Whether torch.compile traces this code; False for torch.export."""
-    return torch.compiler.is_compiling() and not is_exporting()
-
-
 def hide_layout(hidden_states: torch.Tensor) -> torch.Tensor:
     """(N, H, W, C) -> (N, H, W, 1, C) in compiled code, unchanged elsewhere. `show_layout` undoes it.
 
@@ -88,7 +83,13 @@ def hide_layout(hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def show_layout(hidden_states: torch.Tensor) -> torch.Tensor:
-    """(N, H, W, 1, C) -> (N, H, W, C); a tensor of four dimensions is unchanged. See `hide_layout`."""
+    """(N, H, W, 1, C) -> (N, H, W, C); a tensor of four dimensions is unchanged.
+
+    Fault: that of `hide_layout`, which this undoes before a convolution and before the operator.
+    Versions: torch 2.11 to 2.13.
+    Test: `tests/test_modeling.py::test_compiled_maps_keep_their_order_in_memory`.
+    Delete when: `hide_layout` is deleted.
+    """
     return hidden_states.squeeze(3) if hidden_states.ndim == 5 else hidden_states
 
 
@@ -267,7 +268,6 @@ __all__ = [
     "halve",
     "has_no_video_processor",
     "hide_layout",
-    "is_compiled",
     "is_sharded_away",
     "let_pipelines_know",
     "mean_number_of_targets",

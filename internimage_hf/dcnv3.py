@@ -222,6 +222,11 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def is_compiled() -> bool:
+    """Whether torch.compile traces this code; False for torch.export."""
+    return torch.compiler.is_compiling() and not is_exporting()
+
+
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -235,7 +240,7 @@ def _call(
 ) -> torch.Tensor:
     """Computes DCNv3 of checked arguments: by the kernel, the chunked implementation (CPU), or the reference one."""
     exporting = torch.compiler.is_compiling() and is_exporting()
-    compiling = torch.compiler.is_compiling() and not exporting
+    compiling = is_compiled()
     if exporting and _as_operator_in_export:
         return dcnv3_cpu(input, offset, mask, geometry, softmax)
     # What needs standard operators: exporters, tensors without data, tensor subclasses, the transforms of torch.func.

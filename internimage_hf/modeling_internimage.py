@@ -37,13 +37,12 @@ from .compatibility import (
     channels_last,
     halve,
     hide_layout,
-    is_compiled,
     is_sharded_away,
     none_is_unset,
     show_layout,
 )
 from .configuration_internimage import InternImageConfig
-from .dcnv3 import chosen_backend, dcnv3, dcnv3_softmax
+from .dcnv3 import chosen_backend, dcnv3, dcnv3_softmax, is_compiled
 from .kernel_loader import offer_kernel_layer
 
 

@@ -141,7 +141,7 @@ def compile_kernel(kernels, kernel, target, dtype, group_channels, *, size=56, f
     plan = kernels._plan(
         8, size, size, options["groups"] * group_channels, size, size, dtype, options["kernel_size"], options["kernel_size"],
         1, 1, options["kernel_size"] // 2, options["kernel_size"] // 2, 1, 1, options["groups"], 1.0, options["points"] == 8,
-        softmax,
+        softmax, options["groups"] * options["points"] * 2, options["groups"] * options["points"],
     )  # fmt: skip
     backward = kernel is kernels.backward_kernel
     warps, warp_size = kernels._CONFIGS[0][1], TARGETS[target][2]
@@ -238,7 +238,8 @@ def test_the_other_kernels_compile_too(kernels, compiler_cache, target, dtype, g
 
 
 def plan_of(kernels, size=(2, 56, 56, 64), dtype=torch.bfloat16, groups=4):
-    return kernels._plan(*size, *size[1:3], dtype, 3, 3, 1, 1, 1, 1, 1, 1, groups, 1.0, False, True)
+    options = (3, 3, 1, 1, 1, 1, 1, 1, groups, 1.0, False, True, 18 * groups, 9 * groups)
+    return kernels._plan(*size, *size[1:3], dtype, *options)
 
 
 def test_the_fastest_configuration_is_measured_once(kernels, monkeypatch):
