@@ -41,12 +41,13 @@ from sass_count import Failure
 MULTIPROCESSORS, CLOCK, SCHEDULERS, SHARED_MEMORY = 132, 1.755e9, 4, 228 * 1024
 COPY_RATE = 2.44e12
 ADDITION_RATE = 4 * 128 * 128 * 10 * 36 * 128 / 1041e-6 / 0.94
-MODELS = {"T": (32, 224), "B": (32, 224), "H": (4, 512)}
-MARGIN = 3  # of a window
+MARGIN = 3  # of a window; compiling the launch plan fails if it is another
 PLAN = r"""
 #include <cstdio>
 #include <cstdlib>
 #include "launch_plan.h"
+
+static_assert(dcnv3::window_margin == MARGIN);
 
 template <class T>
 void print(const dcnv3::Shape& s, int multiprocessors) {
@@ -82,7 +83,14 @@ def compile_plan(folder: Path) -> Path:
     source, program = folder / "plan.cpp", folder / "plan"
     source.write_text(PLAN, encoding="utf-8")
     emulation = harness.KERNEL_PROJECT / "tests" / "emulation"
-    flags = ["-std=c++20", "-DDCNV3_EMULATION", "-Wno-psabi", f"-I{emulation}", f"-I{sass_count.SOURCES}"]
+    flags = [
+        "-std=c++20",
+        "-DDCNV3_EMULATION",
+        "-Wno-psabi",
+        f"-DMARGIN={MARGIN}",
+        f"-I{emulation}",
+        f"-I{sass_count.SOURCES}",
+    ]
     sass_count.run([compiler, *flags, str(source), "-o", str(program)])
     return program
 
@@ -144,7 +152,7 @@ def measure() -> dict[str, dict[str, object]]:
     with tempfile.TemporaryDirectory() as folder:
         program = compile_plan(Path(folder))
         for dtype, size in (("bfloat16", 2), ("float32", 4)):
-            for model, (batch, pixels) in MODELS.items():
+            for model, (batch, pixels) in harness.GPU_MODELS.items():
                 for stage, call in enumerate(harness.operator_calls(model.lower(), pixels), 1):
                     tiles = tiles_of(program, batch, call, size)
                     of_kernel = counts[f"backward, {dtype}, width {call.channels // call.groups}"]

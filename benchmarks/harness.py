@@ -35,6 +35,10 @@ T = TypeVar("T")
 # ------------------------------------------------------------------------------------------------- operator: shapes
 
 
+# The models whose calls of the operator are measured on a GPU: the number of images, and their height and width.
+GPU_MODELS = {"T": (32, 224), "B": (32, 224), "H": (4, 512)}
+
+
 class OperatorCall(NamedTuple):
     """A shape of the operator's input, square, and how often a model makes a call of this shape."""
 

@@ -33,8 +33,6 @@ import torch
 from internimage_hf.dcnv3 import dcnv3_softmax
 
 
-# name: images and their size
-MODELS = {"T": (32, 224), "B": (32, 224), "H": (4, 512)}
 SMALL = (2, [harness.OperatorCall(size=8, channels=32, groups=2, count=1)])
 REFERENCE = "reference implementation"
 KERNELS = ("CUDA kernel", "Triton kernel", "CPU kernel")
@@ -319,7 +317,7 @@ def markdown(report: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = harness.argument_parser(__doc__)
     parser.add_argument("--device", type=harness.device, default="cuda", help="cpu, cuda, cuda:1 ...")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=list(harness.GPU_MODELS), default=list(harness.GPU_MODELS))
     parser.add_argument(
         "--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32", "bfloat16"]
     )
@@ -344,7 +342,10 @@ def main(argv: list[str] | None = None) -> int:
         "left_out": left_out,
         "rows": [],
     }
-    cases = {name: (images, harness.operator_calls(name.lower(), size)) for name, (images, size) in MODELS.items()}
+    cases = {
+        name: (images, harness.operator_calls(name.lower(), size))
+        for name, (images, size) in harness.GPU_MODELS.items()
+    }
     cases = {name: cases[name] for name in arguments.models} if clock.on_gpu else {"small": SMALL}
     for dtype_name in arguments.dtypes:
         dtype = getattr(torch, dtype_name)

@@ -16,7 +16,7 @@ const char* launch_backward(
     typedef Compute<T> C;
     const bool fixed_point = sums.floating == nullptr;
     const bool aligned = is_aligned(input) && is_aligned(grad_output) && is_aligned(sums.floating) &&
-        is_aligned(offset, 2 * sizeof(T)) && shape.offset_pitch % 2 == 0 && is_aligned(grad_offset, 2 * sizeof(T));
+        has_aligned_pairs<T>(offset, shape.offset_pitch) && is_aligned(grad_offset, 2 * sizeof(T));
     const auto plan = plan_call<T>(shape, true, aligned, device.multiprocessors);
     if (plan.error != nullptr) return plan.error;
     const auto launch = [&](auto destination) {

@@ -11,7 +11,7 @@ const char* launch_forward(
     const Shape& shape, Dtype dtype, const void* input, const void* offset, const void* mask, void* output, Device device) {
   return with_type(dtype, [&](auto type) -> const char* {
     typedef decltype(type) T;
-    const bool aligned = is_aligned(input) && is_aligned(output) && is_aligned(offset, 2 * sizeof(T)) && shape.offset_pitch % 2 == 0;
+    const bool aligned = is_aligned(input) && is_aligned(output) && has_aligned_pairs<T>(offset, shape.offset_pitch);
     const auto plan = plan_call<T>(shape, false, aligned, device.multiprocessors);
     if (plan.error != nullptr) return plan.error;
     const auto launch = [&](auto kernel) {

@@ -8,6 +8,12 @@ namespace dcnv3 {
 
 inline bool is_aligned(const void* pointer, size_t bytes = 16) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
+// Whether the pairs of a tensor of offsets can be loaded at once.
+template <class T>
+bool has_aligned_pairs(const void* offset, int64_t pitch) {
+  return is_aligned(offset, 2 * sizeof(T)) && pitch % 2 == 0;
+}
+
 // Calls `run` with a value of the element type that corresponds to the dtype.
 template <class Run>
 const char* with_type(Dtype dtype, Run run) {

@@ -35,7 +35,7 @@ struct Problem {
   int start_h, start_w;  // input pixel under the kernel's centre at the output's first pixel
   int half_h, half_w;  // pixels from the kernel's first point to its centre; `locate` measures positions from the centre
   C offset_scale;
-  C grid_x[3], grid_y[3];  // the scaled positions of a 3 x 3 kernel's points; only for `team_forward_kernel`
+  C grid_x[3], grid_y[3];  // the scaled positions of a 3 x 3 kernel's points; only for the kernels with `NearAxis`
   bool softmax;
 };
 

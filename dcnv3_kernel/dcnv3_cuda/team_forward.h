@@ -71,9 +71,7 @@ DCNV3_DEVICE void add_points(const Corners& corners, const TeamPlaces* places, c
           const int32_t signed_place = static_cast<int32_t>(place << 4) / 16;
           loaded = load_words<uint4>(corners.at(signed_place, corner));
         }
-        uint32_t words[4];
-        __builtin_memcpy(words, &loaded, 16);
-        unpack(words, static_cast<const T*>(nullptr), values[corner]);
+        unpack_words<T>(loaded, values[corner]);
       }
 #pragma unroll
       for (int corner = 0; corner < 4; ++corner) {
